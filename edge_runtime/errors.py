@@ -1,0 +1,48 @@
+"""Everything that edgestill refuses or fails at, as one tree; an error names what, where and what to do next."""
+
+from __future__ import annotations
+
+
+class EdgestillError(Exception):
+    """A failure that a person can act on: `message` says what and where, `hint` what to do next."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(EdgestillError):
+    """The command line or the arguments of a call make no sense together."""
+
+    exit_code = 2
+
+
+class WireError(EdgestillError):
+    """Bytes that are not a safetensors file within the limits."""
+
+
+class BundleError(EdgestillError):
+    """A bundle that is damaged, tampered with, or of another format."""
+
+
+class StateError(EdgestillError):
+    """A state file that does not fit the bundle or the run."""
+
+
+class DataError(EdgestillError):
+    """Images, labels or archives that cannot be used with the bundle."""
+
+
+class EngineError(EdgestillError):
+    """An engine that is not installed, not in the bundle, or failed."""
+
+
+class TrainingError(EdgestillError):
+    """A run that cannot go on, for example because its loss is not finite."""
+
+
+class Interrupted(EdgestillError):
+    """A run stopped by a signal after it wrote its checkpoint."""
