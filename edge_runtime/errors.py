@@ -1,4 +1,4 @@
-"""Everything that edgestill refuses or fails at, as one tree; an error names what, where and what to do next."""
+"""Everything that edgestill refuses or fails at, as one tree; each names what, where, what next."""
 
 from __future__ import annotations
 
