@@ -1,0 +1,97 @@
+# make setup | demo | test | lint | bench; everything else follows from these.
+# A step of the set-up leaves its stamp only when it succeeded, so an interrupted set-up goes on where it stopped.
+
+PYTHON ?= python3.11
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+STAMPS := $(VENV)/.stamps
+ORT_VENV := .venv-ort-training
+EXTRAS := onnxruntime,executorch,export,plots,images,dev
+WORKERS ?= 2
+PYTEST := $(PY) -m pytest -n $(WORKERS)
+BENCH_OPTIONS ?= --students cnn3 --batches 32 --threads 1 --steps 40
+NATIVE_SOURCES := $(wildcard edge_runtime/native/*.cpp edge_runtime/native/*.h) edge_runtime/native/build.py
+
+.DELETE_ON_ERROR:
+.PHONY: help setup check-machine demo test test-tiny test-unit test-contract test-long lint bench clean
+
+help:
+	@echo 'make setup      creates $(VENV) and $(ORT_VENV) with pinned packages, builds the native runner'
+	@echo 'make demo       sets up and runs the main job'
+	@echo 'make test       lint and all tests under 15 minutes; also test-tiny, test-unit, test-contract, test-long'
+	@echo 'make lint       ruff'
+	@echo 'make bench      measures the training step on every engine; writes benchmarks/results/'
+	@echo 'make clean      removes both environments and what was built'
+	@echo 'PYTHON=...      the Python 3.11 to use (now $(PYTHON)); WORKERS=... test processes (now $(WORKERS))'
+
+setup: $(STAMPS)/project $(STAMPS)/native $(ORT_VENV)/.stamp
+
+check-machine:
+	@command -v '$(PYTHON)' >/dev/null || { \
+	  echo 'error: $(PYTHON) not found. Install Python 3.11 (Debian: apt install python3.11 python3.11-venv) or' \
+	       'name one: make setup PYTHON=/path/to/python3.11' >&2; exit 1; }
+	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
+	  echo "error: $(PYTHON) is $$('$(PYTHON)' --version 2>&1), edgestill is pinned to Python 3.11." \
+	       'Name one: make setup PYTHON=/path/to/python3.11' >&2; exit 1; }
+	@'$(PYTHON)' -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo 'error: $(PYTHON) cannot create environments. Debian: apt install python3.11-venv' >&2; exit 1; }
+	@command -v '$(firstword $(CXX))' >/dev/null || { \
+	  echo 'error: no C++ compiler ($(CXX)). Install one (Debian: apt install g++) or name one: make setup CXX=...' \
+	       >&2; exit 1; }
+
+# The order-only prerequisite keeps a check that always runs from making the environment anew.
+$(STAMPS)/venv: | check-machine
+	'$(PYTHON)' -m venv $(VENV)
+	mkdir -p $(STAMPS)
+	touch $@
+
+# First and alone: asked for together with packages that name it in looser terms, pip does not find the CPU build.
+$(STAMPS)/torch: $(STAMPS)/venv
+	$(PIP) install torch==2.13.0
+	touch $@
+
+$(STAMPS)/packages: constraints.txt pyproject.toml $(STAMPS)/torch
+	$(PIP) install -c constraints.txt setuptools $$($(PY) -c '\
+	import tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+	print(*sorted({name for extra in "$(EXTRAS)".split(",") for name in extras[extra]}))')
+	touch $@
+
+$(STAMPS)/project: pyproject.toml $(STAMPS)/packages
+	$(PIP) install -c constraints.txt --no-build-isolation -e .
+	touch $@
+
+$(STAMPS)/native: $(NATIVE_SOURCES) $(STAMPS)/project
+	CXX='$(CXX)' $(PY) -m edge_runtime.native.build
+	touch $@
+
+# onnxruntime-training installs into the import package `onnxruntime`, so it lives in an environment of its own.
+$(ORT_VENV)/.stamp: constraints-ort-training.txt | check-machine
+	'$(PYTHON)' -m venv $(ORT_VENV)
+	$(ORT_VENV)/bin/python -m pip --disable-pip-version-check install -r constraints-ort-training.txt
+	touch $@
+
+demo: setup
+	$(PY) -m benchmarks.demo
+
+lint: $(STAMPS)/packages
+	$(PY) -m ruff check .
+
+test: setup lint
+	$(PYTEST) -m 'not long and not device'
+
+test-tiny test-unit test-contract: test-%: setup
+	$(PYTEST) -m $*
+
+test-long: setup
+	$(PYTEST) -m long --timeout 3600
+
+bench: setup
+	mkdir -p benchmarks/results
+	$(VENV)/bin/edgestill bench step $(BENCH_OPTIONS) --json --plot benchmarks/results/step.png \
+	  > benchmarks/results/step.jsonl.part
+	mv benchmarks/results/step.jsonl.part benchmarks/results/step.jsonl
+
+clean:
+	rm -rf $(VENV) $(ORT_VENV) build *.egg-info
+	rm -f edge_runtime/native/*.so
