@@ -1,0 +1,131 @@
+"""Bundles for a benchmark: exported on demand by `edgestill export` in its own process, kept by digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks.machine import installed_versions
+from edge_runtime.errors import EdgestillError, UsageError
+
+ROOT = Path(__file__).resolve().parent.parent
+EXPORT_TIMEOUT_S = 900
+_RUN_CLI = "import sys; from edge_runtime.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+class ExportFailed(EdgestillError):
+    """The exporter refused or broke; the message carries what it said."""
+
+
+@dataclass(frozen=True)
+class BundleRequest:
+    """What to export; `options` are further words for `edgestill export`."""
+
+    student: str
+    batch: int
+    latent_size: int = 128
+    objective: str = "lkd"
+    optimizer: str = "sgd"
+    options: tuple[str, ...] = ()
+
+    def words(self, engines: Sequence[str], output: Path) -> list[str]:
+        """The command line that makes the bundle."""
+        return [
+            "export",
+            "--student",
+            self.student,
+            "--batch",
+            str(self.batch),
+            "--latent-size",
+            str(self.latent_size),
+            "--objective",
+            self.objective,
+            "--optimizer",
+            self.optimizer,
+            *self.options,
+            "--engines",
+            ",".join(engines),
+            "--output",
+            str(output),
+        ]
+
+
+def code_digest(root: Path = ROOT) -> str:
+    """SHA-256 of what decides an export besides its request: the code of both packages and the versions."""
+    digest = hashlib.sha256(json.dumps(installed_versions(), sort_keys=True).encode())
+    for package in ("export", "edge_runtime"):
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def prepare_bundle(
+    request: BundleRequest, engines: Sequence[str], cache: Path, progress: Callable[[str], None]
+) -> tuple[Path, dict[str, str]]:
+    """A bundle with graphs for as many of the engines as can be exported, and the reasons for the others.
+
+    Errors: UsageError when the exporter refuses the request, ExportFailed when it can serve no engine.
+    """
+    try:
+        return _cached_export(request, engines, cache, progress), {}
+    except ExportFailed as error:
+        if len(engines) == 1:
+            raise
+        progress(f"export failed ({error.message.splitlines()[-1]}); trying one engine at a time")
+    failed: dict[str, str] = {}
+    for engine in engines:
+        try:
+            _cached_export(request, [engine], cache, progress)
+        except ExportFailed as error:
+            failed[engine] = error.message
+    working = [engine for engine in engines if engine not in failed]
+    if not working:
+        raise ExportFailed(next(iter(failed.values())))
+    return _cached_export(request, working, cache, progress), failed
+
+
+def _cached_export(
+    request: BundleRequest, engines: Sequence[str], cache: Path, progress: Callable[[str], None]
+) -> Path:
+    key = hashlib.sha256(json.dumps([asdict(request), sorted(engines), code_digest()]).encode()).hexdigest()[
+        :16
+    ]
+    folder = cache / f"{request.student.replace(':', '-')}-batch{request.batch}-{key}"
+    if (folder / "manifest.json").is_file():
+        return folder
+    progress(f"exporting {request.student}, batch {request.batch}, for {', '.join(engines)}")
+    part = cache / f"{folder.name}.{os.getpid()}.part"
+    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        run_export(request.words(engines, part))
+        part.rename(folder)  # a cache never holds half a bundle
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def run_export(words: Sequence[str]) -> None:
+    """Runs `edgestill` with these words. Errors: UsageError on exit code 2, ExportFailed on others but 0."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    try:
+        ran = subprocess.run(
+            [sys.executable, "-c", _RUN_CLI, *words],
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            timeout=EXPORT_TIMEOUT_S,
+            stdin=subprocess.DEVNULL,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ExportFailed(f"edgestill export: not finished after {EXPORT_TIMEOUT_S} s") from error
+    if ran.returncode:
+        said = "\n".join(ran.stderr.strip().splitlines()[-6:]) or f"exit code {ran.returncode}"
+        message = f"edgestill {' '.join(words[:-2])}: {said}"
+        raise (UsageError if ran.returncode == 2 else ExportFailed)(message)
