@@ -1,0 +1,211 @@
+"""N C H W formulations for engines with convolution, pooling and matrix products of runtime tensors (ONNX Runtime).
+
+Measured on ONNX Runtime 1.31 CPU (docs/lowering.md): the input gradient of a convolution is quickest as ConvTranspose,
+the weight gradient as a product with the image's columns, and columns and pooling windows are quickest cut out by a
+depthwise convolution with one-hot kernels, whose adjoint (ConvTranspose) puts them back for any stride and padding.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from export.lowering.capture import Layer
+from export.lowering.formulations import Backward, Context, Gradients, Layout
+from export.lowering.graph import Graph, Value
+
+
+def _channelwise(value: Value) -> Value:
+    return value.reshape(1, -1, 1, 1)
+
+
+def _channel_sum(x: Value) -> Value:
+    return x.graph.apply("reduce_sum", x, axes=(0, 2, 3)).reshape(-1)
+
+
+def _one_hot_kernels(graph: Graph, channels: int, kernel: tuple[int, int]) -> Value:
+    """[channels·kh·kw, 1, kh, kw]: output channel c·kh·kw + k picks the k-th pixel of the window of channel c."""
+    size = kernel[0] * kernel[1]
+    return graph.constant(np.tile(np.eye(size, dtype=np.float32), (channels, 1)).reshape(-1, 1, *kernel))
+
+
+def _columns(x: Value, kernel, stride, padding, dilation=(1, 1)) -> Value:
+    """Windows of each channel: [N, C, kh·kw, oh·ow]."""
+    n, channels = x.shape[:2]
+    if kernel == (1, 1) and stride == (1, 1) and padding == (0, 0):
+        return x.reshape(n, channels, 1, -1)
+    cut = x.graph.apply("conv2d", x, _one_hot_kernels(x.graph, channels, kernel), stride=stride, padding=padding,
+                        dilation=dilation, groups=channels)
+    return cut.reshape(n, channels, kernel[0] * kernel[1], -1)
+
+
+def _put_back(parts: Value, size, kernel, stride, padding, dilation=(1, 1)) -> Value:
+    """The adjoint of `_columns`: parts [N, C·kh·kw, oh, ow] summed into images [N, C, *size]."""
+    channels = parts.shape[1] // (kernel[0] * kernel[1])
+    kernels = _one_hot_kernels(parts.graph, channels, kernel)
+    return _transposed(parts, kernels, size, stride, padding, dilation, channels)
+
+
+def _transposed(dy: Value, weight: Value, size, stride, padding, dilation, groups) -> Value:
+    left_over = tuple(
+        size[i] - ((dy.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (weight.shape[2 + i] - 1) + 1)
+        for i in range(2)
+    )
+    return dy.graph.apply("conv2d_transpose", dy, weight, stride=stride, padding=padding, output_padding=left_over,
+                          dilation=dilation, groups=groups)
+
+
+def conv2d(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Backward]:
+    (x,) = inputs
+    a = layer.attributes
+    weight, bias = ctx.parameter(layer, "weight"), ctx.parameter(layer, "bias")
+    window = (a["stride"], a["padding"], a["dilation"])
+    operands = [x, weight] + ([bias] if bias is not None else [])
+    y = ctx.graph.apply("conv2d", *operands, stride=window[0], padding=window[1], dilation=window[2],
+                        groups=a["groups"])
+
+    def backward(dy: Value) -> Gradients:
+        n, groups = x.shape[0], a["groups"]
+        dx = _transposed(dy, weight, x.shape[2:], *window, groups)
+        columns = _columns(x, a["kernel"], *window)
+        area = columns.shape[3]
+        shape = (n, -1, area) if groups == 1 else (n, groups, -1, area)
+        by_image = ctx.graph.apply("matmul", dy.reshape(*shape), columns.reshape(*shape), transpose_b=True)
+        dw = ctx.graph.apply("reduce_sum", by_image, axes=(0,)).reshape(*weight.shape)
+        return (dx,), {"weight": dw} | ({"bias": _channel_sum(dy)} if bias is not None else {})
+
+    return y, backward
+
+
+def batch_norm(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Backward]:
+    (x,) = inputs
+    weight, bias = ctx.parameter(layer, "weight"), ctx.parameter(layer, "bias")
+    eps = layer.attributes["eps"]
+    graph = ctx.graph
+    if not ctx.batch_statistics:
+        mean, variance = ctx.parameter(layer, "running_mean"), ctx.parameter(layer, "running_var")
+        y = graph.apply("normalize", x, weight, bias, mean, variance, eps=eps)
+
+        def backward_frozen(dy: Value) -> Gradients:
+            inverse = graph.apply("rsqrt", variance + eps)
+            dw = (_channel_sum(dy * x) - mean * _channel_sum(dy)) * inverse
+            return (dy * _channelwise(weight * inverse),), {"weight": dw, "bias": _channel_sum(dy)}
+
+        return y, backward_frozen
+
+    count = x.size // x.shape[1]
+    mean = graph.apply("reduce_mean", x, axes=(0, 2, 3))
+    centred = x - mean
+    variance = graph.apply("reduce_mean", centred * centred, axes=(0, 2, 3))
+    inverse = graph.apply("rsqrt", variance + eps)
+    mean, variance, inverse = mean.reshape(-1), variance.reshape(-1), inverse.reshape(-1)
+    y = graph.apply("normalize", x, weight, bias, mean, variance, eps=eps)
+    ctx.update_statistics(layer, mean, variance, count)
+
+    def backward(dy: Value) -> Gradients:
+        db = _channel_sum(dy)
+        dw = _channel_sum(dy * centred) * inverse
+        # dx = weight·inverse·(dy − mean(dy) − centred·inverse·dw/count), in one affine map a tensor
+        scale = weight * inverse
+        slope = -(scale * inverse * dw) * (1 / count)
+        offset = -(scale * db) * (1 / count)
+        dx = _affine(dy, scale, offset) + centred * _channelwise(slope)
+        return (dx,), {"weight": dw, "bias": db}
+
+    return y, backward
+
+
+def _affine(x: Value, scale: Value, offset: Value) -> Value:
+    """x·scale + offset a channel, in one pass over memory: inference normalization with mean 0 and variance 1."""
+    zeros, ones = np.zeros(scale.shape, np.float32), np.ones(scale.shape, np.float32)
+    return x.graph.apply("normalize", x, scale, offset, x.graph.constant(zeros), x.graph.constant(ones), eps=0.0)
+
+
+def group_norm(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Backward]:
+    (x,) = inputs
+    weight, bias = ctx.parameter(layer, "weight"), ctx.parameter(layer, "bias")
+    graph, groups = ctx.graph, layer.attributes["groups"]
+    grouped = x.reshape(x.shape[0], groups, -1)
+
+    def mean_of(value: Value) -> Value:
+        return graph.apply("reduce_mean", value, axes=(2,))
+
+    centred = grouped - mean_of(grouped)
+    inverse = graph.apply("rsqrt", mean_of(centred * centred) + layer.attributes["eps"])
+    normalised = (centred * inverse).reshape(*x.shape)
+    y = normalised * _channelwise(weight) + _channelwise(bias)
+
+    def backward(dy: Value) -> Gradients:
+        gradients = {"weight": _channel_sum(dy * normalised), "bias": _channel_sum(dy)}
+        inner = (dy * _channelwise(weight)).reshape(*grouped.shape)
+        flat = normalised.reshape(*grouped.shape)
+        dx = (inner - mean_of(inner) - flat * mean_of(inner * flat)) * inverse
+        return (dx.reshape(*x.shape),), gradients
+
+    return y, backward
+
+
+def max_pool2d(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Backward]:
+    (x,) = inputs
+    a, graph = layer.attributes, ctx.graph
+    kernel, stride, padding, dilation = a["kernel"], a["stride"], a["padding"], a["dilation"]
+    y = graph.apply("max_pool2d", x, kernel=kernel, stride=stride, padding=padding, dilation=dilation, ceil_mode=False)
+
+    def backward(dy: Value) -> Gradients:
+        n, channels, height, width = y.shape
+        size = kernel[0] * kernel[1]
+        source = x
+        if any(padding):  # a padded pixel never wins
+            edges = (0, 0, *padding)
+            source = graph.apply("pad", x, begins=edges, ends=edges, value=-3e38)
+        windows = _columns(source, kernel, stride, (0, 0), dilation)
+        hits = graph.apply("greater_equal", windows, y.reshape(n, channels, 1, -1))
+        # The first maximum alone takes the gradient, as in PyTorch: a hit minus the hits before it, above zero.
+        first = np.eye(size, dtype=np.float32) - np.tri(size, k=-1, dtype=np.float32)
+        winners = graph.apply("relu", graph.constant(first) @ hits)
+        parts = (winners * dy.reshape(n, channels, 1, -1)).reshape(n, channels * size, height, width)
+        padded = (x.shape[2] + 2 * padding[0], x.shape[3] + 2 * padding[1])
+        dx = _put_back(parts, padded, kernel, stride, (0, 0), dilation)
+        dx = dx.narrow(2, padding[0], padding[0] + x.shape[2]).narrow(3, padding[1], padding[1] + x.shape[3])
+        return (dx,), {}
+
+    return y, backward
+
+
+def avg_pool2d(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Backward]:
+    (x,) = inputs
+    a, graph = layer.attributes, ctx.graph
+    kernel, stride, padding = a["kernel"], a["stride"], a["padding"]
+    if kernel == x.shape[2:] and not any(padding):
+        y = graph.apply("reduce_mean", x, axes=(2, 3))
+        everywhere = graph.constant(np.full((1, 1, *kernel), 1 / np.prod(kernel)))
+        return y, lambda dy: ((dy * everywhere,), {})
+    y = graph.apply("avg_pool2d", x, kernel=kernel, stride=stride, padding=padding)
+
+    def backward(dy: Value) -> Gradients:
+        channels = x.shape[1]
+        share = graph.constant(np.full((channels, 1, *kernel), 1 / np.prod(kernel)))
+        return (_transposed(dy, share, x.shape[2:], stride, padding, (1, 1), channels),), {}
+
+    return y, backward
+
+
+def global_mean(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Backward]:
+    y, backward = avg_pool2d(ctx, layer, inputs)
+    return y.reshape(*y.shape[:2]), lambda dy: backward(dy.reshape(*y.shape))
+
+
+def flatten(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Backward]:
+    (x,) = inputs
+    return x.reshape(x.shape[0], -1), lambda dy: ((dy.reshape(*x.shape),), {})
+
+
+CHANNELS_FIRST = Layout(
+    name="channels_first",
+    formulations={
+        "conv2d": conv2d, "batch_norm": batch_norm, "group_norm": group_norm, "max_pool2d": max_pool2d,
+        "avg_pool2d": avg_pool2d, "global_mean": global_mean, "flatten": flatten,
+    },
+    from_images=lambda images: images,
+    positive=lambda x: x.graph.apply("greater", x, 0.0),
+    column_sum=lambda x: x.graph.apply("reduce_sum", x, axes=(0,)),
+)

@@ -1,0 +1,111 @@
+"""Objectives as functions of tensors: loss terms and their gradients in latents and logits, in forward operators.
+
+loss = (1 − α)·CE + α·D (CE alone for `ce`), each term a weighted mean over the batch; docs/bundle.md fixes the formulas.
+Sources: kd, Hinton et al. 2015 (KL at temperature T) and its form with the mean squared error of logits (Ba and Caruana
+2014); lkd, the mean squared error of latents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from export.lowering.graph import Graph, Value
+
+
+@dataclass(frozen=True)
+class Objective:
+    """`ce`, `kd` (with `kd_loss` mse or kl) or `lkd`."""
+
+    name: str = "lkd"
+    kd_loss: str | None = None
+
+    @property
+    def distills(self) -> bool:
+        return self.name != "ce"
+
+
+def batch_inputs(
+    objective: Objective, batch: int, input_shape: tuple[int, ...], input_dtype: str, latent_size: int, classes: int
+) -> list[dict]:
+    """The specs of what a step takes besides state and the optimizer's hyperparameters, in order (docs/bundle.md)."""
+    unit = "grey levels 0-255" if input_dtype == "uint8" else "as the student takes them"
+    specs = [
+        _spec("images", (batch, *input_shape), unit, input_dtype),
+        _spec("labels", (batch,), "class index", "int64"),
+        _spec("label_weights", (batch,), "weight of a sample in the cross-entropy"),
+    ]
+    if objective.name == "lkd":
+        specs.append(_spec("teacher_latents", (batch, latent_size), "latent units"))
+    if objective.name == "kd":
+        specs.append(_spec("teacher_logits", (batch, classes), "nat"))
+    if objective.distills:
+        specs.append(_spec("teacher_weights", (batch,), "weight of a sample in the distillation term"))
+        specs.append(_spec("alpha", (1,), "share of the distillation term, 0-1"))
+    if objective.kd_loss == "kl":
+        specs.append(_spec("temperature", (1,), "softmax temperature"))
+    return specs
+
+
+def _spec(name: str, shape: tuple[int, ...], unit: str, dtype: str = "float32") -> dict:
+    return {"name": name, "shape": list(shape), "dtype": dtype, "unit": unit}
+
+
+@dataclass(frozen=True)
+class LossAndGradients:
+    loss: Value
+    ce_loss: Value
+    distillation_loss: Value | None
+    d_latents: Value | None  # None: the loss reaches the latents through the logits alone
+    d_logits: Value
+
+
+def loss_and_gradients(
+    objective: Objective, graph: Graph, inputs: dict[str, Value], latents: Value, logits: Value
+) -> LossAndGradients:
+    """Losses of shape [1] and their gradients; `inputs` by the names of `batch_inputs`."""
+    classes = logits.shape[1]
+    weights = _normalised(inputs["label_weights"])
+    one_hot = graph.apply("one_hot", inputs["labels"], classes=classes)
+    ce_rows = -_row_sum(graph.apply("log_softmax", logits) * one_hot)
+    ce_loss = _sum(ce_rows * weights)
+    d_ce = (graph.apply("softmax", logits) - one_hot) * weights
+    if not objective.distills:
+        return LossAndGradients(ce_loss, ce_loss, None, None, d_ce)
+
+    alpha = inputs["alpha"]
+    weights = _normalised(inputs["teacher_weights"])
+    alpha_column = alpha.reshape(1, 1)
+    d_ce = d_ce * (1.0 - alpha_column)
+    share = weights * alpha_column
+    if objective.kd_loss == "kl":
+        temperature = inputs["temperature"].reshape(1, 1)
+        log_teacher = graph.apply("log_softmax", inputs["teacher_logits"] / temperature)
+        teacher = graph.apply("softmax", inputs["teacher_logits"] / temperature)
+        student = graph.apply("softmax", logits / temperature)
+        log_student = graph.apply("log_softmax", logits / temperature)
+        rows = _row_sum(teacher * (log_teacher - log_student)) * (temperature * temperature)
+        d_logits, d_latents = d_ce + (student - teacher) * (share * temperature), None
+    else:
+        of_latents = objective.name == "lkd"
+        target, ours = (inputs["teacher_latents"], latents) if of_latents else (inputs["teacher_logits"], logits)
+        difference = ours - target
+        rows = _row_sum(difference * difference) * (1 / difference.shape[1])
+        gradient = difference * (share * (2 / difference.shape[1]))
+        d_logits, d_latents = (d_ce, gradient) if of_latents else (d_ce + gradient, None)
+    distillation_loss = _sum(rows * weights)
+    loss = ce_loss * (1.0 - alpha) + distillation_loss * alpha
+    return LossAndGradients(loss, ce_loss, distillation_loss, d_latents, d_logits)
+
+
+def _normalised(weights: Value) -> Value:
+    """Weights [B] divided by their sum, as a column [B, 1]; all zero where the sum is zero."""
+    total = weights.graph.apply("reduce_sum", weights, axes=(0,))
+    return (weights / weights.graph.apply("maximum", total, 1e-12)).reshape(-1, 1)
+
+
+def _row_sum(x: Value) -> Value:
+    return x.graph.apply("reduce_sum", x, axes=(1,))
+
+
+def _sum(column: Value) -> Value:
+    return column.graph.apply("reduce_sum", column, axes=(0, 1)).reshape(1)

@@ -1,0 +1,84 @@
+"""Optimizers as functional updates in forward operators: SGD with momentum, AdamW, exactly as torch.optim has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from export.lowering.graph import Graph, Value
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """`sgd` (momentum, Nesterov, weight decay) or `adamw` (Loshchilov and Hutter 2019)."""
+
+    name: str = "sgd"
+    nesterov: bool = False
+
+
+_HYPERPARAMETERS = {
+    "sgd": [("learning_rate", "parameter units a step"), ("momentum", "share kept a step, 0-1"),
+            ("weight_decay", "L2 factor")],
+    "adamw": [("learning_rate", "parameter units a step"), ("beta1", "decay of the mean, 0-1"),
+              ("beta2", "decay of the square, 0-1"), ("epsilon", "added to the root"),
+              ("weight_decay", "decoupled factor")],
+}
+
+
+def hyperparameters(optimizer: Optimizer) -> list[dict]:
+    return [{"name": name, "shape": [1], "dtype": "float32", "unit": unit}
+            for name, unit in _HYPERPARAMETERS[optimizer.name]]
+
+
+def slots(optimizer: Optimizer, parameters: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the optimizer's state for the trained parameters; every slot starts at zero."""
+    if optimizer.name == "sgd":
+        return {f"optimizer.momentum.{name}": shape for name, shape in parameters.items()}
+    moments = {f"optimizer.{kind}.{name}": shape for name, shape in parameters.items()
+               for kind in ("exp_avg", "exp_avg_sq")}
+    return moments | {"optimizer.bias_correction1": (1,), "optimizer.bias_correction2": (1,)}
+
+
+def update(
+    optimizer: Optimizer, graph: Graph, state: dict[str, Value], gradients: dict[str, Value], inputs: dict[str, Value]
+) -> dict[str, Value]:
+    """New values of the trained parameters and their slots, by state name."""
+    return (_sgd if optimizer.name == "sgd" else _adamw)(optimizer, graph, state, gradients, inputs)
+
+
+def _sgd(optimizer, graph, state, gradients, inputs):
+    new = {}
+    for name, gradient in gradients.items():
+        parameter = state[name]
+        rate, momentum, decay = (_of_rank(inputs[key], parameter) for key in ("learning_rate", "momentum", "weight_decay"))
+        gradient = gradient + parameter * decay
+        slot = f"optimizer.momentum.{name}"
+        new[slot] = state[slot] * momentum + gradient
+        step = gradient + new[slot] * momentum if optimizer.nesterov else new[slot]
+        new[name] = parameter - step * rate
+    return new
+
+
+def _adamw(optimizer, graph, state, gradients, inputs):
+    rate, beta1, beta2, epsilon, decay = (
+        inputs[key] for key in ("learning_rate", "beta1", "beta2", "epsilon", "weight_decay"))
+    new = {}
+    for i, beta in ((1, beta1), (2, beta2)):
+        # 1 − βᵗ is kept itself: from βᵗ it would lose its digits in the first steps.
+        name = f"optimizer.bias_correction{i}"
+        new[name] = state[name] * beta + (1.0 - beta)
+    step_size = rate / new["optimizer.bias_correction1"]
+    root2 = graph.apply("sqrt", new["optimizer.bias_correction2"])
+    kept = 1.0 - rate * decay
+    for name, gradient in gradients.items():
+        parameter = state[name]
+        b1, b2 = _of_rank(beta1, parameter), _of_rank(beta2, parameter)
+        mean_name, square_name = f"optimizer.exp_avg.{name}", f"optimizer.exp_avg_sq.{name}"
+        new[mean_name] = mean = state[mean_name] * b1 + gradient * (1.0 - b1)
+        new[square_name] = square = state[square_name] * b2 + gradient * gradient * (1.0 - b2)
+        divisor = graph.apply("sqrt", square) / _of_rank(root2, parameter) + _of_rank(epsilon, parameter)
+        new[name] = parameter * _of_rank(kept, parameter) - mean / divisor * _of_rank(step_size, parameter)
+    return new
+
+
+def _of_rank(scalar: Value, like: Value) -> Value:
+    return scalar.reshape(*(1,) * len(like.shape))
