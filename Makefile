@@ -25,7 +25,7 @@ help:
 	@echo 'make clean      removes both environments and what was built'
 	@echo 'PYTHON=...      the Python 3.11 to use (now $(PYTHON)); WORKERS=... test processes (now $(WORKERS))'
 
-setup: $(STAMPS)/project $(STAMPS)/native $(ORT_VENV)/.stamp
+setup: $(STAMPS)/packages $(STAMPS)/native $(ORT_VENV)/.stamp
 
 check-machine:
 	@command -v '$(PYTHON)' >/dev/null || { \
@@ -51,17 +51,13 @@ $(STAMPS)/torch: $(STAMPS)/venv
 	$(PIP) install torch==2.13.0
 	touch $@
 
+# The build backend is pinned too, so it is installed first and used without isolation.
 $(STAMPS)/packages: constraints.txt pyproject.toml $(STAMPS)/torch
-	$(PIP) install -c constraints.txt setuptools $$($(PY) -c '\
-	import tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
-	print(*sorted({name for extra in "$(EXTRAS)".split(",") for name in extras[extra]}))')
+	$(PIP) install -c constraints.txt setuptools
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
 	touch $@
 
-$(STAMPS)/project: pyproject.toml $(STAMPS)/packages
-	$(PIP) install -c constraints.txt --no-build-isolation -e .
-	touch $@
-
-$(STAMPS)/native: $(NATIVE_SOURCES) $(STAMPS)/project
+$(STAMPS)/native: $(NATIVE_SOURCES) $(STAMPS)/packages
 	CXX='$(CXX)' $(PY) -m edge_runtime.native.build
 	touch $@
 
