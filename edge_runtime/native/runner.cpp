@@ -165,6 +165,17 @@ edgestill_tensor describe(const et::TensorInfo& info, const std::string& what) {
   return tensor;
 }
 
+// Whether an output is one of the inputs, passed through. It is the same value inside the method, so to point the
+// output at a buffer would point the input there too, before it is read.
+bool is_input(const et::Method& method, const et::EValue& output) {
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"  // nothing newer tells which value an input is
+  for (size_t i = 0; i < method.inputs_size(); ++i)
+    if (&method.get_input(i) == &output) return true;
+#pragma GCC diagnostic pop
+  return false;
+}
+
 // An input tensor whose data pointer changes from run to run. TensorImpl points into the vectors, so it never moves.
 struct InputTensor {
   std::vector<TensorImpl::SizesType> sizes;
@@ -203,6 +214,7 @@ struct edgestill_program {
   std::optional<et::Method> method;
   std::vector<edgestill_tensor> tensors[2];
   std::vector<std::unique_ptr<InputTensor>> inputs;
+  std::vector<bool> writes_to_caller;  // a run points output i at the caller's buffer
   int64_t arena_bytes = 0;
 
   edgestill_program(const char* path, const char* name);
@@ -236,6 +248,9 @@ edgestill_program::edgestill_program(const char* path, const char* name) {
   memory.emplace(&method_allocator, &*planned, &temporary_allocator);
 
   method.emplace(take(program->load_method(name, &*memory), std::string("cannot load method \"") + name + "\""));
+
+  for (size_t i = 0; i < tensors[EDGESTILL_OUTPUT].size(); ++i)
+    writes_to_caller.push_back(!tensors[EDGESTILL_OUTPUT][i].in_arena && !is_input(*method, method->get_output(i)));
 }
 
 void edgestill_program::run(const void* const* input_data, void* const* output_data) {
@@ -246,7 +261,7 @@ void edgestill_program::run(const void* const* input_data, void* const* output_d
   }
   const auto& outputs = tensors[EDGESTILL_OUTPUT];
   for (size_t i = 0; i < outputs.size(); ++i) {
-    if (outputs[i].in_arena) continue;
+    if (!writes_to_caller[i]) continue;
     check(method->set_output_data_ptr(output_data[i], static_cast<size_t>(outputs[i].size_bytes), i),
           label(EDGESTILL_OUTPUT, i));
   }
