@@ -72,6 +72,22 @@ class StepSpec:
         zeros = {spec["name"]: np.zeros(spec["shape"], np.float32) for spec in self.state_specs()}
         return zeros | dict(self.initial)
 
+    def flops(self) -> int:
+        """Floating-point operations of a step: two a multiplication and addition in the convolutions and linear layers,
+        forward, for weight gradients, and for input gradients where something before the layer is trained."""
+        trained = self.trained()
+        reached: dict[str, bool] = {}  # does a value depend on a trained parameter?
+        total = 0
+        for layer in self.student.layers:
+            before = any(reached.get(name, False) for name in layer.inputs)
+            own = any(name in trained for name in layer.parameters.values())
+            reached[layer.output] = before or own
+            if layer.kind in ("conv2d", "linear"):
+                weight = self.initial[layer.parameters["weight"]]
+                positions = np.prod(layer.output_shape) // weight.shape[0]
+                total += int(2 * positions * weight.size) * (1 + (layer.parameters["weight"] in trained) + before)
+        return total
+
 
 def _spec(name: str, shape: tuple[int, ...], role: str, written: bool) -> dict:
     return {"name": name, "shape": list(shape), "dtype": "float32", "role": role, "written": written}

@@ -93,22 +93,19 @@ def batch_norm(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, 
         return y, backward_frozen
 
     count = x.size // x.shape[1]
-    mean = graph.apply("reduce_mean", x, axes=(0, 2, 3))
-    centred = x - mean
-    variance = graph.apply("reduce_mean", centred * centred, axes=(0, 2, 3))
-    inverse = graph.apply("rsqrt", variance + eps)
-    mean, variance, inverse = mean.reshape(-1), variance.reshape(-1), inverse.reshape(-1)
-    y = graph.apply("normalize", x, weight, bias, mean, variance, eps=eps)
+    y, mean, variance = graph.apply_many("normalize_by_batch", x, weight, bias, eps=eps)
     ctx.update_statistics(layer, mean, variance, count)
 
     def backward(dy: Value) -> Gradients:
+        inverse = graph.apply("rsqrt", variance + eps)
         db = _channel_sum(dy)
-        dw = _channel_sum(dy * centred) * inverse
-        # dx = weight·inverse·(dy − mean(dy) − centred·inverse·dw/count), in one affine map a tensor
+        dw = (_channel_sum(dy * x) - mean * db) * inverse
+        # dx = weight·inverse·(dy − mean(dy) − (x − mean)·inverse·dw/count), gathered into one factor of dy, one of x
+        # and one offset a channel.
         scale = weight * inverse
-        slope = -(scale * inverse * dw) * (1 / count)
-        offset = -(scale * db) * (1 / count)
-        dx = _affine(dy, scale, offset) + centred * _channelwise(slope)
+        slope = scale * inverse * dw * (-1 / count)
+        offset = scale * db * (-1 / count) - slope * mean
+        dx = _affine(dy, scale, offset) + x * _channelwise(slope)
         return (dx,), {"weight": dw, "bias": db}
 
     return y, backward
@@ -145,10 +142,43 @@ def group_norm(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, 
 
 
 def max_pool2d(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Backward]:
+    """The first maximum of a window alone takes the gradient, as in PyTorch: after ReLU, ties are common."""
     (x,) = inputs
-    a, graph = layer.attributes, ctx.graph
-    kernel, stride, padding, dilation = a["kernel"], a["stride"], a["padding"], a["dilation"]
-    y = graph.apply("max_pool2d", x, kernel=kernel, stride=stride, padding=padding, dilation=dilation, ceil_mode=False)
+    a = layer.attributes
+    halves = a["kernel"] == a["stride"] == (2, 2) and a["padding"] == (0, 0) and a["dilation"] == (1, 1)
+    even = x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
+    return _max_pool_halves(x) if halves and even else _max_pool_windows(x, **a)
+
+
+def _max_pool_halves(x: Value) -> tuple[Value, Backward]:
+    """Windows of 2×2: the larger of each two columns, then of each two rows; masks at a half and a quarter of the size."""
+    n, channels, height, width = x.shape
+    graph, rows = x.graph, n * channels * height // 2
+
+    def halves_of(value: Value, axis: int) -> tuple[Value, Value]:
+        return value.narrow(axis, 0, 1), value.narrow(axis, 1, 2)
+
+    left, right = halves_of(x.reshape(-1, 2).transpose(1, 0), 0)  # even columns, then odd ones
+    wider = graph.apply("maximum", left, right)
+    upper, lower = halves_of(wider.reshape(rows, 2, width // 2), 1)
+    y = graph.apply("maximum", upper, lower)
+
+    def share(dy: Value, first: Value, second: Value, axis: int) -> Value:
+        to_first = dy * graph.apply("greater_equal", first, second)
+        return graph.apply("concat", to_first, dy - to_first, axis=axis)
+
+    def backward(dy: Value) -> Gradients:
+        of_rows = share(dy.reshape(*y.shape), upper, lower, 1)
+        of_columns = share(of_rows.reshape(*wider.shape), left, right, 0)
+        return (of_columns.transpose(1, 0).reshape(*x.shape),), {}
+
+    return y.reshape(n, channels, height // 2, width // 2), backward
+
+
+def _max_pool_windows(x: Value, kernel, stride, padding, dilation) -> tuple[Value, Backward]:
+    """Any window, overlapping ones too."""
+    graph = x.graph
+    y = graph.apply("max_pool2d", x, kernel=kernel, stride=stride, padding=padding, dilation=dilation)
 
     def backward(dy: Value) -> Gradients:
         n, channels, height, width = y.shape
@@ -159,7 +189,7 @@ def max_pool2d(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, 
             source = graph.apply("pad", x, begins=edges, ends=edges, value=-3e38)
         windows = _columns(source, kernel, stride, (0, 0), dilation)
         hits = graph.apply("greater_equal", windows, y.reshape(n, channels, 1, -1))
-        # The first maximum alone takes the gradient, as in PyTorch: a hit minus the hits before it, above zero.
+        # A hit minus the hits before it is above zero for the first one only.
         first = np.eye(size, dtype=np.float32) - np.tri(size, k=-1, dtype=np.float32)
         winners = graph.apply("relu", graph.constant(first) @ hits)
         parts = (winners * dy.reshape(n, channels, 1, -1)).reshape(n, channels * size, height, width)
@@ -206,6 +236,6 @@ CHANNELS_FIRST = Layout(
         "avg_pool2d": avg_pool2d, "global_mean": global_mean, "flatten": flatten,
     },
     from_images=lambda images: images,
-    positive=lambda x: x.graph.apply("greater", x, 0.0),
+    positive=lambda x: x.graph.apply("positive", x),
     column_sum=lambda x: x.graph.apply("reduce_sum", x, axes=(0,)),
 )

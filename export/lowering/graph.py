@@ -82,7 +82,7 @@ class Node:
     operator: str
     inputs: tuple[Value, ...]
     attributes: dict[str, Any]
-    output: Value
+    outputs: tuple[Value, ...]
 
 
 @dataclass
@@ -90,7 +90,7 @@ class Graph:
     inputs: list[Value] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     outputs: dict[str, Value] = field(default_factory=dict)
-    _seen: dict[tuple, Value] = field(default_factory=dict)
+    _seen: dict[tuple, Any] = field(default_factory=dict)
 
     def input(self, name: str, shape: tuple[int, ...], dtype: str = "float32") -> Value:
         value = Value(self, name, tuple(shape), dtype)
@@ -106,6 +106,11 @@ class Graph:
 
     def apply(self, operator: str, *inputs: Value | float, **attributes: Any) -> Value:
         """The value of one operator; numbers become constants of the rank of the other operand."""
+        (value,) = self.apply_many(operator, *inputs, **attributes)
+        return value
+
+    def apply_many(self, operator: str, *inputs: Value | float, **attributes: Any) -> tuple[Value, ...]:
+        """All values of an operator that has several."""
         if operator not in OPERATORS:
             raise ValueError(f"{operator!r} is not in the set of operators that an artifact may contain")
         rank = max((len(value.shape) for value in inputs if isinstance(value, Value)), default=0)
@@ -114,15 +119,12 @@ class Graph:
         )
         key = (operator, tuple(value.name for value in values), repr(sorted(attributes.items())))
         if key not in self._seen:
-            meta = [torch.empty(value.shape, dtype=DTYPES[value.dtype], device="meta") for value in values]
-            if operator == "one_hot":
-                shape, dtype = (values[0].size, attributes["classes"]), "float32"
-            else:
-                result = OPERATORS[operator](*meta, **attributes)
-                shape, dtype = tuple(result.shape), _NAMES[result.dtype]
-            output = Value(self, f"{operator}_{len(self._seen)}", shape, dtype)
-            self.nodes.append(Node(operator, values, attributes, output))
-            self._seen[key] = output
+            outputs = tuple(
+                Value(self, f"{operator}_{len(self._seen)}" + (f"_{i}" if i else ""), shape, dtype)
+                for i, (shape, dtype) in enumerate(_infer(operator, values, attributes))
+            )
+            self.nodes.append(Node(operator, values, attributes, outputs))
+            self._seen[key] = outputs
         return self._seen[key]
 
     def output(self, name: str, value: Value) -> None:
@@ -133,11 +135,37 @@ class Graph:
         needed = {value.name for value in self.outputs.values()}
         kept = []
         for node in reversed(self.nodes):
-            if node.output.name in needed:
+            if any(value.name in needed for value in node.outputs):
                 kept.append(node)
                 needed.update(value.name for value in node.inputs)
         self.nodes = kept[::-1]
         self.inputs = [v for v in self.inputs if v.name in needed or v.name not in optional_inputs]
 
+    def peak_live_bytes(self) -> int:
+        """The most that intermediate values take at once in this order of nodes, without inputs, outputs and reuse
+        within a node: what a memory planner needs at least."""
+        last = {value.name: i for i, node in enumerate(self.nodes) for value in node.inputs}
+        kept = {value.name for value in self.outputs.values()}
+        live = peak = 0
+        sizes: dict[str, int] = {}
+        for i, node in enumerate(self.nodes):
+            for value in node.outputs:
+                sizes[value.name] = 0 if node.operator == "reshape" else value.size * np.dtype(value.dtype).itemsize
+                live += sizes[value.name]
+            peak = max(peak, live)
+            for name in {value.name for value in node.inputs} & sizes.keys() - kept:
+                live -= sizes[name] if last[name] == i else 0
+        return peak
+
     def operators(self) -> dict[str, int]:
         return dict(sorted(Counter(node.operator for node in self.nodes).items()))
+
+
+def _infer(operator: str, values: tuple[Value, ...], attributes: dict[str, Any]) -> list[tuple[tuple[int, ...], str]]:
+    """Shapes and dtypes of an operator's values, from running it on tensors without data."""
+    if operator == "one_hot":  # its meaning counts on real memory
+        return [((values[0].size, attributes["classes"]), "float32")]
+    meta = [torch.empty(value.shape, dtype=DTYPES[value.dtype], device="meta") for value in values]
+    results = OPERATORS[operator](*meta, **attributes)
+    results = results if isinstance(results, tuple) else (results,)
+    return [(tuple(result.shape), _NAMES[result.dtype]) for result in results]

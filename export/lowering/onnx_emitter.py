@@ -36,9 +36,19 @@ class _Writer:
         self.initializers.setdefault(name, numpy_helper.from_array(data, name))
         return name
 
-    def emit(self, op: str, inputs: list[str], output: str, **attributes) -> str:
-        self.nodes.append(helper.make_node(op, inputs, [output], name=f"{op}_{len(self.nodes)}", **attributes))
-        return output
+    def emit(self, op: str, inputs: list[str], output: str | list[str], **attributes) -> str:
+        outputs = [output] if isinstance(output, str) else output
+        self.nodes.append(helper.make_node(op, inputs, outputs, name=f"{op}_{len(self.nodes)}", **attributes))
+        return outputs[0]
+
+
+def _normalize_by_batch(w: _Writer, node: Node, x: list[str], y: str) -> None:
+    channels = node.inputs[0].shape[1]
+    zeros, ones = (w._initializer(f"{name}_{channels}", np.full(channels, fill, np.float32))
+                   for name, fill in (("zeros", 0), ("ones", 1)))
+    # With momentum 0 the "running" outputs are the batch's own mean and biased variance.
+    w.emit("BatchNormalization", [*x, zeros, ones], [w.name(value) for value in node.outputs],
+           epsilon=node.attributes["eps"], momentum=0.0, training_mode=1)
 
 
 Rule = Callable[[_Writer, Node, list[str], str], None]
@@ -92,7 +102,7 @@ def _conv_transpose(w: _Writer, node: Node, x: list[str], y: str) -> None:
 def _max_pool(w: _Writer, node: Node, x: list[str], y: str) -> None:
     a = node.attributes
     w.emit("MaxPool", x, y, kernel_shape=a["kernel"], strides=a["stride"], pads=[*a["padding"]] * 2,
-           dilations=a["dilation"], ceil_mode=int(a["ceil_mode"]))
+           dilations=a["dilation"])
 
 
 def _avg_pool(w: _Writer, node: Node, x: list[str], y: str) -> None:
@@ -109,8 +119,8 @@ RULES: dict[str, Rule] = {
     "maximum": _plain("Max"),
     "relu": _plain("Relu"),
     "clamp": lambda w, n, x, y: w.emit("Clip", [*x, *(w.number(n.attributes[k]) for k in ("low", "high"))], y),
-    "greater": _compare("Greater"),
     "greater_equal": _compare("GreaterOrEqual"),
+    "positive": lambda w, n, x, y: w.emit("HardSigmoid", x, y, alpha=1e38, beta=0.0),
     "sqrt": _plain("Sqrt"),
     "rsqrt": lambda w, n, x, y: w.emit("Reciprocal", [w.emit("Sqrt", x, y + ".root")], y),
     "to_float": lambda w, n, x, y: w.emit("Cast", x, y, to=TensorProto.FLOAT),
@@ -120,7 +130,7 @@ RULES: dict[str, Rule] = {
     "reduce_mean": _reduce("ReduceMean"),
     "softmax": lambda w, n, x, y: w.emit("Softmax", x, y, axis=-1),
     "log_softmax": lambda w, n, x, y: w.emit("LogSoftmax", x, y, axis=-1),
-    "reshape": lambda w, n, x, y: w.emit("Reshape", [*x, w.integers(*n.output.shape)], y),
+    "reshape": lambda w, n, x, y: w.emit("Reshape", [*x, w.integers(*n.outputs[0].shape)], y),
     "transpose": lambda w, n, x, y: w.emit("Transpose", x, y, perm=n.attributes["permutation"]),
     "slice": lambda w, n, x, y: w.emit(
         "Slice", [*x, *(w.integers(n.attributes[k]) for k in ("start", "stop", "axis"))], y),
@@ -133,6 +143,7 @@ RULES: dict[str, Rule] = {
     "max_pool2d": _max_pool,
     "avg_pool2d": _avg_pool,
     "normalize": lambda w, n, x, y: w.emit("BatchNormalization", x, y, epsilon=n.attributes["eps"]),
+    "normalize_by_batch": _normalize_by_batch,
 }
 
 
@@ -147,7 +158,7 @@ def to_onnx(graph: Graph) -> onnx.ModelProto:
             exposed.add(value.name)
     for node in graph.nodes:
         inputs = [writer.name(value) for value in node.inputs]
-        RULES[node.operator](writer, node, inputs, writer.name(node.output))
+        RULES[node.operator](writer, node, inputs, writer.name(node.outputs[0]))
     for name, value in graph.outputs.items():
         if writer.name(value) != name:
             writer.emit("Identity", [writer.name(value)], name)

@@ -41,12 +41,18 @@ def _pad(x, begins, ends, value=0.0):
     return F.pad(x, pairs, value=value)
 
 
-def _max_pool2d(x, kernel, stride, padding, dilation=(1, 1), ceil_mode=False):
-    return F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode)
+def _max_pool2d(x, kernel, stride, padding, dilation):
+    return F.max_pool2d(x, kernel, stride, padding, dilation)
 
 
 def _normalize(x, weight, bias, mean, variance, eps):
     return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
+
+
+def _normalize_by_batch(x, weight, bias, eps):
+    mean = torch.mean(x, (0, 2, 3))
+    variance = torch.var(x, (0, 2, 3), correction=0)
+    return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps), mean, variance
 
 
 def _conv2d(x, weight, *bias, stride, padding, dilation, groups):
@@ -78,8 +84,8 @@ OPERATORS: dict[str, Callable[..., torch.Tensor]] = {
     "maximum": torch.maximum,
     "relu": torch.relu,
     "clamp": lambda x, low, high: torch.clamp(x, low, high),
-    "greater": lambda a, b: torch.gt(a, b).to(torch.float32),  # 1 where a > b, else 0
-    "greater_equal": lambda a, b: torch.ge(a, b).to(torch.float32),
+    "greater_equal": lambda a, b: torch.ge(a, b).to(torch.float32),  # 1 where a ≥ b, else 0
+    "positive": lambda x: torch.clamp(x * 1e38, 0.0, 1.0),  # 1 where x > 0, else 0, without comparisons
     "sqrt": torch.sqrt,
     "rsqrt": torch.rsqrt,
     "to_float": lambda x: x.to(torch.float32),
@@ -102,4 +108,5 @@ OPERATORS: dict[str, Callable[..., torch.Tensor]] = {
     "max_pool2d": _max_pool2d,
     "avg_pool2d": lambda x, kernel, stride, padding: F.avg_pool2d(x, kernel, stride, padding),
     "normalize": _normalize,  # (x − mean) / sqrt(variance + eps) · weight + bias, per channel
+    "normalize_by_batch": _normalize_by_batch,  # the same with the batch's mean and biased variance, which it returns too
 }

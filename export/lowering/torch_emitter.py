@@ -26,5 +26,7 @@ class GraphModule(torch.nn.Module):
                 getattr(self, value.name) if value.constant is not None else values[value.name]
                 for value in node.inputs
             ]
-            values[node.output.name] = OPERATORS[node.operator](*operands, **node.attributes)
+            results = OPERATORS[node.operator](*operands, **node.attributes)
+            results = results if isinstance(results, tuple) else (results,)
+            values.update((value.name, result) for value, result in zip(node.outputs, results, strict=True))
         return tuple(values[value.name] for value in self.graph.outputs.values())

@@ -1,0 +1,28 @@
+"""One module an engine: `emit(spec, folder)` writes the engine's graphs and returns their manifest entries."""
+
+from __future__ import annotations
+
+import importlib
+
+from edge_runtime.errors import EdgestillError, UsageError
+
+ENGINES = ("onnxruntime", "executorch", "onnxruntime-training")
+_MODULES = {
+    "onnxruntime": "export.targets.onnx",
+    "executorch": "export.targets.executorch",
+    "onnxruntime-training": "export.targets.onnxruntime_training",
+}
+
+
+class TargetError(EdgestillError):
+    """An engine's graphs could not be made."""
+
+
+def open_target(engine: str):
+    """The module of an engine. Errors: UsageError for an unknown engine, TargetError for one not installed here."""
+    if engine not in _MODULES:
+        raise UsageError(f"no engine is called {engine!r}", hint=f"use some of {', '.join(ENGINES)}")
+    try:
+        return importlib.import_module(_MODULES[engine])
+    except ImportError as error:
+        raise TargetError(f"cannot export for {engine}: {error}", hint="pip install 'edgestill[export]'") from error

@@ -104,12 +104,15 @@ def merge(gradient: onnx.ModelProto, trainable: Sequence[str], optimizer: onnx.M
     initializers += [_renamed_tensor(tensor, private) for tensor in optimizer.graph.initializer]
 
     nodes, needed = _needed(nodes, outputs)
+    # MaxPoolGrad has no shape inference: without the recorded type of its output a session crashes while loading.
+    types = [value for value in gradient.graph.value_info if value.name in needed and value.name not in outputs]
     order = inputs or [value.name for model in (gradient, optimizer) for value in model.graph.input]
     graph = helper.make_graph(
         nodes, "train_step",
         [given[name] for name in dict.fromkeys(order) if name in needed and name in given],
         [made[name] for name in outputs],
         [tensor for tensor in initializers if tensor.name in needed],
+        value_info=types,
     )
     left_out = [name for name in needed & set(given) if name not in order]
     if left_out:

@@ -1,0 +1,195 @@
+"""From options to a bundle: builds the student, lowers its step for every engine, writes it all or nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from torch import nn
+
+from edge_runtime.errors import UsageError
+from edge_runtime.files import sha256_of_file
+from edge_runtime.manifest import FORMAT, FORMAT_VERSION
+from edge_runtime.wire import save
+from export.lowering.capture import capture_student
+from export.objectives import Objective
+from export.optimizers import Optimizer
+from export.step import InputOptions, StepSpec, frozen_layers, frozen_names, student_state
+from export.student import StudentOptions, build_student
+from export.targets import open_target
+
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Everything that `edgestill export` can be told."""
+
+    student: str = "cnn3"
+    latent_size: int = 128
+    classes: int = 10
+    batch: int = 32
+    widths: tuple[int, ...] | None = None
+    normalization: str = "batch"
+    input: InputOptions = field(default_factory=InputOptions)
+    objective: Objective = field(default_factory=Objective)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    freeze: tuple[str, ...] = ()
+    engines: tuple[str, ...] = ("onnxruntime", "executorch")
+    seed: int = 0
+
+    def build(self) -> nn.Module:
+        options = StudentOptions(self.input.shape, self.latent_size, self.classes, self.widths, self.normalization)
+        return build_student(self.student, options, self.seed)
+
+
+def prepare_step(options: ExportOptions, student: nn.Module) -> StepSpec:
+    """What every target lowers. Errors: UsageError for options that make no sense, LoweringError for the student."""
+    _check(options)
+    captured = capture_student(student, options.batch, options.input.shape)
+    for what, got, wanted in (("latents", captured.latent_size, options.latent_size),
+                              ("logits", captured.classes, options.classes)):
+        if got != wanted:
+            flag = "--latent-size" if what == "latents" else "--classes"
+            raise UsageError(f"the student's {what} have size {got}, not {wanted}", hint=f"add {flag} {got}")
+    initial, statistics = student_state(student)
+    frozen = frozen_names(student, list(options.freeze)) if options.freeze else frozenset()
+    return StepSpec(captured, initial, statistics, frozen, frozen_layers(captured.layers, frozen), options.batch,
+                    _with_statistics(options.input), options.objective, options.optimizer)
+
+
+def export_bundle(options: ExportOptions, output: Path, progress: Callable[[str], None] = lambda line: None,
+                  overwrite: bool = False) -> Path:
+    """Writes the bundle to the folder `output`, or to one file if it ends in `.zip`; returns its path.
+
+    The bundle appears whole or not at all. Errors: UsageError, LoweringError, TargetError; an existing bundle is
+    replaced only with `overwrite`, and anything else at `output` never.
+    """
+    output = Path(output)
+    _check_output(output, overwrite)
+    targets = {engine: open_target(engine) for engine in options.engines}
+    progress(f"tracing {options.student}")
+    student = options.build()
+    spec = prepare_step(options, student)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
+        folder = Path(scratch) / "bundle"
+        folder.mkdir(mode=0o755)
+        graphs = {}
+        for engine, target in targets.items():
+            progress(f"lowering the training step for {engine}")
+            (folder / engine).mkdir()
+            records = target.emit(spec, folder / engine)
+            graphs[engine] = {name: record | {"file": f"{engine}/{record['file']}"} for name, record in records.items()}
+        save(folder / "state.safetensors", spec.initial_state())
+        manifest = _manifest(options, spec, graphs) | {"parity": {}}
+        write_manifest(folder, manifest)
+        _publish(folder, output)
+    progress(f"wrote {output}")
+    return output
+
+
+def write_manifest(folder: Path, manifest: dict) -> None:
+    """Writes manifest.json with the digests of all other files in the folder."""
+    files = {
+        path.relative_to(folder).as_posix(): {"sha256": sha256_of_file(path), "size_bytes": path.stat().st_size}
+        for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "manifest.json"
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"files": files}, indent=1) + "\n")
+
+
+def _check(options: ExportOptions) -> None:
+    for name in ("batch", "latent_size", "classes"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(options, name)}")
+    if options.classes < 2:
+        raise UsageError("--classes must be at least 2")
+    if not options.engines:
+        raise UsageError("--engines names no engine", hint="--engines onnxruntime,executorch")
+
+
+def _with_statistics(given: InputOptions) -> InputOptions:
+    """The input with mean and standard deviation filled in and checked."""
+    channels = given.shape[0]
+    if given.dtype == "float32":
+        if given.mean or given.std:
+            raise UsageError("--mean and --std are for uint8 inputs; float32 inputs enter the student as they are",
+                             hint="normalise your windows before, or put a BatchNorm2d first in the perception module")
+        return given
+    mean = given.mean or (CIFAR10_MEAN if channels == 3 else (0.5,) * channels)
+    std = given.std or (CIFAR10_STD if channels == 3 else (0.25,) * channels)
+    if len(mean) != channels or len(std) != channels or min(std) <= 0:
+        raise UsageError(f"--mean and --std need {channels} numbers each, one a channel, --std above zero",
+                         hint="--mean 0.5,0.5,0.5 --std 0.25,0.25,0.25 (of pixel values from 0 to 1)")
+    return InputOptions(given.shape, given.dtype, tuple(mean), tuple(std))
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    is_bundle = (output / "manifest.json").is_file() or (output.is_file() and output.suffix == ".zip")
+    if not (is_bundle and overwrite):
+        raise UsageError(f"{output} exists already",
+                         hint="add --overwrite to replace the bundle" if is_bundle else "give another --output")
+
+
+def _publish(folder: Path, output: Path) -> None:
+    if output.suffix == ".zip":
+        part = folder.parent / "bundle.zip"
+        with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive:
+            for path in sorted(folder.rglob("*")):
+                if path.is_file():
+                    archive.write(path, path.relative_to(folder).as_posix())
+        os.replace(part, output)
+        return
+    if output.is_dir() and any(output.iterdir()):
+        old = folder.parent / "replaced"
+        output.rename(old)  # stays until the scratch folder goes, so that a failing rename loses nothing
+        try:
+            folder.rename(output)
+        except OSError:
+            old.rename(output)
+            raise
+        return
+    if output.is_dir():
+        output.rmdir()
+    shutil.move(folder, output)
+
+
+def _manifest(options: ExportOptions, spec: StepSpec, graphs: dict) -> dict:
+    try:
+        own_version = version("edgestill")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        own_version = "0+unknown"
+    step_inputs = spec.step_inputs()
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "edgestill_version": own_version,
+        "student": {
+            "name": options.student,
+            "options": {"widths": options.widths, "normalization": options.normalization, "seed": options.seed}
+            if ":" not in options.student else {"seed": options.seed},
+            "parameters": sum(spec.initial[name].size for name in spec.initial if name not in spec.statistics),
+        },
+        "latent_size": options.latent_size,
+        "classes": options.classes,
+        "batch": options.batch,
+        "input": {key: value for key, value in asdict(spec.input).items() if value is not None},
+        "objective": asdict(options.objective),
+        "optimizer": asdict(options.optimizer),
+        "freeze": list(options.freeze),
+        "flops_per_step": spec.flops(),
+        "state": {"file": "state.safetensors", "tensors": spec.state_specs()},
+        "inputs": {"train_step": step_inputs, "encode": step_inputs[:1]},
+        "outputs": {"train_step": spec.metrics(), "encode": spec.encodings()},
+        "graphs": graphs,
+    }
