@@ -1,7 +1,7 @@
 """safetensors files in NumPy, read with limits: what arrives is checked before it is allocated.
 
 Format: 8 bytes little-endian header size, a JSON header `{name: {dtype, shape, data_offsets}}` with text
-metadata under `__metadata__`, then the tensors' bytes without a gap. Source: README of huggingface/safetensors.
+metadata under `__metadata__`, then the tensors' bytes without a gap. Source: huggingface/safetensors, README.
 """
 
 from __future__ import annotations

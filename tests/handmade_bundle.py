@@ -1,6 +1,6 @@
-"""A bundle made by hand, without the exporter: a linear student, `lkd`, SGD with momentum, its gradient written out.
+"""A bundle made by hand, not by the exporter: linear student, `lkd`, SGD with momentum, gradient written out.
 
-latents = x·Rᵀ + r, logits = latents·Oᵀ + o, with x = (images/255 − mean)/std flattened. An independent fixture for the
+latents = x·Rᵀ + r, logits = latents·Oᵀ + o, with x = (images/255 − mean)/std flattened. A fixture for the
 runtime, and in `reference_step` the same step in NumPy.
 """
 

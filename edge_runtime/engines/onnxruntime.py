@@ -1,6 +1,6 @@
 """The engine `onnxruntime`: the step graph in stock ONNX Runtime on the CPU.
 
-State lives in two sets of arrays that a step reads from and writes to in turn, bound to the session once; a step
+State lives in two sets of arrays that a step reads and writes in turn, bound to the session once; a step
 copies nothing but its batch.
 """
 
@@ -28,7 +28,7 @@ def check() -> str | None:
         import onnxruntime
     except ImportError as error:
         return f"ONNX Runtime cannot be imported: {error}"
-    # onnxruntime-training installs into the same import package, and leaves a name without content when removed
+    # onnxruntime-training shares the import package, and leaves an empty one when removed
     if not hasattr(onnxruntime, "InferenceSession"):
         return "the package `onnxruntime` found here is empty or damaged"
     return None
@@ -139,6 +139,11 @@ def open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3
+    # A step planned as one block takes 182 MB where single buffers take 126, and is no faster.
+    options.enable_mem_pattern = False
+    # Weights are inputs here, so there is nothing to pack ahead; 4 % faster without trying.
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    # Spinning between operators stays on: without it two threads are 17 % slower.
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:

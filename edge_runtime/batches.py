@@ -1,0 +1,91 @@
+"""The batch of any step, as a pure function of the step's number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from edge_runtime.augmentation import augment
+from edge_runtime.data import Dataset
+from edge_runtime.randomness import ORDER, TRANSFER_ORDER, permutation
+from edge_runtime.teacher import TeacherOutputs
+
+
+@dataclass(frozen=True)
+class TransferSet:
+    """Unlabelled images [N, C, H, W] and the teacher's outputs on them."""
+
+    images: np.ndarray
+    outputs: TeacherOutputs
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How batches of `batch` samples are made: `transfer_count` from the transfer set, the rest private.
+
+    An epoch is one pass over the private samples in an order of its own; its last batch is filled up from
+    the start of that order, never with zeros, which BatchNorm would see.
+    """
+
+    dataset: Dataset
+    batch: int
+    seed: int
+    augmentations: tuple[str, ...] = ()
+    teacher: TeacherOutputs | None = None
+    transfer: TransferSet | None = None
+    transfer_count: int = 0
+
+    @property
+    def private_count(self) -> int:
+        return self.batch - self.transfer_count
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.dataset) // self.private_count)
+
+    def epoch(self, step: int) -> int:
+        return step // self.steps_per_epoch
+
+    def inputs(self, step: int) -> dict[str, np.ndarray]:
+        """Images, labels, weights and teacher outputs of a step, by the names of docs/bundle.md."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        order = _order(self.seed, ORDER, epoch, len(self.dataset))
+        chosen = _wrapped(order, position * self.private_count, self.private_count)
+        images, labels = self.dataset.images[chosen], self.dataset.labels[chosen]
+        label_weights = np.ones(self.batch, np.float32)
+        outputs = None if self.teacher is None else self.teacher.take(chosen)
+        if self.transfer is not None and self.transfer_count:
+            others = self._transfer_indices(step)
+            images = np.concatenate([images, self.transfer.images[others]])
+            # a label is needed by the graph's shape; its weight of zero takes it out of the loss
+            labels = np.concatenate([labels, np.zeros(len(others), np.int64)])
+            label_weights[self.private_count :] = 0
+            outputs = TeacherOutputs.joined(outputs, self.transfer.outputs.take(others))
+        inputs = {
+            "images": augment(images, self.augmentations, self.seed, epoch, position),
+            "labels": labels,
+            "label_weights": label_weights,
+        }
+        if outputs is not None:
+            inputs["teacher_latents"], inputs["teacher_logits"] = outputs.latents, outputs.logits
+            inputs["teacher_weights"] = np.ones(self.batch, np.float32)
+        return inputs
+
+    def _transfer_indices(self, step: int) -> np.ndarray:
+        """The next samples in an endless row of orders of the transfer set."""
+        count = len(self.transfer.images)
+        positions = np.arange(step * self.transfer_count, (step + 1) * self.transfer_count)
+        return np.array(
+            [_order(self.seed, TRANSFER_ORDER, int(p) // count, count)[p % count] for p in positions]
+        )
+
+
+def _wrapped(order: np.ndarray, start: int, count: int) -> np.ndarray:
+    return order[np.arange(start, start + count) % len(order)]
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, stream: int, epoch: int, count: int) -> np.ndarray:
+    return permutation(seed, stream, epoch, count)

@@ -1,0 +1,1 @@
+"""The commands that train and evaluate a bundle, each with `add_parser(subparsers)`."""

@@ -1,0 +1,70 @@
+"""`edgestill evaluate`: accuracy, accuracy a class and confusion matrix of a state on data."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from edge_runtime.bundle import Bundle
+from edge_runtime.checkpoint import load_state
+from edge_runtime.data import load_splits
+from edge_runtime.engines import ENGINES, open_engine
+from edge_runtime.evaluation import Evaluation, draw_confusion, evaluate
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "evaluate", help="accuracy and confusion matrix of a state", description=__doc__
+    )
+    parser.add_argument(
+        "bundle", type=Path, metavar="BUNDLE", help="a folder or .zip from `edgestill export`"
+    )
+    parser.add_argument("--state", type=Path, metavar="FILE", help="default: the bundle's initial state")
+    parser.add_argument("--data", required=True, metavar="NAME_OR_PATH", help="as for `edgestill train`")
+    parser.add_argument("--split", choices=("train", "test"), help="default: test if there is one, else all")
+    parser.add_argument("--engine", choices=tuple(ENGINES), help="default: the first that works here")
+    parser.add_argument(
+        "--threads", type=int, default=0, metavar="N", help="default: the engine's own choice"
+    )
+    parser.add_argument("--confusion", type=Path, metavar="FILE.png", help="draw the confusion matrix")
+    parser.add_argument("--resize", action="store_true", help="scale images of another size")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    with Bundle.open(arguments.bundle) as bundle:
+        splits = load_splits(arguments.data, bundle.input, bundle.classes, arguments.resize)
+        dataset = splits.choose(arguments.split)
+        state = None if arguments.state is None else load_state(arguments.state, bundle)
+        engine = open_engine(bundle, arguments.engine, arguments.threads)
+        try:
+            if state is not None:
+                engine.load_state(state)
+            result = evaluate(engine, dataset, bundle.batch, bundle.classes)
+        finally:
+            engine.close()
+        if arguments.confusion is not None:
+            title = f"{bundle.student.name}: accuracy {result.accuracy:.3f} on {result.samples} samples"
+            draw_confusion(result, arguments.confusion, title)
+        if arguments.json:
+            print(json.dumps({**result.as_json(), "engine": engine.name}))
+        else:
+            print(describe(result))
+    return 0
+
+
+def describe(result: Evaluation) -> str:
+    """The evaluation as lines for a person."""
+    lines = [
+        f"accuracy  {result.accuracy:.4f}",
+        f"loss      {result.loss:.4f}",
+        f"samples   {result.samples}",
+    ]
+    width = max([5, *map(len, result.class_names)])
+    lines.append("")
+    for index, share in enumerate(result.per_class):
+        name = result.class_names[index] if index < len(result.class_names) else str(index)
+        lines.append(f"{name:<{width}}  {'no samples' if share is None else f'{share:.3f}'}")
+    return "\n".join(lines)

@@ -1,0 +1,260 @@
+"""`edgestill train`: trains a bundle on data, with checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import statistics
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.augmentation import AUGMENTATIONS
+from edge_runtime.batches import TransferSet
+from edge_runtime.bundle import Bundle
+from edge_runtime.checkpoint import load_state
+from edge_runtime.data import Dataset, digest_of_arrays, load_splits, load_transfer_images
+from edge_runtime.engines import ENGINES, Engine, open_engine
+from edge_runtime.errors import UsageError
+from edge_runtime.evaluation import Evaluation, evaluate
+from edge_runtime.machine import peak_rss_bytes
+from edge_runtime.schedule import SCHEDULES, Schedule
+from edge_runtime.teacher import Teacher
+from edge_runtime.trainer import Run, StepRecord, TrainSettings, plan_run, prepare, train
+
+HYPERPARAMETERS = {
+    "lr": "learning_rate",
+    "momentum": "momentum",
+    "weight-decay": "weight_decay",
+    "beta1": "beta1",
+    "beta2": "beta2",
+    "epsilon": "epsilon",
+    "alpha": "alpha",
+    "temperature": "temperature",
+}
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser("train", help="train a bundle on this machine", description=__doc__)
+    parser.add_argument(
+        "bundle", type=Path, metavar="BUNDLE", help="a folder or .zip from `edgestill export`"
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="NAME_OR_PATH",
+        help="cifar10-mini, a CIFAR archive, an .npz, or a folder of images a class",
+    )
+    parser.add_argument(
+        "--state",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="where the state is kept (.safetensors); an unfinished run in it goes on",
+    )
+    parser.add_argument("--epochs", type=int, default=1, metavar="N")
+    parser.add_argument(
+        "--engine", choices=tuple(ENGINES), help="default: the first that works here and is in the bundle"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=0, metavar="N", help="default: the engine's own choice"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--limit", type=int, metavar="N", help="train on N samples drawn by the seed")
+    parser.add_argument("--augment", default="", metavar="LIST", help=f"any of {','.join(AUGMENTATIONS)}")
+    parser.add_argument("--schedule", choices=SCHEDULES, default="constant", help="of the learning rate")
+    parser.add_argument("--warmup-steps", type=int, default=0, metavar="N")
+    for option, name in HYPERPARAMETERS.items():
+        parser.add_argument(f"--{option}", dest=name, type=float, metavar="X")
+    parser.add_argument("--teacher", metavar="BUNDLE[:STATE]", help="whose latents or logits to distill")
+    parser.add_argument(
+        "--transfer",
+        metavar="NAME_OR_PATH",
+        help="unlabelled images to distill on besides the data, e.g. cifar100-transfer-mini",
+    )
+    parser.add_argument("--transfer-fraction", type=float, metavar="X", help="their share of a batch (0.5)")
+    parser.add_argument(
+        "--init", type=Path, metavar="FILE", help="start from this state instead of the bundle's"
+    )
+    parser.add_argument("--restart", action="store_true", help="overwrite the run in --state")
+    parser.add_argument("--checkpoint-every", type=int, default=50, metavar="STEPS")
+    parser.add_argument("--resize", action="store_true", help="scale images of another size")
+    parser.add_argument("--json", action="store_true", help="JSON lines even on a terminal")
+    parser.set_defaults(run=run)  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Trains, goes on, or says that nothing is left to do; evaluates on the test split if there is one."""
+    settings = settings_from(arguments)
+    with ExitStack() as stack:
+        bundle = stack.enter_context(Bundle.open(arguments.bundle))
+        state_path = _usable_state_path(arguments.state, bundle)
+        splits = load_splits(arguments.data, bundle.input, bundle.classes, arguments.resize)
+        dataset = (
+            splits.train if arguments.limit is None else splits.train.take(arguments.limit, arguments.seed)
+        )
+        planned = _plan(arguments, bundle, dataset, settings, state_path)
+        engine = open_engine(bundle, arguments.engine, arguments.threads)
+        stack.callback(engine.close)
+        first_step = prepare(engine, planned, state_path, arguments.restart)
+        output = _Output(arguments.json or not sys.stdout.isatty(), planned.total_steps)
+        output.start(first_step, planned, engine, state_path)
+        steps_ms = []
+        with stop_requests() as requests:
+            for record in train(
+                engine, planned, state_path, first_step=first_step,
+                checkpoint_every=arguments.checkpoint_every, should_stop=lambda: bool(requests),
+            ):  # fmt: skip
+                steps_ms.append(record.ms)
+                output.step(record)
+        peak = peak_rss_bytes()
+        result = None
+        if splits.test is not None:
+            result = evaluate(engine, splits.test, bundle.batch, bundle.classes)
+        output.summary(_summary(planned, engine, state_path, first_step, steps_ms, peak, result))
+    return 0
+
+
+def settings_from(arguments: argparse.Namespace) -> TrainSettings:
+    """Errors: UsageError for options that make no sense together."""
+    if arguments.limit is not None and arguments.limit < 1:
+        raise UsageError(f"--limit {arguments.limit}", "give one sample or more")
+    if arguments.transfer_fraction is not None and arguments.transfer is None:
+        raise UsageError("--transfer-fraction without --transfer", "give the transfer set, too")
+    given = {name: getattr(arguments, name) for name in HYPERPARAMETERS.values()}
+    return TrainSettings(
+        epochs=arguments.epochs,
+        seed=arguments.seed,
+        schedule=Schedule(arguments.schedule, arguments.warmup_steps),
+        hyperparameters={name: value for name, value in given.items() if value is not None},
+        augmentations=tuple(name for name in arguments.augment.split(",") if name),
+        transfer_fraction=0.5 if arguments.transfer_fraction is None else arguments.transfer_fraction,
+    )
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """A list that SIGINT and SIGTERM add themselves to, so that a step in progress ends first.
+
+    A second signal acts as it always did: who presses Ctrl-C twice does not want to wait.
+    """
+    received: list[int] = []
+    previous = {}
+
+    def note(number: int, _: object) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _plan(
+    arguments: argparse.Namespace, bundle: Bundle, dataset: Dataset, settings: TrainSettings, state_path: Path
+) -> Run:
+    initial_state = None if arguments.init is None else load_state(arguments.init, bundle)
+    if arguments.teacher is None:
+        if arguments.transfer is not None:
+            raise UsageError("--transfer without --teacher", "a transfer set needs a teacher's outputs on it")
+        return plan_run(bundle, dataset, settings, initial_state=initial_state)
+    teacher = Teacher(arguments.teacher, bundle, arguments.engine, arguments.threads)
+    try:
+        cache = state_path.with_suffix(".teacher.safetensors")
+        outputs = teacher.outputs(dataset.images, digest_of_arrays(dataset.images), cache)
+        transfer, origins = None, {"teacher": teacher.digest, "transfer": None}
+        if arguments.transfer is not None:
+            images = load_transfer_images(arguments.transfer, bundle.input, arguments.resize)
+            origins["transfer"] = digest_of_arrays(images)
+            cache = state_path.with_suffix(".teacher-transfer.safetensors")
+            transfer = TransferSet(images, teacher.outputs(images, origins["transfer"], cache))
+    finally:
+        teacher.close()
+    return plan_run(bundle, dataset, settings, teacher=outputs, transfer=transfer,
+                    initial_state=initial_state, origins=origins)  # fmt: skip
+
+
+def _usable_state_path(path: Path, bundle: Bundle) -> Path:
+    if bundle.contains(path):
+        raise UsageError(f"--state {path} lies in the bundle, which holds only what its manifest lists",
+                         "keep the state elsewhere")  # fmt: skip
+    if path.is_dir():
+        raise UsageError(f"--state {path} is a folder", "give a file name such as state.safetensors")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"--state {path}: {error.strerror or error}", "give a file that can be written"
+        ) from error
+    return path
+
+
+def _summary(
+    planned: Run, engine: Engine, state_path: Path, first_step: int, steps_ms: list[float],
+    peak_bytes: int | None, result: Evaluation | None,
+) -> dict[str, Any]:  # fmt: skip
+    return {
+        "accuracy": None if result is None else result.accuracy,
+        "per_class": None if result is None else result.per_class,
+        "samples": None if result is None else result.samples,
+        "ms_per_step_median": round(statistics.median(steps_ms), 3) if steps_ms else None,
+        "peak_rss_bytes": peak_bytes,
+        "engine": engine.name,
+        "state": str(state_path),
+        "steps": planned.total_steps,
+        "epochs": planned.settings.epochs,
+        "resumed_from_step": first_step,
+    }
+
+
+class _Output:
+    """JSON lines on stdout, or for a person a progress line on stderr and a summary on stdout."""
+
+    def __init__(self, as_json: bool, total_steps: int) -> None:
+        self._as_json = as_json
+        self._total_steps = total_steps
+        self._live = sys.stderr.isatty() and not as_json
+
+    def start(self, first_step: int, planned: Run, engine: Engine, state_path: Path) -> None:
+        if first_step >= self._total_steps:
+            print(f"edgestill: {state_path} holds this run, finished; nothing left to train", file=sys.stderr)
+        elif first_step:
+            print(f"edgestill: going on from step {first_step} of {self._total_steps}", file=sys.stderr)
+        elif not self._as_json:
+            samples = len(planned.plan.dataset)
+            print(
+                f"edgestill: {planned.bundle.student.name} on {engine.name}, {samples} samples, "
+                f"{self._total_steps} steps",
+                file=sys.stderr,
+            )
+
+    def step(self, record: StepRecord) -> None:
+        if self._as_json:
+            print(json.dumps(record.as_json()), flush=True)
+        elif self._live:
+            line = (
+                f"\rstep {record.step}/{self._total_steps}  epoch {record.epoch}  loss {record.loss:.4f}  "
+                f"accuracy {record.accuracy:.2f}  {record.ms:.0f} ms "
+            )
+            print(line, end="", file=sys.stderr, flush=True)
+
+    def summary(self, summary: dict[str, Any]) -> None:
+        if self._as_json:
+            print(json.dumps({"summary": summary}), flush=True)
+            return
+        if self._live:
+            print(file=sys.stderr)
+        if summary["accuracy"] is not None:
+            print(f"accuracy        {summary['accuracy']:.4f} on {summary['samples']} test samples")
+        if summary["ms_per_step_median"] is not None:
+            print(f"median step     {summary['ms_per_step_median']:.1f} ms on {summary['engine']}")
+        if summary["peak_rss_bytes"] is not None:
+            print(f"peak memory     {summary['peak_rss_bytes'] / 1e6:.0f} MB")
+        print(f"state           {summary['state']}")

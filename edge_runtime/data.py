@@ -1,0 +1,197 @@
+"""Labelled images for a bundle: shipped sets, CIFAR archives, .npz files, folders of images a class."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from edge_runtime.cifar import find_cifar, read_cifar
+from edge_runtime.datasets import SHIPPED
+from edge_runtime.errors import DataError, UsageError
+from edge_runtime.image_folder import is_image_folder, read_image_folder
+from edge_runtime.manifest import InputSpec
+from edge_runtime.partition import dirichlet_partition
+from edge_runtime.randomness import SUBSET, permutation
+
+__all__ = ["Dataset", "Splits", "dirichlet_partition", "load_splits", "load_transfer_images"]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images [N, C, H, W], uint8 or float32, as the bundle takes them; labels int64 [N]; one name a class."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of images and labels with their shapes."""
+        return digest_of_arrays(self.images, self.labels)
+
+    def take(self, count: int, seed: int) -> Dataset:
+        """At most `count` samples drawn by the seed, in their old order."""
+        if count >= len(self):
+            return self
+        chosen = np.sort(permutation(seed, SUBSET, 0, len(self))[:count])
+        return Dataset(self.images[chosen], self.labels[chosen], self.class_names)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The parts of a data source; one that has a single part has it as `train`."""
+
+    train: Dataset
+    test: Dataset | None
+
+    def choose(self, name: str | None) -> Dataset:
+        """The named split; with None the test split if there is one, else all there is. Errors: DataError."""
+        if name == "test" and self.test is None:
+            raise DataError("the data have no test split", "leave --split out, or give data with one")
+        if name == "train" or self.test is None:
+            return self.train
+        return self.test
+
+
+def load_splits(source: str | Path, form: InputSpec, classes: int, resize: bool = False) -> Splits:
+    """Reads a data source in the form that a bundle takes.
+
+    `resize` scales the images of a folder. Errors: DataError naming the file and what is wrong; UsageError.
+    """
+    path = _find(source)
+    if find_cifar(path):
+        train, test, names = read_cifar(path)
+        parts = {"train": (train.images, train.labels), "test": (test.images, test.labels)}
+    elif is_image_folder(path):
+        parts, names = read_image_folder(path, form, resize)
+    else:
+        parts, names = _read_npz(path)
+    sets = {}
+    for name, (images, labels) in parts.items():
+        where = f"{source}: {name}"
+        images = fit_images(images, form, where)
+        sets[name] = Dataset(images, _fit_labels(labels, len(images), classes, where), names)
+    return Splits(sets["train"], sets.get("test"))
+
+
+def load_transfer_images(source: str | Path, form: InputSpec, resize: bool = False) -> np.ndarray:
+    """The images of a transfer set, whose labels nobody looks at: of all splits that are not for testing."""
+    path = _find(source)
+    if find_cifar(path):
+        images: np.ndarray = read_cifar(path)[0].images
+    elif is_image_folder(path):
+        images = read_image_folder(path, form, resize)[0]["train"][0]
+    else:
+        images = _read_npz(path)[0]["train"][0]
+    return fit_images(images, form, str(source))
+
+
+def digest_of_arrays(*arrays: np.ndarray) -> str:
+    """SHA-256 of arrays with their shapes and dtypes."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype.str}{array.shape}".encode())
+        digest.update(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+    return digest.hexdigest()
+
+
+def fit_images(images: np.ndarray, form: InputSpec, where: str) -> np.ndarray:
+    """The images as contiguous [N, C, H, W] of the bundle's dtype.
+
+    uint8 may be N×H×W×C, N×C×H×W, or N×H×W with one channel; float may lack axes of length one.
+    Errors: DataError.
+    """
+    channels, height, width = form.shape
+    expected = f"{channels}x{height}x{width} (channels, height, width) of {form.dtype}"
+    if len(images) == 0:
+        raise DataError(f"{where}: no samples")
+    if form.dtype == "uint8":
+        if images.dtype != np.uint8:
+            raise DataError(
+                f"{where}: images are {images.dtype}, the bundle takes uint8 grey levels",
+                "give images 0-255 as uint8, or export with --input-dtype float32",
+            )
+        if images.shape[1:] == (height, width, channels):
+            return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+        if images.shape[1:] == form.shape or (channels == 1 and images.shape[1:] == (height, width)):
+            return np.ascontiguousarray(images.reshape(-1, *form.shape))
+    else:
+        if images.dtype.kind != "f":
+            raise DataError(
+                f"{where}: samples are {images.dtype}, the bundle takes float32",
+                "give float32 samples, or export with --input-dtype uint8",
+            )
+        if [n for n in images.shape[1:] if n != 1] == [n for n in form.shape if n != 1]:
+            samples = np.ascontiguousarray(images, dtype=np.float32).reshape(-1, *form.shape)
+            if not np.isfinite(samples).all():
+                raise DataError(f"{where}: samples hold NaN or infinity", "remove or fill those samples")
+            return samples
+    found = "x".join(map(str, images.shape[1:]))
+    raise DataError(
+        f"{where}: samples have shape {found}, the bundle takes {expected}",
+        "convert the data, or export the student with --input-shape",
+    )
+
+
+def _fit_labels(labels: np.ndarray, samples: int, classes: int, where: str) -> np.ndarray:
+    if labels.dtype.kind not in "iu" or labels.ndim != 1 or len(labels) != samples:
+        raise DataError(f"{where}: labels are {labels.dtype}{list(labels.shape)}, not {samples} integers")
+    if labels.min() < 0 or labels.max() >= classes:
+        wrong = int(labels.min()) if labels.min() < 0 else int(labels.max())
+        raise DataError(
+            f"{where}: label {wrong} is outside 0 … {classes - 1}, the bundle's classes",
+            "give data of the bundle's classes, or export with --classes",
+        )
+    return labels.astype(np.int64)
+
+
+def _find(source: str | Path) -> Path:
+    if str(source) in SHIPPED:
+        return SHIPPED[str(source)]
+    path = Path(source)
+    if not path.exists():
+        raise UsageError(
+            f"no data called {str(source)!r}",
+            f"give {' or '.join(SHIPPED)}, a CIFAR archive, an .npz or an image folder",
+        )
+    return path
+
+
+def _read_npz(path: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], tuple[str, ...]]:
+    """Splits as (images, labels) and the class names; a file without splits counts as `train`."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if not hasattr(file, "files"):
+                raise DataError(
+                    f"{path}: a single array, not an .npz", "save images and labels with numpy.savez"
+                )
+            arrays = {name: file[name] for name in file.files if name in _NPZ_NAMES}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise DataError(
+            f"{path}: not a readable .npz: {error}",
+            "give an .npz of plain arrays, a CIFAR archive or a folder of images",
+        ) from error
+    suffix = "_train" if "x_train" in arrays else ""
+    parts = {"train": (arrays.get(f"x{suffix}"), arrays.get(f"y{suffix}"))}
+    if "x_test" in arrays:
+        parts["test"] = (arrays["x_test"], arrays.get("y_test"))
+    for split, (images, labels) in parts.items():
+        if images is None:
+            raise DataError(f"{path}: no images", "it needs x_train, y_train, x_test, y_test, or x and y")
+        if labels is None:
+            parts[split] = (images, np.zeros(len(images), np.int64)) if suffix == "" else parts[split]
+        if parts[split][1] is None:
+            raise DataError(f"{path}: no y_{split}", "it needs labels beside the images")
+    names = tuple(str(name) for name in arrays.get("classes", arrays.get("class_names", ())))
+    return parts, names
+
+
+_NPZ_NAMES = ("x_train", "y_train", "x_test", "y_test", "x", "y", "classes", "class_names")

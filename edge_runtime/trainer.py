@@ -1,0 +1,256 @@
+"""The local training loop: steps on an engine, checkpoints that survive a kill, and resuming bit for bit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_runtime.augmentation import check_augmentation
+from edge_runtime.batches import BatchPlan, TransferSet
+from edge_runtime.bundle import Bundle
+from edge_runtime.checkpoint import Checkpoint, check_same_run, load_checkpoint, save_checkpoint
+from edge_runtime.data import Dataset, digest_of_arrays
+from edge_runtime.engines import Engine
+from edge_runtime.errors import Interrupted, TrainingError, UsageError
+from edge_runtime.schedule import Schedule, learning_rate
+from edge_runtime.teacher import TeacherOutputs
+
+DEFAULTS: dict[str, dict[str, float]] = {
+    "sgd": {"learning_rate": 0.01, "momentum": 0.9, "weight_decay": 0.0},
+    "adamw": {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "weight_decay": 1e-2},
+}
+OBJECTIVE_DEFAULTS = {"alpha": 0.5, "temperature": 4.0}
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What a run is asked to do; `hyperparameters` overrides the defaults by name."""
+
+    epochs: int = 1
+    seed: int = 0
+    schedule: Schedule = Schedule()
+    hyperparameters: Mapping[str, float] = field(default_factory=dict)
+    augmentations: tuple[str, ...] = ()
+    transfer_fraction: float = 0.5
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step did; step counts from 1, losses and accuracy are of its batch before the update."""
+
+    step: int
+    epoch: int
+    loss: float
+    ce_loss: float
+    distillation_loss: float | None
+    accuracy: float
+    learning_rate: float
+    ms: float
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that determines the state after a step, but the engine."""
+
+    bundle: Bundle
+    plan: BatchPlan
+    settings: TrainSettings
+    hyperparameters: Mapping[str, float]
+    initial_state: Mapping[str, np.ndarray] | None = None
+    origins: Mapping[str, str | None] = field(default_factory=dict)
+    """Digests of the teacher and of the transfer set."""
+
+    @property
+    def total_steps(self) -> int:
+        return self.settings.epochs * self.plan.steps_per_epoch
+
+    def description(self) -> dict[str, Any]:
+        """The run as JSON values, by which a state file knows the run that it belongs to."""
+        settings = self.settings
+        initial = self.initial_state
+        return {
+            "model": self.bundle.model_digest,
+            "data": self.plan.dataset.digest,
+            "initial_state": None if initial is None else digest_of_arrays(*initial.values()),
+            "epochs": settings.epochs,
+            "seed": settings.seed,
+            "schedule": settings.schedule.kind,
+            "warmup_steps": settings.schedule.warmup_steps,
+            "augment": ",".join(settings.augmentations),
+            "transfer_count": self.plan.transfer_count,
+            **dict(self.hyperparameters),
+            **{name: digest for name, digest in self.origins.items() if digest is not None},
+        }
+
+    def inputs(self, step: int) -> dict[str, np.ndarray]:
+        """What `train_step` takes at a step, counted from 0."""
+        rate = self.learning_rate(step)
+        given = self.plan.inputs(step)
+        given |= {name: np.array([value], np.float32) for name, value in self.hyperparameters.items()}
+        given["learning_rate"] = np.array([rate], np.float32)
+        return {spec.name: given[spec.name] for spec in self.bundle.inputs("train_step")}
+
+    def learning_rate(self, step: int) -> float:
+        base = self.hyperparameters["learning_rate"]
+        return learning_rate(step, self.total_steps, base, self.settings.schedule)
+
+
+def plan_run(
+    bundle: Bundle,
+    dataset: Dataset,
+    settings: TrainSettings,
+    *,
+    teacher: TeacherOutputs | None = None,
+    transfer: TransferSet | None = None,
+    initial_state: Mapping[str, np.ndarray] | None = None,
+    origins: Mapping[str, str | None] | None = None,
+) -> Run:
+    """Checks that everything fits together and makes a run of it. Errors: UsageError."""
+    if settings.epochs < 1:
+        raise UsageError(f"{settings.epochs} epochs", "give --epochs 1 or more")
+    if settings.seed < 0:
+        raise UsageError(f"seed {settings.seed}", "give --seed 0 or more")
+    if bundle.objective.needs_teacher and teacher is None:
+        raise UsageError(
+            f"{bundle.source}: objective {bundle.objective.name} needs a teacher",
+            "pass --teacher BUNDLE[:CHECKPOINT], or export the student with --objective ce",
+        )
+    if teacher is not None and not bundle.objective.needs_teacher:
+        raise UsageError(f"{bundle.source}: objective ce takes no teacher", "leave --teacher out")
+    if transfer is not None and teacher is None:
+        raise UsageError("a transfer set needs a teacher to say anything about it", "pass --teacher, too")
+    check_augmentation(settings.augmentations, bundle.input.shape)
+    plan = BatchPlan(
+        dataset=dataset,
+        batch=bundle.batch,
+        seed=settings.seed,
+        augmentations=settings.augmentations,
+        teacher=teacher,
+        transfer=transfer,
+        transfer_count=0 if transfer is None else transfer_count(bundle.batch, settings.transfer_fraction),
+    )
+    hyperparameters = resolve_hyperparameters(bundle, settings.hyperparameters)
+    return Run(bundle, plan, settings, hyperparameters, initial_state, origins or {})
+
+
+def transfer_count(batch: int, fraction: float) -> int:
+    """How many of a batch's samples come from the transfer set. Errors: UsageError."""
+    count = round(batch * fraction)
+    if not 0 < count < batch:
+        raise UsageError(
+            f"a transfer fraction of {fraction} gives {count} of {batch} samples a batch",
+            f"give --transfer-fraction between {1 / batch:.3g} and {1 - 1 / batch:.3g}",
+        )
+    return count
+
+
+def resolve_hyperparameters(bundle: Bundle, given: Mapping[str, float]) -> dict[str, float]:
+    """The value of every hyperparameter that the bundle's step takes: the given one, else the default.
+
+    Errors: UsageError for one that the step does not take, or a value outside its range.
+    """
+    defaults = {**DEFAULTS[bundle.optimizer.name], **OBJECTIVE_DEFAULTS}
+    taken = {spec.name for spec in bundle.inputs("train_step")}
+    for name, value in given.items():
+        if name not in taken:
+            kind = f"objective {bundle.objective.name} and optimizer {bundle.optimizer.name}"
+            raise UsageError(
+                f"{bundle.source}: a step with {kind} takes no {name.replace('_', ' ')}",
+                f"it takes {', '.join(n for n in defaults if n in taken).replace('_', ' ')}",
+            )
+        low, high, open_low = _RANGES.get(name, (0.0, float("inf"), False))
+        if not (low < value if open_low else low <= value) or not value <= high or value == float("inf"):
+            raise UsageError(f"{name.replace('_', ' ')} {value} is out of range", f"give {low} to {high}")
+    return {name: float(given.get(name, value)) for name, value in defaults.items() if name in taken}
+
+
+_RANGES = {
+    "alpha": (0.0, 1.0, False),
+    "temperature": (0.0, float("inf"), True),
+    "momentum": (0.0, 1.0, False),
+    "beta1": (0.0, 1.0, False),
+    "beta2": (0.0, 1.0, False),
+}
+
+
+def prepare(engine: Engine, run: Run, state_path: Path, restart: bool = False) -> int:
+    """Loads the state that the run goes on from into the engine; returns how many steps it has made already.
+
+    Errors: StateError when the file holds a run with other settings.
+    """
+    if state_path.exists() and not restart:
+        saved = load_checkpoint(state_path, run.bundle)
+        check_same_run(state_path, saved, run.description())
+        engine.load_state(saved.state)
+        return saved.step
+    engine.load_state(run.bundle.initial_state() if run.initial_state is None else run.initial_state)
+    return 0
+
+
+def train(
+    engine: Engine,
+    run: Run,
+    state_path: Path,
+    *,
+    first_step: int = 0,
+    checkpoint_every: int = 50,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[StepRecord]:
+    """Makes the steps from `first_step` on and yields a record of each; checkpoints on the way and at the end.
+
+    `should_stop` is asked after every step. Errors: Interrupted after a last checkpoint when it says so;
+    TrainingError for a loss that is not finite, with the last checkpoint untouched.
+    """
+    if checkpoint_every < 1:
+        raise UsageError(f"a checkpoint every {checkpoint_every} steps", "give --checkpoint-every 1 or more")
+    description, total = run.description(), run.total_steps
+    for step in range(first_step, total):
+        inputs = run.inputs(step)
+        started = time.perf_counter()
+        metrics = engine.train_step(inputs)
+        elapsed_ms = (time.perf_counter() - started) * 1e3
+        record = _record(run, step, inputs, metrics, elapsed_ms)
+        if not np.isfinite(record.loss):
+            raise TrainingError(
+                f"the loss of step {record.step} is {record.loss}; {state_path} keeps the last checkpoint",
+                "train with a smaller --lr, or with --warmup-steps",
+            )
+        stopping = should_stop()
+        if stopping or record.step == total or record.step % checkpoint_every == 0:
+            save_checkpoint(state_path, Checkpoint(engine.state(), record.step, total, description))
+        yield record
+        if stopping and record.step < total:
+            raise Interrupted(
+                f"stopped after step {record.step} of {total}; {state_path} holds the state",
+                "run the same command again to go on",
+            )
+
+
+def _record(
+    run: Run,
+    step: int,
+    inputs: Mapping[str, np.ndarray],
+    metrics: Mapping[str, np.ndarray],
+    elapsed_ms: float,
+) -> StepRecord:
+    labelled = inputs["label_weights"] > 0
+    right = metrics["logits"].argmax(axis=1) == inputs["labels"]
+    distillation = metrics.get("distillation_loss")
+    return StepRecord(
+        step=step + 1,
+        epoch=run.plan.epoch(step) + 1,
+        loss=float(metrics["loss"][0]),
+        ce_loss=float(metrics["ce_loss"][0]),
+        distillation_loss=None if distillation is None else float(distillation[0]),
+        accuracy=float(right[labelled].mean()),
+        learning_rate=run.learning_rate(step),
+        ms=round(elapsed_ms, 3),
+    )
