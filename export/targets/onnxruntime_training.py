@@ -1,8 +1,8 @@
 """Makes a training step of a forward graph with onnxruntime-training's own gradient builder and kernels.
 
-The forward graph (student in training mode, loss, running statistics) goes through the gradient builder in the training
-environment; the optimizer, plain ONNX nodes, is put behind it here. The result is one graph that an ordinary
-InferenceSession of the training build runs, with state outside, as docs/bundle.md says.
+The forward graph (student in training mode, loss, running statistics) goes through the gradient builder in
+the training environment; the optimizer, plain ONNX nodes, is put behind it here. The result is one graph that
+an ordinary InferenceSession of the training build runs, with state outside, as docs/bundle.md says.
 """
 
 from __future__ import annotations
@@ -10,58 +10,57 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
 from onnx import helper
 
 from edge_runtime.engines.onnxruntime_training import INSTALL_HINT, find_interpreter
-from edge_runtime.errors import EdgestillError
+from export.targets.onnxruntime_training_operators import (
+    DIFFERENTIABLE,
+    GradientError,
+    attributes_of,
+    check_gradients,
+    needed_nodes,
+)
 
 GRADIENT = "gradient."
 MAX_OPSET = 20
 IR_VERSION = 9
 """onnxruntime 1.19.2 reads no newer one."""
 
-DIFFERENTIABLE = frozenset({
-    "Abs", "Add", "AveragePool", "BatchNormalization", "Cast", "Clip", "Concat", "Conv", "Div", "Dropout", "Erf", "Exp",
-    "Expand", "Flatten", "Gather", "GatherElements", "Gelu", "Gemm", "GlobalAveragePool", "Identity", "LayerNormalization",
-    "LeakyRelu", "Log", "LogSoftmax", "MatMul", "Max", "MaxPool", "Min", "Mul", "Neg", "Pad", "Pow", "Reciprocal",
-    "ReduceMean", "ReduceSum", "Relu", "Reshape", "Sigmoid", "Slice", "Softmax", "Sqrt", "Squeeze", "Sub", "Tanh",
-    "Tile", "Transpose", "Unsqueeze", "Where",
-})
-"""Operators that may lie between a trainable input and the loss: their gradients equal eager PyTorch's (tests). Others are
-refused here by the builder (HardSwish, GroupNormalization, InstanceNormalization, Sum, ReduceMax, GlobalMaxPool, ...),
-or have no kernel on a CPU (ConvTranspose, Resize), or, worse, get wrong gradients without a word (_silently_wrong)."""
-
 _WORKER = Path(__file__).with_name("onnxruntime_training_worker.py")
 _TIMEOUT_S = 300
 _ZERO = "scratch/zero"
 
 
-class GradientError(EdgestillError):
-    """A forward graph of which the gradient builder makes no training step."""
-
-
-def build_train_step(forward: onnx.ModelProto, trainable: Sequence[str], optimizer: onnx.ModelProto,
-                     outputs: Sequence[str], inputs: Sequence[str] | None = None) -> onnx.ModelProto:
+def build_train_step(
+    forward: onnx.ModelProto,
+    trainable: Sequence[str],
+    optimizer: onnx.ModelProto,
+    outputs: Sequence[str],
+    inputs: Sequence[str] | None = None,
+) -> onnx.ModelProto:
     """One graph that computes `forward`, the gradients of its output `loss` (one element) and `optimizer`.
 
-    forward: all state, batch and hyperparameters are graph inputs; its outputs hold `loss` and the metrics, and may hold
-        `next.` statistics. BatchNormalization has training_mode 1.
+    forward: has all state, batch and hyperparameters as inputs; its outputs hold `loss` and the metrics, and
+        may hold `next.` statistics. BatchNormalization has training_mode 1 and momentum 0, so that its second
+        and third output are the batch's own mean and biased variance.
     trainable: the inputs of `forward` to differentiate by.
-    optimizer: takes `gradient.<parameter>` for every trainable one, and any inputs of `forward` and inputs of its own
-        (slots, hyperparameters), and gives `next.` parameters and slots.
+    optimizer: takes `gradient.<parameter>` for every trainable one, inputs and outputs of `forward`, and
+        inputs of its own (slots, hyperparameters); gives `next.` parameters and slots.
     outputs: the graph's outputs in order, each an output of either model.
-    inputs: the graph's inputs in order; by default the forward graph's, then those that only the optimizer has. Inputs
-        that no output depends on are left out in either case.
+    inputs: the graph's inputs in order; by default the forward graph's, then those that only the optimizer
+        has. Inputs on which no output depends are left out in either case.
 
-    Errors: GradientError naming the operator or tensor; EngineError where the training environment is missing.
+    Errors: GradientError naming the operator or tensor; EngineError without a training environment.
     """
     _check(forward, trainable, optimizer)
     with tempfile.TemporaryDirectory(prefix="edgestill-gradient-") as folder:
-        before, after, merged_file = (Path(folder, name) for name in ("forward.onnx", "gradient.onnx", "train_step.onnx"))
+        before, after, merged_file = (
+            Path(folder, name) for name in ("forward.onnx", "gradient.onnx", "train_step.onnx")
+        )
         before.write_bytes(_loadable(forward).SerializeToString())
         _run_worker("gradient", before, after, "loss", stdin=json.dumps(sorted(trainable)))
         merged = merge(onnx.load(after), trainable, optimizer, outputs, inputs)
@@ -71,26 +70,37 @@ def build_train_step(forward: onnx.ModelProto, trainable: Sequence[str], optimiz
 
 
 def build_encode(encode: onnx.ModelProto) -> onnx.ModelProto:
-    """The inference graph in the version that the training build reads. Errors: GradientError for a newer opset."""
+    """The inference graph as the training build reads it. Errors: GradientError for a newer opset."""
     _check_opset(encode)
     return _loadable(encode)
 
 
-def merge(gradient: onnx.ModelProto, trainable: Sequence[str], optimizer: onnx.ModelProto, outputs: Sequence[str],
-          inputs: Sequence[str] | None = None) -> onnx.ModelProto:
+def merge(
+    gradient: onnx.ModelProto,
+    trainable: Sequence[str],
+    optimizer: onnx.ModelProto,
+    outputs: Sequence[str],
+    inputs: Sequence[str] | None = None,
+) -> onnx.ModelProto:
     """Puts the optimizer behind a gradient graph (outputs `<parameter>_grad`) and keeps what `outputs` need.
 
     Errors: GradientError for a parameter without a gradient, or an output or input that nobody has.
     """
     computed = {name for model in (gradient, optimizer) for node in model.graph.node for name in node.output}
     computed |= {GRADIENT + name for name in trainable}
-    given = {value.name: value for model in (optimizer, gradient) for value in model.graph.input
-             if value.name not in computed}
+    given = {
+        value.name: value
+        for model in (optimizer, gradient)
+        for value in model.graph.input
+        if value.name not in computed
+    }
     made = {value.name: value for model in (optimizer, gradient) for value in model.graph.output}
     missing = [name for name in trainable if f"{name}_grad" not in made]
     if missing:
         raise GradientError(f"the loss does not depend on {', '.join(missing)}", "freeze these parameters")
-    unknown = [name for name in outputs if name not in made] + [name for name in inputs or () if name not in given]
+    unknown = [name for name in outputs if name not in made] + [
+        name for name in inputs or () if name not in given
+    ]
     if unknown:
         raise GradientError(f"neither the forward graph nor the optimizer has {', '.join(unknown)}")
 
@@ -103,12 +113,15 @@ def merge(gradient: onnx.ModelProto, trainable: Sequence[str], optimizer: onnx.M
     nodes += [_renamed(node, private) for node in optimizer.graph.node]
     initializers += [_renamed_tensor(tensor, private) for tensor in optimizer.graph.initializer]
 
-    nodes, needed = _needed(nodes, outputs)
-    # MaxPoolGrad has no shape inference: without the recorded type of its output a session crashes while loading.
-    types = [value for value in gradient.graph.value_info if value.name in needed and value.name not in outputs]
+    nodes, needed = needed_nodes(nodes, outputs)
+    # MaxPoolGrad has no shape inference: without the recorded type of its output, loading crashes.
+    types = [
+        value for value in gradient.graph.value_info if value.name in needed and value.name not in outputs
+    ]
     order = inputs or [value.name for model in (gradient, optimizer) for value in model.graph.input]
     graph = helper.make_graph(
-        nodes, "train_step",
+        nodes,
+        "train_step",
         [given[name] for name in dict.fromkeys(order) if name in needed and name in given],
         [made[name] for name in outputs],
         [tensor for tensor in initializers if tensor.name in needed],
@@ -126,77 +139,35 @@ def _check(forward: onnx.ModelProto, trainable: Sequence[str], optimizer: onnx.M
     for model in (forward, optimizer):
         _check_opset(model)
     if _opset(forward) != _opset(optimizer):
-        raise GradientError(f"the forward graph has opset {_opset(forward)}, the optimizer {_opset(optimizer)}")
+        raise GradientError(
+            f"the forward graph has opset {_opset(forward)}, the optimizer {_opset(optimizer)}"
+        )
     inputs = {value.name for value in forward.graph.input}
     strangers = [name for name in trainable if name not in inputs]
     if strangers:
         raise GradientError(f"the forward graph has no input {', '.join(strangers)}")
     if "loss" not in {value.name for value in forward.graph.output}:
         raise GradientError("the forward graph has no output `loss`")
-    for node in _differentiated(forward.graph, trainable):
-        reason = _silently_wrong(node, forward.graph)
-        if node.op_type not in DIFFERENTIABLE or node.domain:
-            reason = "onnxruntime-training has no proven gradient for it"
-        if reason:
-            raise GradientError(f"{node.op_type} ({node.name or node.output[0]}): {reason}",
-                                "write it with other operators: " + ", ".join(sorted(DIFFERENTIABLE)))
-    _check_statistics(forward.graph)
-
-
-def _differentiated(graph: onnx.GraphProto, trainable: Iterable[str]) -> list[onnx.NodeProto]:
-    """The nodes between a trainable input and the loss."""
-    reached = set(trainable)
-    for node in graph.node:
-        if reached.intersection(node.input):
-            reached.update(node.output)
-    nodes, _ = _needed(graph.node, ["loss"])
-    return [node for node in nodes if reached.intersection(node.input)]
-
-
-def _silently_wrong(node: onnx.NodeProto, graph: onnx.GraphProto) -> str | None:
-    """Why the builder would make a wrong gradient of a node that it accepts; measured with onnxruntime-training 1.19.2."""
-    attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-    if node.op_type == "BatchNormalization" and not attributes.get("training_mode"):
-        return "its gradient is that of training_mode 1; write inference mode as a multiplication and an addition"
-    if node.op_type == "AveragePool" and attributes.get("ceil_mode") and attributes.get("count_include_pad"):
-        return "ceil_mode with count_include_pad divides by the wrong counts; without padding leave count_include_pad out"
-    if node.op_type == "LayerNormalization" and len(node.output) < 3:
-        return "its gradient needs all three outputs to be named"
-    return None
-
-
-def _check_statistics(graph: onnx.GraphProto) -> None:
-    """Refuses a training BatchNormalization whose running outputs are not the batch's own mean and variance, or whose
-    running inputs are not graph inputs of its own (see _with_scratch_statistics)."""
-    inputs, seen = {value.name for value in graph.input}, set()
-    for node in graph.node:
-        attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-        if node.op_type != "BatchNormalization" or not attributes.get("training_mode"):
-            continue
-        if attributes.get("momentum", 0.9) != 0:
-            raise GradientError(f"BatchNormalization ({node.name or node.output[0]}) has momentum "
-                                f"{attributes.get('momentum', 0.9)}, not 0", "write the running update as nodes behind it")
-        statistics = list(node.input[3:5])
-        if not inputs.issuperset(statistics) or len(seen.union(statistics)) < len(seen) + 2:
-            raise GradientError(f"BatchNormalization ({node.name or node.output[0]}) takes running statistics "
-                                f"{', '.join(statistics)}, which are not graph inputs of its own")
-        seen.update(statistics)
+    check_gradients(forward.graph, trainable)
 
 
 def _with_scratch_statistics(nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
     """Gives every training BatchNormalization running statistics that it may overwrite.
 
-    Its kernel writes the running outputs over the running inputs, even where these are graph inputs that others read: the
-    state before the step would be lost. It reads them with weight 0 (momentum), so zeros do. They are computed from the
-    real ones and not constant, for constants of one value may be folded into one, and NaN once written would stay.
+    Its kernel writes the running outputs over the running inputs, even where these are graph inputs that
+    others read: the state before the step would be lost. It reads them with weight 0 (momentum), so zeros do.
+    They are computed from the real ones and not constant, for constants of one value may be folded into one,
+    and NaN once written would stay.
     """
     result = []
     for node in nodes:
-        attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-        if node.op_type in ("BatchNormalization", "BatchNormInternal") and attributes.get("training_mode"):
+        normalizes = node.op_type in ("BatchNormalization", "BatchNormInternal")
+        if normalizes and attributes_of(node).get("training_mode"):
             scratch = [f"{name}/scratch" for name in node.input[3:5]]
-            result += [helper.make_node("Mul", [name, _ZERO], [output], name=output)
-                       for name, output in zip(node.input[3:5], scratch, strict=True)]
+            result += [
+                helper.make_node("Mul", [name, _ZERO], [output], name=output)
+                for name, output in zip(node.input[3:5], scratch, strict=True)
+            ]
             node.input[3:5] = scratch
         result.append(node)
     return result
@@ -208,8 +179,10 @@ def _zero() -> onnx.TensorProto:
 
 def _check_opset(model: onnx.ModelProto) -> None:
     if _opset(model) > MAX_OPSET:
-        raise GradientError(f"{model.graph.name} has opset {_opset(model)}; the training build takes at most {MAX_OPSET}",
-                            f"emit it with opset {MAX_OPSET}")
+        raise GradientError(
+            f"{model.graph.name} has opset {_opset(model)}; the training build takes at most {MAX_OPSET}",
+            f"emit it with opset {MAX_OPSET}",
+        )
 
 
 def _opset(model: onnx.ModelProto) -> int:
@@ -236,14 +209,19 @@ def _run_worker(*arguments: str | Path, stdin: str = "") -> None:
         reason = json.loads(done.stdout.splitlines()[-1])["error"]
     except (IndexError, KeyError, ValueError):
         tail = "\n".join(done.stderr.strip().splitlines()[-5:])
-        raise GradientError(f"{command[0]} ended with exit code {done.returncode}: {tail}", INSTALL_HINT) from None
-    raise GradientError(f"onnxruntime-training refuses the graph ({arguments[0]}): {reason}",
-                        "use only operators that it differentiates: " + ", ".join(sorted(DIFFERENTIABLE)))
+        raise GradientError(
+            f"{command[0]} ended with exit code {done.returncode}: {tail}", INSTALL_HINT
+        ) from None
+    raise GradientError(
+        f"onnxruntime-training refuses the graph ({arguments[0]}): {reason}",
+        "use only operators that it differentiates: " + ", ".join(sorted(DIFFERENTIABLE)),
+    )
 
 
 def _names(graph: onnx.GraphProto) -> set[str]:
     return {name for node in graph.node for name in (*node.input, *node.output) if name} | {
-        tensor.name for tensor in graph.initializer}
+        tensor.name for tensor in graph.initializer
+    }
 
 
 def _renamed(node: onnx.NodeProto, names: dict[str, str]) -> onnx.NodeProto:
@@ -259,14 +237,3 @@ def _renamed_tensor(tensor: onnx.TensorProto, names: dict[str, str]) -> onnx.Ten
     copy.CopyFrom(tensor)
     copy.name = names.get(tensor.name, tensor.name)
     return copy
-
-
-def _needed(nodes: Sequence[onnx.NodeProto], outputs: Iterable[str]) -> tuple[list[onnx.NodeProto], set[str]]:
-    """The nodes on which the outputs depend, in their order, and all names that they and the outputs touch."""
-    needed = set(outputs)
-    kept: list[onnx.NodeProto] = []
-    for node in reversed(nodes):
-        if needed.intersection(node.output):
-            kept.append(node)
-            needed.update(name for name in node.input if name)
-    return kept[::-1], needed

@@ -1,10 +1,11 @@
-"""Builds a gradient graph: run as a script by the interpreter that has onnxruntime-training (which needs no onnx there).
+"""Builds a gradient graph: run as a script by the interpreter that has onnxruntime-training (which needs no
+onnx there).
 
     onnxruntime_training_worker.py gradient FORWARD GRADIENT LOSS < JSON list of the trainable inputs
     onnxruntime_training_worker.py load MODEL
 
-`gradient` writes the forward graph with its backward pass behind it; `load` proves that a session accepts a graph.
-An error ends as one JSON line {"error": "..."} on stdout and exit code 1.
+`gradient` writes the forward graph with its backward pass behind it; `load` proves that a session accepts a
+graph. An error ends as one JSON line {"error": "..."} on stdout and exit code 1.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from onnxruntime.capi import _pybind_state as training
 def build_gradient(forward: bytes, trainable: set[str], loss: str) -> bytes:
     """The forward graph with outputs `<trainable>_grad` added.
 
-    Source: onnxruntime 1.19.2, training/onnxblock/_training_graph_utils.py, whose package cannot be imported without torch.
+    Source: onnxruntime 1.19.2, training/onnxblock/_training_graph_utils.py, whose package cannot be imported
+    without torch.
     """
     options = SessionOptions()
     options.log_severity_level = 3
@@ -45,7 +47,7 @@ def main(arguments: list[str]) -> int:
             Path(gradient).write_bytes(build_gradient(Path(forward).read_bytes(), trainable, loss))
         else:
             load(Path(arguments[1]).read_bytes())
-    except Exception as error:  # noqa: BLE001 - the native builder raises every kind; the caller reads the text
+    except Exception as error:  # the native builder raises every kind
         print(json.dumps({"error": f"{type(error).__name__}: {error}"}))
         return 1
     return 0

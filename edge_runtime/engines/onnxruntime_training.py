@@ -1,0 +1,278 @@
+"""Trains with onnxruntime-training's own gradient kernels, in a subprocess of the environment that has them.
+
+That build is installed under the same import name as onnxruntime, so the two never share an environment.
+State stays in the subprocess between steps; batches and metrics cross a pipe (frames: see
+onnxruntime_training_worker).
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import numpy as np
+
+from edge_runtime.engines import onnxruntime_training_worker as worker
+from edge_runtime.errors import EngineError
+
+if TYPE_CHECKING:
+    from edge_runtime.bundle import Bundle
+
+NAME = "onnxruntime-training"
+INTERPRETER_VARIABLE = "EDGESTILL_ORT_TRAINING_PYTHON"
+ENVIRONMENT_FOLDER = ".venv-ort-training"
+INSTALL_HINT = (
+    f"run `make setup`, or: python3.11 -m venv {ENVIRONMENT_FOLDER} && "
+    f"{ENVIRONMENT_FOLDER}/bin/pip install onnxruntime-training==1.19.2 numpy; "
+    f"an environment elsewhere is named by {INTERPRETER_VARIABLE}"
+)
+CALL_TIMEOUT_S = 600.0
+_CLOSE_TIMEOUT_S = 5.0
+_STDERR_TAIL_BYTES = 4000
+# Stock onnxruntime imports as well, but has no gradient builder.
+_PROBE = (
+    "import numpy, onnxruntime; from onnxruntime.capi._pybind_state import GradientGraphBuilder; "
+    "print(onnxruntime.__version__)"
+)
+
+
+def find_interpreter() -> Path:
+    """The Python of the onnxruntime-training environment: the one that EDGESTILL_ORT_TRAINING_PYTHON names,
+    else `.venv-ort-training` beside the running environment's folder, else in the current folder.
+
+    Errors: EngineError where there is none.
+    """
+    named = os.environ.get(INTERPRETER_VARIABLE)
+    if named:
+        if not os.access(named, os.X_OK):
+            raise EngineError(f"{INTERPRETER_VARIABLE} names {named}, which is no program", INSTALL_HINT)
+        return Path(named)
+    candidates = [
+        folder / ENVIRONMENT_FOLDER / "bin" / "python" for folder in (Path(sys.prefix).parent, Path.cwd())
+    ]
+    for candidate in candidates:
+        if os.access(candidate, os.X_OK):
+            return candidate
+    raise EngineError(
+        f"no Python with onnxruntime-training: neither {candidates[0]} nor {candidates[1]} exists",
+        INSTALL_HINT,
+    )
+
+
+def check() -> str | None:
+    """None where the engine works, else the reason why not."""
+    try:
+        _probe(find_interpreter())
+    except EngineError as error:
+        return error.message
+    return None
+
+
+def version() -> str:
+    """The version of onnxruntime-training in its environment. Errors: EngineError where it does not work."""
+    return _probe(find_interpreter())
+
+
+@lru_cache
+def _probe(interpreter: Path) -> str:
+    """The version that an interpreter imports. Errors: EngineError where that is no training build."""
+    try:
+        done = subprocess.run([interpreter, "-I", "-c", _PROBE], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise EngineError(f"{interpreter} does not run: {error}", INSTALL_HINT) from error
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        raise EngineError(f"{interpreter} has no training build of onnxruntime: {reason[0]}", INSTALL_HINT)
+    return done.stdout.split()[-1]
+
+
+class WorkerProcess:
+    """The subprocess and its pipes; `call` is the only way to speak to it.
+
+    Errors: EngineError from every method: the worker's own error with its type, or that it ended (with its
+    exit code or signal and the end of its stderr), or that it was stopped because no answer came in time.
+    After any but the first the process is gone and with it the state that it held.
+    """
+
+    def __init__(self, command: list[str], timeout_s: float = CALL_TIMEOUT_S) -> None:
+        self._timeout_s = timeout_s
+        self._call = "start"
+        self._lost: str | None = None
+        self._stderr = tempfile.TemporaryFile()
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, bufsize=0
+            )
+        except OSError as error:
+            self._stderr.close()
+            raise EngineError(f"{NAME}: cannot start {command[0]}: {error}", INSTALL_HINT) from error
+        self._write_fd, self._read_fd = self._process.stdin.fileno(), self._process.stdout.fileno()
+        # Non-blocking, so that a worker that hangs while we write is noticed as well.
+        os.set_blocking(self._write_fd, False)
+        try:
+            self._deadline_s = time.monotonic() + timeout_s
+            self.greeting, _ = self._read_reply()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def call(
+        self, name: str, arrays: Mapping[str, np.ndarray] | None = None, **values: object
+    ) -> tuple[dict[str, object], dict[str, np.ndarray]]:
+        """Sends one call and waits for its reply: plain values, and arrays by name."""
+        if self._lost:
+            raise EngineError(
+                f"{NAME}: the worker is gone: {self._lost}", "open the engine again and load a checkpoint"
+            )
+        self._call, self._deadline_s = name, time.monotonic() + self._timeout_s
+        # Broken unless the reply is read to its end: an interrupted exchange leaves half a frame in a pipe.
+        self._lost = f"an earlier call ({name}) was interrupted"
+        try:
+            for chunk in worker.frame_chunks({"call": name, **values}, arrays):
+                self._write(memoryview(chunk))
+        except BrokenPipeError:
+            self._fail()
+        reply = self._read_reply()
+        self._lost = None
+        if not reply[0].pop("ok"):
+            raise EngineError(
+                f"{NAME}: {name} failed: {reply[0]['error']}", "run `edgestill verify` on the bundle"
+            )
+        return reply
+
+    def close(self) -> None:
+        """Ends the process: by closing its input, and by force if it does not go."""
+        self._lost = self._lost or "it was closed"
+        if self._process.poll() is None:
+            self._process.stdin.close()
+            try:
+                self._process.wait(_CLOSE_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._stderr):
+            stream.close()
+
+    def _read_reply(self) -> tuple[dict[str, object], dict[str, np.ndarray]]:
+        try:
+            return worker.read_frame(self._read_exactly)
+        except EOFError:
+            self._fail()
+        except ValueError as error:
+            self._fail(str(error))
+
+    def _read_exactly(self, size_bytes: int) -> bytearray:
+        data = bytearray(size_bytes)
+        view, done = memoryview(data), 0
+        while done < size_bytes:
+            self._wait(self._read_fd, select.POLLIN)
+            count = os.readv(self._read_fd, [view[done:]])
+            if not count:
+                raise EOFError
+            done += count
+        return data
+
+    def _write(self, view: memoryview) -> None:
+        while view:
+            self._wait(self._write_fd, select.POLLOUT)
+            view = view[os.write(self._write_fd, view) :]
+
+    def _wait(self, fd: int, event: int) -> None:
+        poll = select.poll()
+        poll.register(fd, event)
+        remaining_s = self._deadline_s - time.monotonic()
+        if remaining_s <= 0 or not poll.poll(remaining_s * 1000):
+            self._fail(f"no answer within {self._timeout_s:g} s, so it was stopped")
+
+    def _fail(self, reason: str | None = None) -> NoReturn:
+        if reason:
+            self._process.kill()
+        try:
+            code = self._process.wait(_CLOSE_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            code = self._process.wait()
+        self._lost = reason or (
+            f"it was ended by signal {-code}" if code < 0 else f"it ended with exit code {code}"
+        )
+        self._stderr.seek(0, os.SEEK_END)
+        self._stderr.seek(max(0, self._stderr.tell() - _STDERR_TAIL_BYTES))
+        tail = self._stderr.read().decode(errors="replace").strip()
+        raise EngineError(
+            f"{NAME}: the worker was lost in `{self._call}`: {self._lost}" + (f"\n{tail}" if tail else ""),
+            "open the engine again and load a checkpoint; signal 9 often means that memory ran out",
+        )
+
+
+class OnnxruntimeTrainingEngine:
+    """Engine (engines/protocol.py) over one worker process; outputs are copies."""
+
+    name = NAME
+
+    def __init__(self, bundle: Bundle, process: WorkerProcess) -> None:
+        self._bundle = bundle
+        self._process = process
+        self._opened: set[str] = set()
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        self._process.call("load_state", state)
+
+    def state(self) -> dict[str, np.ndarray]:
+        return _own(self._process.call("state")[1])
+
+    def train_step(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return self._run("train_step", inputs)
+
+    def encode(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        outputs = self._run("encode", {"images": images})
+        return outputs["latents"], outputs["logits"]
+
+    def peak_rss_bytes(self) -> int:
+        """The worker's largest resident size so far; the process that holds this object has its own."""
+        return int(self._process.call("peak_rss_bytes")[0]["peak_rss_bytes"])
+
+    def close(self) -> None:
+        self._process.close()
+
+    def _run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        # Opened when first needed: a run that never evaluates does not pay for the inference graph.
+        if graph not in self._opened:
+            path = self._bundle.file(self._bundle.graph(NAME, graph).file)
+            self._process.call("open", graph=graph, path=str(path.resolve()))
+            self._opened.add(graph)
+        return _own(self._process.call("run", inputs, graph=graph)[1])
+
+
+def open(bundle: Bundle, threads: int = 0, timeout_s: float = CALL_TIMEOUT_S) -> OnnxruntimeTrainingEngine:
+    """Starts a worker for a bundle, with its initial state loaded; `threads` 0 means all cores.
+
+    `timeout_s` bounds every single call, opening a graph included.
+    Errors: EngineError; BundleError where the bundle has no graphs for this engine.
+    """
+    bundle.graph(NAME, "train_step")
+    # -I keeps this folder, whose modules are named after engines, and PYTHONPATH out of the worker's imports.
+    command = [str(find_interpreter()), "-I", worker.__file__, str(threads)]
+    engine = OnnxruntimeTrainingEngine(bundle, WorkerProcess(command, timeout_s))
+    try:
+        engine.load_state(bundle.initial_state())
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def _own(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Copies, each aligned and with memory of its own: a reply's arrays share the frame's buffer."""
+    return {name: array.copy() for name, array in arrays.items()}
