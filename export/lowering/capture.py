@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,14 +74,16 @@ def capture_student(student: nn.Module, batch: int, input_shape: tuple[int, ...]
     outputs = _Outputs(student).eval()
     images = torch.zeros(batch, *input_shape)
     try:
-        program = torch.export.export(outputs, (images,)).run_decompositions({})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PyTorch's tracing warns of PyTorch's own code
+            program = torch.export.export(outputs, (images,)).run_decompositions({})
     except Exception as error:
         raise LoweringError(
             f"PyTorch cannot trace the student on images of shape {tuple(images.shape)}: {_first_line(error)}",
             hint="check --input-shape, put nn.Flatten() before the first nn.Linear, and keep Python branches on "
             "tensor values out of forward()",
         ) from error
-    return _read(program, batch)
+    return _read(program)
 
 
 def _check_module(path: str, module: nn.Module) -> None:
@@ -102,7 +105,7 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _read(program: torch.export.ExportedProgram, batch: int) -> CapturedStudent:
+def _read(program: torch.export.ExportedProgram) -> CapturedStudent:
     signature = program.graph_signature
     state = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     if signature.inputs_to_lifted_tensor_constants:
@@ -135,6 +138,10 @@ def _read(program: torch.export.ExportedProgram, batch: int) -> CapturedStudent:
             kind, tuple(alias.get(s.name, s.name) for s in sources), node.name, _path(node),
             tuple(_shape(sources[0])), tuple(_shape(node)), parameters, attributes,
         ))
+    statistics = [layer.parameters["running_mean"] for layer in layers if layer.kind == "batch_norm"]
+    for name in {name for name in statistics if statistics.count(name) > 1}:
+        raise LoweringError(f"{name.rpartition('.')[0]}: one BatchNorm2d normalises two activations",
+                            hint="give each activation a BatchNorm2d of its own")
     latents, logits = (alias.get(spec.arg.name, spec.arg.name) for spec in signature.output_specs)
     shapes = {layer.output: layer.output_shape for layer in layers}
     for name, value in (("latents of `representation`", latents), ("logits of `output`", logits)):

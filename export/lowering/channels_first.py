@@ -81,8 +81,9 @@ def batch_norm(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, 
     weight, bias = ctx.parameter(layer, "weight"), ctx.parameter(layer, "bias")
     eps = layer.attributes["eps"]
     graph = ctx.graph
+    running = [ctx.parameter(layer, name) for name in ("running_mean", "running_var")]
     if not ctx.batch_statistics:
-        mean, variance = ctx.parameter(layer, "running_mean"), ctx.parameter(layer, "running_var")
+        mean, variance = running
         y = graph.apply("normalize", x, weight, bias, mean, variance, eps=eps)
 
         def backward_frozen(dy: Value) -> Gradients:
@@ -93,7 +94,7 @@ def batch_norm(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, 
         return y, backward_frozen
 
     count = x.size // x.shape[1]
-    y, mean, variance = graph.apply_many("normalize_by_batch", x, weight, bias, eps=eps)
+    y, mean, variance = graph.apply_many("normalize_by_batch", x, weight, bias, *running, eps=eps)
     ctx.update_statistics(layer, mean, variance, count)
 
     def backward(dy: Value) -> Gradients:

@@ -43,11 +43,11 @@ class _Writer:
 
 
 def _normalize_by_batch(w: _Writer, node: Node, x: list[str], y: str) -> None:
-    channels = node.inputs[0].shape[1]
-    zeros, ones = (w._initializer(f"{name}_{channels}", np.full(channels, fill, np.float32))
-                   for name, fill in (("zeros", 0), ("ones", 1)))
-    # With momentum 0 the "running" outputs are the batch's own mean and biased variance.
-    w.emit("BatchNormalization", [*x, zeros, ones], [w.name(value) for value in node.outputs],
+    # With momentum 0 the "running" outputs are the batch's own mean and biased variance. ONNX Runtime writes them over the
+    # running inputs, so these must be values that no other node reads: not initializers, not the state itself.
+    zero = w.number(0.0)
+    seeds = [w.emit("Mul", [name, zero], f"{y}.seed_{i}") for i, name in enumerate(x[3:])]
+    w.emit("BatchNormalization", [*x[:3], *seeds], [w.name(value) for value in node.outputs],
            epsilon=node.attributes["eps"], momentum=0.0, training_mode=1)
 
 

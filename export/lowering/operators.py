@@ -49,7 +49,8 @@ def _normalize(x, weight, bias, mean, variance, eps):
     return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
 
 
-def _normalize_by_batch(x, weight, bias, eps):
+def _normalize_by_batch(x, weight, bias, running_mean, running_var, eps):
+    """The running statistics do not enter: they give ONNX's operator buffers of their own (onnx_emitter.py)."""
     mean = torch.mean(x, (0, 2, 3))
     variance = torch.var(x, (0, 2, 3), correction=0)
     return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps), mean, variance
@@ -108,5 +109,5 @@ OPERATORS: dict[str, Callable[..., torch.Tensor]] = {
     "max_pool2d": _max_pool2d,
     "avg_pool2d": lambda x, kernel, stride, padding: F.avg_pool2d(x, kernel, stride, padding),
     "normalize": _normalize,  # (x − mean) / sqrt(variance + eps) · weight + bias, per channel
-    "normalize_by_batch": _normalize_by_batch,  # the same with the batch's mean and biased variance, which it returns too
+    "normalize_by_batch": _normalize_by_batch,  # by the batch's own mean and biased variance, which it returns too
 }
