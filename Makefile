@@ -42,7 +42,8 @@ check-machine:
 
 # The order-only prerequisite keeps a check that always runs from making the environment anew.
 $(STAMPS)/venv: | check-machine
-	'$(PYTHON)' -m venv $(VENV)
+	'$(PYTHON)' -m venv $(VENV) || { \
+	  echo 'error: $(VENV) cannot be made; if another Python made it before, run `make clean` first' >&2; exit 1; }
 	mkdir -p $(STAMPS)
 	touch $@
 

@@ -28,7 +28,7 @@ from tests.handmade_executorch import lower
 
 
 class Portable(torch.nn.Module):
-    """Operators that XNNPACK leaves to portable kernels, on three element types; one result twice; `values` as it came."""
+    """Operators that XNNPACK leaves to portable kernels, on three types; one result twice, one input."""
 
     def forward(self, images, labels, values):
         floats = images.to(torch.float32) / 255
