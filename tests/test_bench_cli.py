@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks import cli, machine
-from benchmarks.bundles import BundleRequest, ExportFailed, code_digest, prepare_bundle
+from benchmarks.bundles import (
+    BundleRequest,
+    ExportFailed,
+    code_digest,
+    prepare_bundle,
+    read_complaint,
+    run_export,
+)
 from benchmarks.plot import plot_results
 from benchmarks.report import format_table
 from edge_runtime.errors import UsageError
@@ -176,6 +183,17 @@ def test_an_engine_that_cannot_be_exported_leaves_the_others(
     request, engines = BundleRequest("cnn3", 32), ["onnxruntime", "executorch"]
     folder, failed = prepare_bundle(request, engines, tmp_path, lambda text: None)
     assert json.loads((folder / "manifest.json").read_text()) == {"engines": "onnxruntime"}
-    assert list(failed) == ["executorch"] and "cannot lower" in failed["executorch"]
+    assert list(failed) == ["executorch"] and "cannot lower" in failed["executorch"].message
     with pytest.raises(ExportFailed):
         prepare_bundle(request, ["executorch"], tmp_path, lambda text: None)
+
+
+def test_what_the_exporter_refuses_is_passed_on_with_its_hint(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cnn99") as refused:
+        run_export(BundleRequest("cnn99", 32).words(["onnxruntime"], tmp_path / "bundle"))
+    assert refused.value.hint and "cnn3" in refused.value.hint
+
+
+def test_a_traceback_is_cut_to_its_last_lines() -> None:
+    assert read_complaint("Traceback\n" * 20 + "ValueError: 3")[0].splitlines()[-1] == "ValueError: 3"
+    assert read_complaint("edgestill: error: no room\nhint: remove files\n") == ("no room", "remove files")

@@ -26,7 +26,7 @@ class LocalStudent(nn.Module):
             nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.BatchNorm2d(6), nn.MaxPool2d(2)),
             nn.Sequential(nn.Conv2d(6, 8, 3, padding=1), nn.ReLU(), nn.BatchNorm2d(8), nn.MaxPool2d(2)),
         )
-        self.representation = nn.Linear(8 * 2 * 2, 5)
+        self.representation = nn.Sequential(nn.Flatten(), nn.Linear(8 * 2 * 2, 5))
         self.output = nn.Linear(5, 4)
 
 
@@ -79,7 +79,7 @@ def train_by_definition(
         images = batch["images"]
         if images.dtype == torch.uint8:
             images = (images.double() / 255 - mean) / std
-        latents = student.representation(student.perception(images).flatten(1))
+        latents = student.representation(student.perception(images))
         logits = student.output(latents)
         ce = -torch.log_softmax(logits, 1)[torch.arange(len(logits)), batch["labels"]].mean()
         loss = ce
@@ -150,7 +150,7 @@ def test_frozen_parameters_and_statistics_stay() -> None:
     assert {
         "perception.1.0.weight",
         "perception.1.2.running_mean",
-        "representation.weight",
+        "representation.1.weight",
         "output.bias",
     } <= changed
 

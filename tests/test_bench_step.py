@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import processes
+from benchmarks.bundles import BundleRequest, run_export
 from benchmarks.processes import WorkerFailed, WorkerProcess
 from benchmarks.step import (
     Case,
@@ -40,6 +41,13 @@ SETTINGS = StepSettings(steps=12, rounds=4, warmup=2, cold_starts=1)
 @pytest.fixture
 def case(tmp_path: Path) -> Case:
     return Case("fake", 8, 1, bench_fakes.write_bundle(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def w1_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bench") / "bundle"
+    run_export(BundleRequest("cnn3", 8, options=("--widths", "8,8,16")).words(["onnxruntime"], folder))
+    return folder
 
 
 def timings(*rounds: tuple[float, ...], losses: tuple[float, ...] = (1.0,)) -> Timings:
@@ -152,6 +160,17 @@ def test_a_worker_ends_with_its_parent(case: Case) -> None:
     while _is_running(pid):
         assert time.monotonic() < deadline_s, "the worker outlived its parent"
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("engine", ["torch-eager", "torch-eager-channels-last"])
+def test_eager_starts_from_the_bundles_state_like_the_engine(engine: str, w1_bundle: Path) -> None:
+    measured, failed, _ = measure_interleaved(
+        Case("cnn3", 8, 1, w1_bundle), [engine, "onnxruntime"], SETTINGS, lambda text: None
+    )
+    assert not failed
+    figures = summarize(measured["onnxruntime"], measured[engine])
+    # the first loss shows the state, the second that both made the same update
+    assert figures["first_losses_max_abs"] < 1e-3
 
 
 def test_batches_have_the_manifests_inputs_and_repeat_with_the_seed() -> None:
