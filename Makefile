@@ -85,9 +85,7 @@ test-long: setup
 
 bench: setup
 	mkdir -p benchmarks/results
-	$(VENV)/bin/edgestill bench step $(BENCH_OPTIONS) --json --plot benchmarks/results/step.png \
-	  > benchmarks/results/step.jsonl.part
-	mv benchmarks/results/step.jsonl.part benchmarks/results/step.jsonl
+	$(VENV)/bin/edgestill bench step $(BENCH_OPTIONS) --output benchmarks/results --plot benchmarks/results/step.png
 
 clean:
 	rm -rf $(VENV) $(ORT_VENV) build *.egg-info
