@@ -204,7 +204,7 @@ def train(
     checkpoint_every: int = 50,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[StepRecord]:
-    """Makes the steps from `first_step` on and yields a record of each; checkpoints on the way and at the end.
+    """Makes the steps from `first_step` on and yields a record of each; checkpoints on the way.
 
     `should_stop` is asked after every step. Errors: Interrupted after a last checkpoint when it says so;
     TrainingError for a loss that is not finite, with the last checkpoint untouched.
