@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -90,7 +91,7 @@ def load_transfer_images(source: str | Path, form: InputSpec, resize: bool = Fal
     elif is_image_folder(path):
         images = read_image_folder(path, form, resize)[0]["train"][0]
     else:
-        images = _read_npz(path)[0]["train"][0]
+        images = _read_npz(path, labelled=False)[0]["train"][0]
     return fit_images(images, form, str(source))
 
 
@@ -165,31 +166,35 @@ def _find(source: str | Path) -> Path:
     return path
 
 
-def _read_npz(path: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], tuple[str, ...]]:
-    """Splits as (images, labels) and the class names; a file without splits counts as `train`."""
+def _read_npz(
+    path: Path, labelled: bool = True
+) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], tuple[str, ...]]:
+    """Splits as (images, labels) and the class names; a file without splits counts as `train`.
+
+    Labels may be absent when not `labelled`; they are empty then.
+    """
+    if not zipfile.is_zipfile(path):
+        raise DataError(
+            f"{path}: not a readable .npz, which is a zip of arrays",
+            "save images and labels with numpy.savez",
+        )
     try:
         with np.load(path, allow_pickle=False) as file:
-            if not hasattr(file, "files"):
-                raise DataError(
-                    f"{path}: a single array, not an .npz", "save images and labels with numpy.savez"
-                )
             arrays = {name: file[name] for name in file.files if name in _NPZ_NAMES}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
-            f"{path}: not a readable .npz: {error}",
-            "give an .npz of plain arrays, a CIFAR archive or a folder of images",
+            f"{path}: not a readable .npz: {error}", "give an .npz of plain arrays, without objects"
         ) from error
     suffix = "_train" if "x_train" in arrays else ""
-    parts = {"train": (arrays.get(f"x{suffix}"), arrays.get(f"y{suffix}"))}
+    keys = {"train": (f"x{suffix}", f"y{suffix}")}
     if "x_test" in arrays:
-        parts["test"] = (arrays["x_test"], arrays.get("y_test"))
-    for split, (images, labels) in parts.items():
-        if images is None:
-            raise DataError(f"{path}: no images", "it needs x_train, y_train, x_test, y_test, or x and y")
-        if labels is None:
-            parts[split] = (images, np.zeros(len(images), np.int64)) if suffix == "" else parts[split]
-        if parts[split][1] is None:
-            raise DataError(f"{path}: no y_{split}", "it needs labels beside the images")
+        keys["test"] = ("x_test", "y_test")
+    for key in (key for pair in keys.values() for key in (pair if labelled else pair[:1])):
+        if key not in arrays:
+            raise DataError(
+                f"{path}: no array {key!r}", "it needs x_train, y_train, x_test and y_test, or x and y"
+            )
+    parts = {split: (arrays[x], arrays.get(y, np.zeros(0, np.int64))) for split, (x, y) in keys.items()}
     names = tuple(str(name) for name in arrays.get("classes", arrays.get("class_names", ())))
     return parts, names
 

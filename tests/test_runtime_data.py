@@ -1,0 +1,373 @@
+"""Data sources, batches, augmentation, schedule and partition."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import pickle
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from edge_runtime.augmentation import augment
+from edge_runtime.batches import BatchPlan, TransferSet
+from edge_runtime.data import Dataset, dirichlet_partition, load_splits, load_transfer_images
+from edge_runtime.errors import DataError, EdgestillError, UsageError
+from edge_runtime.manifest import InputSpec
+from edge_runtime.schedule import Schedule, learning_rate
+from edge_runtime.teacher import TeacherOutputs
+
+CIFAR = InputSpec((3, 32, 32), "uint8", (0.5,) * 3, (0.25,) * 3)
+SMALL = InputSpec((3, 4, 5), "uint8", (0.5,) * 3, (0.25,) * 3)
+SENSOR = InputSpec((9, 1, 16), "float32", (), ())
+
+
+def images(count: int, shape: tuple[int, ...] = (4, 5, 3), seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8)
+
+
+def save(path: Path, **arrays: np.ndarray) -> Path:
+    np.savez(path, **arrays)
+    return path
+
+
+def test_the_shipped_data_are_balanced_and_small() -> None:
+    splits = load_splits("cifar10-mini", CIFAR, 10)
+    assert splits.train.class_names[0] == "airplane"
+    for part, count in ((splits.train, 2400), (splits.test, 600)):
+        assert part.images.shape == (count, 3, 32, 32)
+        assert np.bincount(part.labels).tolist() == [count // 10] * 10
+    assert load_transfer_images("cifar100-transfer-mini", CIFAR).shape == (1000, 3, 32, 32)
+    # real images: neighbouring pixels are alike
+    pixels = splits.train.images.astype(float)
+    assert np.abs(np.diff(pixels, axis=3)).mean() < 0.25 * pixels.std()
+
+
+def test_npz_images_become_channels_first(tmp_path: Path) -> None:
+    x, y = images(6), np.arange(6) % 3
+    path = save(tmp_path / "d.npz", x_train=x[:4], y_train=y[:4], x_test=x[4:], y_test=y[4:])
+    splits = load_splits(path, SMALL, 3)
+    np.testing.assert_array_equal(splits.train.images, np.moveaxis(x[:4], 3, 1))
+    np.testing.assert_array_equal(splits.choose(None).labels, y[4:])
+    first = save(tmp_path / "first.npz", x=np.moveaxis(x, 3, 1), y=y)
+    alone = load_splits(first, SMALL, 3)
+    np.testing.assert_array_equal(alone.train.images, np.moveaxis(x, 3, 1))
+    assert alone.test is None and alone.choose(None) is alone.train
+    with pytest.raises(DataError, match="no test split"):
+        alone.choose("test")
+
+
+def test_a_transfer_set_needs_no_labels(tmp_path: Path) -> None:
+    x = images(6)
+    read = load_transfer_images(save(tmp_path / "d.npz", x=x), SMALL)
+    np.testing.assert_array_equal(read, np.moveaxis(x, 3, 1))
+
+
+def test_float_windows_may_lack_axes_of_length_one(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).standard_normal((5, 9, 16))
+    data = load_splits(save(tmp_path / "d.npz", x=x, y=np.zeros(5, np.int32)), SENSOR, 2).train
+    assert data.images.dtype == np.float32 and data.labels.dtype == np.int64
+    np.testing.assert_array_equal(data.images[:, :, 0], x.astype(np.float32))
+    x[2, 3, 4] = np.inf
+    with pytest.raises(DataError, match="NaN or infinity"):
+        load_splits(save(tmp_path / "d.npz", x=x, y=np.zeros(5, np.int32)), SENSOR, 2)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"x": images(3), "y": np.array([0, 1, 3])}, "label 3 is outside 0 … 2"),
+        ({"x": images(3), "y": np.array([0, -1, 2])}, "label -1"),
+        ({"x": images(3), "y": np.array([0, 1])}, "not 3 integers"),
+        ({"x": images(3), "y": np.array([0.0, 1.0, 2.0])}, "float64"),
+        ({"x": images(3).astype(np.float32), "y": np.arange(3)}, "takes uint8"),
+        ({"x": images(3, (5, 5, 3)), "y": np.arange(3)}, "5x5x3"),
+        ({"x": images(0), "y": np.zeros(0, int)}, "no samples"),
+        ({"x_train": images(3)}, "no array 'y_train'"),
+        ({"pictures": images(3)}, "no array 'x'"),
+        ({"x": np.array([{}], dtype=object), "y": np.arange(1)}, "not a readable .npz"),
+    ],
+)
+def test_npz_files_that_do_not_fit_are_refused(
+    tmp_path: Path, arrays: dict[str, np.ndarray], message: str
+) -> None:
+    with pytest.raises(DataError) as error:
+        load_splits(save(tmp_path / "d.npz", **arrays), SMALL, 3)
+    assert message in error.value.message and "d.npz" in error.value.message
+
+
+def test_unreadable_and_missing_files_are_our_errors(tmp_path: Path) -> None:
+    (tmp_path / "d.npz").write_bytes(b"rubbish")
+    with pytest.raises(DataError, match="not a readable"):
+        load_splits(tmp_path / "d.npz", SMALL, 3)
+    np.save(tmp_path / "single.npy", np.zeros(3))
+    with pytest.raises(DataError, match="not a readable .npz, which"):
+        load_splits(tmp_path / "single.npy", SMALL, 3)
+    with pytest.raises(UsageError, match="no data called 'cifar11'"):
+        load_splits("cifar11", SMALL, 3)
+
+
+def cifar_batch(count: int, seed: int, key: str) -> tuple[dict[str, object], np.ndarray, list[int]]:
+    x = images(count, (3, 32, 32), seed)
+    labels = [i % 4 for i in range(count)]
+    return {"data": x.reshape(count, -1), key: labels}, x, labels
+
+
+def write_cifar10(folder: Path, protocol: int) -> np.ndarray:
+    """As the original: protocol 2 with keys that are bytes once they are read as such."""
+    folder.mkdir()
+    parts = []
+    for index, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        content, x, _ = cifar_batch(4, index, "labels")
+        parts.append(x)
+        (folder / name).write_bytes(pickle.dumps({k.encode(): v for k, v in content.items()}, protocol))
+    meta = {b"label_names": [b"cat", b"dog", b"emu", b"fox"]}
+    (folder / "batches.meta").write_bytes(pickle.dumps(meta, protocol))
+    return np.concatenate(parts)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_cifar10_archives(tmp_path: Path, packed: bool) -> None:
+    path = tmp_path / "cifar-10-batches-py"
+    x = write_cifar10(path, protocol=2)
+    if packed:
+        with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz") as archive:
+            archive.add(path, path.name)
+        path = tmp_path / "cifar-10-python.tar.gz"
+    splits = load_splits(path, CIFAR, 10)
+    np.testing.assert_array_equal(splits.train.images, x[:20])
+    np.testing.assert_array_equal(splits.test.images, x[20:])
+    assert splits.train.labels.tolist() == [0, 1, 2, 3] * 5
+    assert splits.train.class_names == ("cat", "dog", "emu", "fox")
+
+
+def test_cifar100_archives(tmp_path: Path) -> None:
+    for name, seed in (("train", 0), ("test", 1)):
+        content, _, _ = cifar_batch(4, seed, "fine_labels")
+        raw = pickle.dumps({k.encode(): v for k, v in content.items()}, 2)
+        (tmp_path / name).write_bytes(raw)
+    (tmp_path / "meta").write_bytes(pickle.dumps({b"fine_label_names": [b"apple"]}, 2))
+    assert load_splits(tmp_path, CIFAR, 100).test.labels.tolist() == [0, 1, 2, 3]
+
+
+class Attack:
+    def __init__(self, marker: str) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (self.marker,)
+
+
+def test_pickles_that_call_functions_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "cifar-10-batches-py"
+    write_cifar10(folder, protocol=2)
+    marker = tmp_path / "executed"
+    for payload in (
+        pickle.dumps({b"data": Attack(str(marker))}),
+        b"c__builtin__\neval\n(S'1'\ntR.",
+        b"cnumpy\nload\n(S'x'\ntR.",
+        b"rubbish",
+    ):
+        (folder / "data_batch_3").write_bytes(payload)
+        with pytest.raises(DataError, match="data_batch_3: refused to unpickle"):
+            load_splits(folder, CIFAR, 10)
+    assert not marker.exists()
+    (folder / "data_batch_3").unlink()
+    with pytest.raises(DataError, match="data_batch_3 is missing"):
+        load_splits(folder, CIFAR, 10)
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_damaged_pickles_end_in_our_error_or_in_images(data: st.DataObject) -> None:
+    from edge_runtime.cifar import _Array, _unpickle
+
+    content, _, _ = cifar_batch(1, 0, "labels")
+    good = bytearray(pickle.dumps({k.encode(): v for k, v in content.items()}, 2))
+    # the interesting bytes are the opcodes before the pixels
+    good[data.draw(st.integers(0, 250))] ^= data.draw(st.integers(1, 255))
+    try:
+        value = _unpickle(bytes(good), "here").get(b"data")
+        if isinstance(value, _Array):
+            value.as_images("here")
+    except EdgestillError:
+        pass
+
+
+def write_images(root: Path, counts: dict[str, int], size: tuple[int, int] = (5, 4)) -> None:
+    for index, (name, count) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            Image.new("RGB", size, (index * 50, number, 7)).save(root / name / f"{number}.png")
+
+
+def test_image_folders_with_and_without_splits(tmp_path: Path) -> None:
+    write_images(tmp_path / "flat", {"cat": 2, "dog": 3})
+    flat = load_splits(tmp_path / "flat", SMALL, 2)
+    assert flat.test is None and flat.train.labels.tolist() == [0, 0, 1, 1, 1]
+    assert flat.train.images[4, :, 0, 0].tolist() == [50, 2, 7]
+    write_images(tmp_path / "split/train", {"cat": 1, "dog": 1})
+    write_images(tmp_path / "split/test", {"dog": 2})
+    split = load_splits(tmp_path / "split", SMALL, 2)
+    assert split.test.labels.tolist() == [1, 1] and split.train.class_names == ("cat", "dog")
+
+
+def test_images_of_another_size_are_named_or_resized(tmp_path: Path) -> None:
+    write_images(tmp_path, {"cat": 1}, size=(10, 8))
+    with pytest.raises(DataError, match=r"0\.png: 10x8 pixels, the bundle takes 5x4"):
+        load_splits(tmp_path, SMALL, 1)
+    assert load_splits(tmp_path, SMALL, 1, resize=True).train.images.shape == (1, 3, 4, 5)
+    (tmp_path / "cat/1.png").write_bytes(b"rubbish")
+    with pytest.raises(DataError, match=r"1\.png: not a readable image"):
+        load_splits(tmp_path, SMALL, 1, resize=True)
+
+
+def plan(count: int, batch: int = 8, **more: object) -> BatchPlan:
+    x = np.arange(count, dtype=np.uint8)[:, None, None, None] * np.ones((1, 3, 8, 8), np.uint8)
+    return BatchPlan(Dataset(x, np.arange(count), ()), batch, seed=3, **more)
+
+
+@given(st.integers(1, 40), st.integers(1, 12))
+@settings(max_examples=60, deadline=None)
+def test_an_epoch_sees_every_sample_and_fills_up_by_wrapping(count: int, batch: int) -> None:
+    batches = plan(count, batch)
+    for epoch in range(2):
+        first = epoch * batches.steps_per_epoch
+        seen = [batches.inputs(first + i)["labels"] for i in range(batches.steps_per_epoch)]
+        assert all(len(labels) == batch for labels in seen)
+        order = np.concatenate(seen)
+        assert sorted(order[:count]) == list(range(count))
+        np.testing.assert_array_equal(order, np.resize(order[:count], len(order)))
+
+
+def test_any_step_is_the_same_whenever_it_is_made() -> None:
+    forwards = [plan(30, augmentations=("flip", "crop")).inputs(step) for step in range(10)]
+    for step in reversed(range(10)):
+        again = plan(30, augmentations=("flip", "crop")).inputs(step)
+        for name, array in forwards[step].items():
+            np.testing.assert_array_equal(again[name], array)
+    orders = [np.concatenate([plan(30).inputs(4 * e + i)["labels"] for i in range(4)]) for e in (0, 1)]
+    assert orders[0].tolist() != orders[1].tolist()
+
+
+def test_a_mixed_batch_has_labels_for_private_samples_only() -> None:
+    count, others = 20, 5
+    rows = np.arange(count + others, dtype=np.float32)[:, None]
+    private, shared = (TeacherOutputs(r, 10 * r) for r in (rows[:count], rows[count:]))
+    transfer = TransferSet(np.full((others, 3, 8, 8), 200, np.uint8), shared)
+    mixed = plan(count, 8, teacher=private, transfer=transfer, transfer_count=3)
+    assert mixed.steps_per_epoch == 4
+    seen = []
+    for step in range(10):
+        inputs = mixed.inputs(step)
+        assert inputs["label_weights"].tolist() == [1] * 5 + [0] * 3
+        assert inputs["teacher_weights"].tolist() == [1] * 8
+        np.testing.assert_array_equal(inputs["teacher_latents"][:5, 0], inputs["labels"][:5])
+        np.testing.assert_array_equal(inputs["teacher_logits"], 10 * inputs["teacher_latents"])
+        assert (inputs["images"][5:] == 200).all() and (inputs["images"][:5] < 200).all()
+        seen += inputs["teacher_latents"][5:, 0].tolist()
+    for start in range(0, 30, others):  # the transfer set is passed through again and again
+        assert sorted(seen[start : start + others]) == [20, 21, 22, 23, 24]
+
+
+def test_augmentation_gives_flipped_and_shifted_versions() -> None:
+    batch = images(64, (3, 32, 32))
+    flipped = augment(batch, ("flip",), 0, 0, 0)
+    same = [np.array_equal(a, b) for a, b in zip(flipped, batch, strict=True)]
+    mirrored = [np.array_equal(a, b[:, :, ::-1]) for a, b in zip(flipped, batch, strict=True)]
+    assert all(a != b for a, b in zip(same, mirrored, strict=True)) and 16 < sum(same) < 48
+    cropped = augment(batch, ("crop",), 0, 0, 0)
+    shifts = set()
+    for before, after in zip(batch, cropped, strict=True):
+        padded = np.pad(before, ((0, 0), (4, 4), (4, 4)), mode="reflect")
+        found = [
+            (top, left)
+            for top in range(9)
+            for left in range(9)
+            if np.array_equal(after, padded[:, top : top + 32, left : left + 32])
+        ]
+        assert len(found) == 1
+        shifts.add(found[0])
+    assert {top for top, _ in shifts} == set(range(9)) and len(shifts) > 30
+    assert augment(batch, (), 0, 0, 0) is batch
+
+
+def test_augmentation_takes_well_under_a_millisecond() -> None:
+    batch, best_s = images(32, (3, 32, 32)), math.inf
+    for step in range(30):
+        started = time.perf_counter()
+        augment(batch, ("flip", "crop"), 0, 0, step)
+        best_s = min(best_s, time.perf_counter() - started)
+    assert best_s < 1e-3
+
+
+def test_schedules() -> None:
+    def rates(schedule: Schedule, total: int = 100) -> list[float]:
+        return [learning_rate(step, total, 2.0, schedule) for step in range(total)]
+
+    assert set(rates(Schedule())) == {2.0}
+    cosine = rates(Schedule("cosine"))
+    np.testing.assert_allclose(cosine, 1 + np.cos(np.pi * np.arange(100) / 100))
+    steps = rates(Schedule("step"))
+    assert steps[:50] == [2.0] * 50 and steps[50:75] == pytest.approx([0.2] * 25)
+    assert steps[75:] == pytest.approx([0.02] * 25)
+    warm = rates(Schedule("cosine", warmup_steps=4))
+    assert warm[:5] == [0.5, 1.0, 1.5, 2.0, 2.0] and warm[5] < 2.0
+    assert rates(Schedule(warmup_steps=200))[-1] == 1.0
+    with pytest.raises(UsageError, match="no schedule"):
+        Schedule("sawtooth")
+
+
+@given(st.integers(1, 12), st.sampled_from([0.05, 0.25, 1.0, 5000.0]), st.integers(0, 5))
+@settings(max_examples=40, deadline=None)
+def test_a_partition_deals_out_every_sample_once(devices: int, gamma: float, seed: int) -> None:
+    labels = np.random.default_rng(seed).integers(0, 7, 150)
+    parts = dirichlet_partition(labels, devices, gamma, seed)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(150))
+    sizes = [len(part) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+    for a, b in zip(parts, dirichlet_partition(labels, devices, gamma, seed), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_small_gamma_skews_and_a_large_one_does_not() -> None:
+    labels = np.repeat(np.arange(10), 500)
+
+    def largest_share(gamma: float) -> float:
+        parts = dirichlet_partition(labels, 10, gamma, seed=1)
+        return float(np.mean([np.bincount(labels[part], minlength=10).max() / len(part) for part in parts]))
+
+    assert largest_share(5000) < 0.14 < 0.25 < largest_share(0.25)
+
+
+def test_a_partition_of_nonsense_is_refused() -> None:
+    for devices, gamma in ((0, 1.0), (4, 1.0), (2, 0.0), (2, math.nan)):
+        with pytest.raises(UsageError):
+            dirichlet_partition(np.zeros(3, int), devices, gamma, 0)
+
+
+def test_a_limited_dataset_is_a_seeded_subset() -> None:
+    whole = plan(30).dataset
+    some = whole.take(10, seed=1)
+    assert len(some) == 10 and len(set(some.labels.tolist())) == 10
+    np.testing.assert_array_equal(some.images[:, 0, 0, 0], some.labels)
+    assert whole.take(10, seed=1).digest == some.digest != whole.take(10, seed=2).digest
+    assert whole.take(99, seed=1) is whole
+
+
+def test_tar_members_are_never_written_anywhere(tmp_path: Path) -> None:
+    path = tmp_path / "evil.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        member = tarfile.TarInfo("../../batches.meta")
+        member.size = 3
+        archive.addfile(member, io.BytesIO(b"abc"))
+    with pytest.raises(DataError, match="batches.meta: refused"):
+        load_splits(path, CIFAR, 10)
+    assert os.listdir(tmp_path) == ["evil.tar.gz"]
