@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from export.lowering.graph import Graph, Value
+from export.lowering.formulations import Layout
+from export.lowering.graph import Value
 
 
 @dataclass(frozen=True)
@@ -60,52 +61,48 @@ class LossAndGradients:
 
 
 def loss_and_gradients(
-    objective: Objective, graph: Graph, inputs: dict[str, Value], latents: Value, logits: Value
+    objective: Objective, layout: Layout, inputs: dict[str, Value], latents: Value, logits: Value
 ) -> LossAndGradients:
     """Losses of shape [1] and their gradients; `inputs` by the names of `batch_inputs`."""
-    classes = logits.shape[1]
-    weights = _normalised(inputs["label_weights"])
+    graph, classes = logits.graph, logits.shape[1]
+
+    def total(column: Value) -> Value:
+        return layout.column_sum(column).reshape(1)
+
+    weights = _normalised(inputs["label_weights"], layout)
     one_hot = graph.apply("one_hot", inputs["labels"], classes=classes)
-    ce_rows = -_row_sum(graph.apply("log_softmax", logits) * one_hot)
-    ce_loss = _sum(ce_rows * weights)
+    ce_rows = -layout.row_sum(layout.log_softmax(logits) * one_hot)
+    ce_loss = total(ce_rows * weights)
     d_ce = (graph.apply("softmax", logits) - one_hot) * weights
     if not objective.distills:
         return LossAndGradients(ce_loss, ce_loss, None, None, d_ce)
 
     alpha = inputs["alpha"]
-    weights = _normalised(inputs["teacher_weights"])
+    weights = _normalised(inputs["teacher_weights"], layout)
     alpha_column = alpha.reshape(1, 1)
     d_ce = d_ce * (1.0 - alpha_column)
     share = weights * alpha_column
     if objective.kd_loss == "kl":
         temperature = inputs["temperature"].reshape(1, 1)
-        log_teacher = graph.apply("log_softmax", inputs["teacher_logits"] / temperature)
+        log_teacher = layout.log_softmax(inputs["teacher_logits"] / temperature)
         teacher = graph.apply("softmax", inputs["teacher_logits"] / temperature)
         student = graph.apply("softmax", logits / temperature)
-        log_student = graph.apply("log_softmax", logits / temperature)
-        rows = _row_sum(teacher * (log_teacher - log_student)) * (temperature * temperature)
+        log_student = layout.log_softmax(logits / temperature)
+        rows = layout.row_sum(teacher * (log_teacher - log_student)) * (temperature * temperature)
         d_logits, d_latents = d_ce + (student - teacher) * (share * temperature), None
     else:
         of_latents = objective.name == "lkd"
         target, ours = (inputs["teacher_latents"], latents) if of_latents else (inputs["teacher_logits"], logits)
         difference = ours - target
-        rows = _row_sum(difference * difference) * (1 / difference.shape[1])
+        rows = layout.row_sum(difference * difference) * (1 / difference.shape[1])
         gradient = difference * (share * (2 / difference.shape[1]))
         d_logits, d_latents = (d_ce, gradient) if of_latents else (d_ce + gradient, None)
-    distillation_loss = _sum(rows * weights)
+    distillation_loss = total(rows * weights)
     loss = ce_loss * (1.0 - alpha) + distillation_loss * alpha
     return LossAndGradients(loss, ce_loss, distillation_loss, d_latents, d_logits)
 
 
-def _normalised(weights: Value) -> Value:
+def _normalised(weights: Value, layout: Layout) -> Value:
     """Weights [B] divided by their sum, as a column [B, 1]; all zero where the sum is zero."""
-    total = weights.graph.apply("reduce_sum", weights, axes=(0,))
-    return (weights / weights.graph.apply("maximum", total, 1e-12)).reshape(-1, 1)
-
-
-def _row_sum(x: Value) -> Value:
-    return x.graph.apply("reduce_sum", x, axes=(1,))
-
-
-def _sum(column: Value) -> Value:
-    return column.graph.apply("reduce_sum", column, axes=(0, 1)).reshape(1)
+    column = weights.reshape(-1, 1)
+    return column / weights.graph.apply("maximum", layout.column_sum(column), 1e-12)

@@ -145,7 +145,7 @@ def build_train_step(spec: StepSpec, layout: Layout) -> Graph:
     graph, state, inputs = _start(spec, spec.step_inputs())
     ctx = Context(graph, state, batch_statistics=True)
     latents, logits, tape = _forward(spec, layout, ctx, inputs["images"])
-    result = loss_and_gradients(spec.objective, graph, inputs, latents, logits)
+    result = loss_and_gradients(spec.objective, layout, inputs, latents, logits)
     gradients = {spec.student.logits: result.d_logits}
     if result.d_latents is not None:
         gradients[spec.student.latents] = result.d_latents

@@ -239,4 +239,6 @@ CHANNELS_FIRST = Layout(
     from_images=lambda images: images,
     positive=lambda x: x.graph.apply("positive", x),
     column_sum=lambda x: x.graph.apply("reduce_sum", x, axes=(0,)),
+    row_sum=lambda x: x.graph.apply("reduce_sum", x, axes=(1,)),
+    log_softmax=lambda x: x.graph.apply("log_softmax", x),
 )

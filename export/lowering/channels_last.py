@@ -33,6 +33,20 @@ def _column_sum(x: Value) -> Value:
     return x.graph.constant(np.ones((1, x.shape[0]))) @ x
 
 
+def _row_sum(x: Value) -> Value:
+    return x @ x.graph.constant(np.ones((x.shape[1], 1)))
+
+
+def _log_softmax(x: Value) -> Value:
+    """XNNPACK has no log-softmax and no row maximum: halve the columns until one is left."""
+    largest = x
+    while (width := largest.shape[1]) > 1:
+        half = (width + 1) // 2
+        largest = x.graph.apply("maximum", largest.narrow(1, 0, half), largest.narrow(1, width - half, width))
+    shifted = x - largest
+    return shifted - x.graph.apply("log", _row_sum(x.graph.apply("exp", shifted)))
+
+
 def _concat(parts: Sequence[Value], axis: int) -> Value:
     return parts[0] if len(parts) == 1 else parts[0].graph.apply("concat", *parts, axis=axis)
 
@@ -338,4 +352,6 @@ CHANNELS_LAST = Layout(
     from_images=lambda images: images.transpose(0, 2, 3, 1),
     positive=_positive,
     column_sum=_column_sum,
+    row_sum=_row_sum,
+    log_softmax=_log_softmax,
 )

@@ -58,6 +58,8 @@ class Layout:
     from_images: Callable[[Value], Value]
     positive: Callable[[Value], Value]  # 1 where a value is above zero, else 0
     column_sum: Callable[[Value], Value]  # [n, c] → [1, c]
+    row_sum: Callable[[Value], Value]  # [n, c] → [n, 1]
+    log_softmax: Callable[[Value], Value]  # [n, c], over c
 
 
 def linear(ctx: Context, layer: Layer, inputs: list[Value], layout: Layout) -> tuple[Value, Backward]:

@@ -121,6 +121,8 @@ RULES: dict[str, Rule] = {
     "clamp": lambda w, n, x, y: w.emit("Clip", [*x, *(w.number(n.attributes[k]) for k in ("low", "high"))], y),
     "greater_equal": _compare("GreaterOrEqual"),
     "positive": lambda w, n, x, y: w.emit("HardSigmoid", x, y, alpha=1e38, beta=0.0),
+    "exp": _plain("Exp"),
+    "log": _plain("Log"),
     "sqrt": _plain("Sqrt"),
     "rsqrt": lambda w, n, x, y: w.emit("Reciprocal", [w.emit("Sqrt", x, y + ".root")], y),
     "to_float": lambda w, n, x, y: w.emit("Cast", x, y, to=TensorProto.FLOAT),

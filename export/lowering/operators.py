@@ -31,7 +31,7 @@ def _concat(*parts, axis):
 
 
 def _slice(x, axis, start, stop):
-    return torch.narrow(x, axis, start, stop - start)
+    return torch.slice_copy(x, axis, start, stop)  # a view would be cloned by every reshape of it
 
 
 def _pad(x, begins, ends, value=0.0):
@@ -87,6 +87,8 @@ OPERATORS: dict[str, Callable[..., torch.Tensor]] = {
     "clamp": lambda x, low, high: torch.clamp(x, low, high),
     "greater_equal": lambda a, b: torch.ge(a, b).to(torch.float32),  # 1 where a ≥ b, else 0
     "positive": lambda x: torch.clamp(x * 1e38, 0.0, 1.0),  # 1 where x > 0, else 0, without comparisons
+    "exp": torch.exp,
+    "log": torch.log,
     "sqrt": torch.sqrt,
     "rsqrt": torch.rsqrt,
     "to_float": lambda x: x.to(torch.float32),
@@ -99,7 +101,7 @@ OPERATORS: dict[str, Callable[..., torch.Tensor]] = {
     "log_softmax": lambda x: torch.log_softmax(x, -1),
     # movement
     "reshape": lambda x, shape: torch.reshape(x, shape),
-    "transpose": lambda x, permutation: torch.permute(x, permutation),
+    "transpose": lambda x, permutation: torch.permute_copy(x, permutation),
     "slice": _slice,
     "concat": _concat,
     "pad": _pad,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,11 @@ import onnx
 from onnx import helper
 
 from edge_runtime.engines.onnxruntime_training import INSTALL_HINT, find_interpreter
+from export.lowering.channels_first import CHANNELS_FIRST
+from export.lowering.onnx_emitter import to_onnx
+from export.step import StepSpec
+from export.step import build_encode as build_encode_graph
+from export.targets.onnxruntime_training_forward import GRADIENT, build_forward, build_optimizer
 from export.targets.onnxruntime_training_operators import (
     DIFFERENTIABLE,
     GradientError,
@@ -25,7 +31,6 @@ from export.targets.onnxruntime_training_operators import (
     needed_nodes,
 )
 
-GRADIENT = "gradient."
 MAX_OPSET = 20
 IR_VERSION = 9
 """onnxruntime 1.19.2 reads no newer one."""
@@ -33,6 +38,35 @@ IR_VERSION = 9
 _WORKER = Path(__file__).with_name("onnxruntime_training_worker.py")
 _TIMEOUT_S = 300
 _ZERO = "scratch/zero"
+_OWN = "optimizer/"
+
+
+def emit(spec: StepSpec, folder: Path) -> dict[str, dict]:
+    """Writes `train_step.onnx` and `encode.onnx` into `folder`; returns what the manifest says of each graph.
+
+    Errors: GradientError, EngineError.
+    """
+    outputs = ["next." + tensor["name"] for tensor in spec.state_specs() if tensor["written"]]
+    outputs += [metric["name"] for metric in spec.metrics()]
+    inputs = [tensor["name"] for tensor in spec.state_specs() + spec.step_inputs()]
+    forward, optimizer = to_onnx(build_forward(spec)), to_onnx(build_optimizer(spec))
+    train_step = build_train_step(forward, list(spec.trained()), optimizer, outputs, inputs)
+    encode = build_encode(to_onnx(build_encode_graph(spec, CHANNELS_FIRST)))
+    return {
+        "train_step": _write(train_step, folder / "train_step.onnx"),
+        "encode": _write(encode, folder / "encode.onnx"),
+    }
+
+
+def _write(model: onnx.ModelProto, path: Path) -> dict[str, object]:
+    path.write_bytes(model.SerializeToString(deterministic=True))
+    return {
+        "file": path.name,
+        "inputs": [value.name for value in model.graph.input],
+        "outputs": [value.name for value in model.graph.output],
+        "operators": dict(sorted(Counter(node.op_type for node in model.graph.node).items())),
+        "planned_memory_bytes": None,
+    }
 
 
 def build_train_step(
@@ -98,9 +132,7 @@ def merge(
     missing = [name for name in trainable if f"{name}_grad" not in made]
     if missing:
         raise GradientError(f"the loss does not depend on {', '.join(missing)}", "freeze these parameters")
-    unknown = [name for name in outputs if name not in made] + [
-        name for name in inputs or () if name not in given
-    ]
+    unknown = [name for name in outputs if name not in made]
     if unknown:
         raise GradientError(f"neither the forward graph nor the optimizer has {', '.join(unknown)}")
 
@@ -109,8 +141,8 @@ def merge(
     initializers = [_renamed_tensor(tensor, renamed) for tensor in gradient.graph.initializer] + [_zero()]
     # Whatever the optimizer computes on the way gets names of its own.
     public = set(given) | set(made) | set(renamed.values())
-    private = {name: f"optimizer/{name}" for name in _names(optimizer.graph) - public}
-    nodes += [_renamed(node, private) for node in optimizer.graph.node]
+    private = {name: _OWN + name for name in _names(optimizer.graph) - public}
+    nodes += [_renamed(node, private, _OWN) for node in optimizer.graph.node]
     initializers += [_renamed_tensor(tensor, private) for tensor in optimizer.graph.initializer]
 
     nodes, needed = needed_nodes(nodes, outputs)
@@ -224,9 +256,10 @@ def _names(graph: onnx.GraphProto) -> set[str]:
     }
 
 
-def _renamed(node: onnx.NodeProto, names: dict[str, str]) -> onnx.NodeProto:
+def _renamed(node: onnx.NodeProto, names: dict[str, str], prefix: str = "") -> onnx.NodeProto:
     copy = onnx.NodeProto()
     copy.CopyFrom(node)
+    copy.name = prefix + node.name if node.name else ""
     copy.input[:] = [names.get(name, name) for name in node.input]
     copy.output[:] = [names.get(name, name) for name in node.output]
     return copy

@@ -92,8 +92,8 @@ def _wrong_gradient(node: onnx.NodeProto) -> str | None:
 
 def _check_statistics(graph: onnx.GraphProto) -> None:
     """Refuses a training BatchNormalization whose running outputs are not the batch's own mean and variance
-    (momentum 0), or whose running inputs, which name its scratch memory, are not graph inputs of its own."""
-    inputs, seen = {value.name for value in graph.input}, set()
+    (momentum 0), or whose running inputs, which name its scratch memory, are constant or not its own."""
+    seen = {tensor.name for tensor in graph.initializer}
     for node in graph.node:
         attributes = attributes_of(node)
         if node.op_type != "BatchNormalization" or not attributes.get("training_mode"):
@@ -104,9 +104,9 @@ def _check_statistics(graph: onnx.GraphProto) -> None:
                 f"{_named(node)} has momentum {momentum:g}, not 0",
                 "write the running update as nodes behind it",
             )
-        if not inputs.issuperset(statistics) or len(seen.union(statistics)) < len(seen) + 2:
+        if len(seen.union(statistics)) < len(seen) + 2:
             raise GradientError(
-                f"{_named(node)}: {', '.join(statistics)} are not graph inputs of its own",
+                f"{_named(node)}: {', '.join(statistics)} are constant or normalise elsewhere too",
                 "give it the state's running mean and variance",
             )
         seen.update(statistics)

@@ -1,0 +1,79 @@
+"""What the training build makes a step from: the forward pass with its losses, and the optimizer.
+
+Its gradient builder wants the operators that it has kernels for, not their formulations in simpler ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NoReturn
+
+from export.lowering.capture import Layer
+from export.lowering.channels_first import CHANNELS_FIRST, batch_norm
+from export.lowering.formulations import Backward, Context
+from export.lowering.graph import Graph, Value
+from export.objectives import loss_and_gradients
+from export.optimizers import update
+from export.step import StepSpec, _forward, _start
+
+GRADIENT = "gradient."
+
+
+def build_forward(spec: StepSpec) -> Graph:
+    """Losses, metrics and next running statistics from state, batch and hyperparameters."""
+    graph, state, inputs = _start(spec, spec.step_inputs())
+    ctx = Context(graph, state, batch_statistics=True)
+    latents, logits, _ = _forward(spec, NATIVE, ctx, inputs["images"])
+    result = loss_and_gradients(spec.objective, NATIVE, inputs, latents, logits)
+    for name, value in ctx.updates.items():
+        graph.output(f"next.{name}", value)
+    values = {
+        "loss": result.loss,
+        "ce_loss": result.ce_loss,
+        "distillation_loss": result.distillation_loss,
+        "latents": latents,
+        "logits": logits,
+    }
+    for metric in spec.metrics():
+        graph.output(metric["name"], values[metric["name"]])
+    graph.prune(set(state))
+    return graph
+
+
+def build_optimizer(spec: StepSpec) -> Graph:
+    """Next parameters and slots from `gradient.<parameter>`, parameters, slots and hyperparameters."""
+    graph, state, inputs = _start(spec, spec.step_inputs())
+    gradients = {name: graph.input(GRADIENT + name, shape) for name, shape in spec.trained().items()}
+    for name, value in update(spec.optimizer, graph, state, gradients, inputs).items():
+        graph.output(f"next.{name}", value)
+    graph.prune(set(state) | set(inputs))
+    return graph
+
+
+def _no_backward(dy: Value) -> NoReturn:
+    raise AssertionError("the gradient builder differentiates this graph")
+
+
+def _max_pool2d(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Backward]:
+    return ctx.graph.apply("max_pool2d", inputs[0], **layer.attributes), _no_backward
+
+
+def _batch_norm(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Backward]:
+    """With frozen statistics as a product and a sum: of inference normalization the builder makes a wrong
+    gradient."""
+    if ctx.batch_statistics:
+        return batch_norm(ctx, layer, inputs)
+    weight, bias, mean, variance = (
+        ctx.parameter(layer, name) for name in ("weight", "bias", "running_mean", "running_var")
+    )
+    scale = weight * ctx.graph.apply("rsqrt", variance + layer.attributes["eps"])
+    offset = bias - mean * scale
+    return inputs[0] * scale.reshape(1, -1, 1, 1) + offset.reshape(1, -1, 1, 1), _no_backward
+
+
+NATIVE = replace(
+    CHANNELS_FIRST,
+    name="native",
+    formulations=CHANNELS_FIRST.formulations | {"max_pool2d": _max_pool2d, "batch_norm": _batch_norm},
+)
+"""Channels first, with pooling and normalization as single operators."""
