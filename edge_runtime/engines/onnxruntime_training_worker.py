@@ -29,7 +29,16 @@ if TYPE_CHECKING:
 PREFIX = struct.Struct("<IQ")
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_BODY_BYTES = 4 * 2**30
-_DTYPES = ("float32", "float64", "float16", "uint8", "int8", "int32", "int64")
+_TYPES = {
+    "float32": "tensor(float)",
+    "float64": "tensor(double)",
+    "float16": "tensor(float16)",
+    "uint8": "tensor(uint8)",
+    "int8": "tensor(int8)",
+    "int32": "tensor(int32)",
+    "int64": "tensor(int64)",
+}
+"""The dtypes that a frame may hold, as onnxruntime names them."""
 
 
 def frame_chunks(
@@ -55,7 +64,7 @@ def read_frame(read_exactly: Callable[[int], bytearray]) -> tuple[dict[str, obje
     arrays: dict[str, np.ndarray] = {}
     offset = 0
     for name, dtype_name, shape in header.pop("arrays"):
-        if dtype_name not in _DTYPES:
+        if dtype_name not in _TYPES:
             raise ValueError(f"not a frame: array {name!r} has dtype {dtype_name!r}")
         dtype, count = np.dtype(dtype_name), math.prod(shape)
         arrays[name] = (
@@ -125,8 +134,10 @@ class Worker:
             array = given.get(spec.name, self._state.get(spec.name))
             if array is None:
                 raise ValueError(f"{graph} needs {spec.name}, which is neither in the state nor given")
-            if list(array.shape) != spec.shape:
-                raise ValueError(f"{graph}: {spec.name} has shape {list(array.shape)}, not {spec.shape}")
+            if (list(array.shape), _TYPES[array.dtype.name]) != (spec.shape, spec.type):
+                raise ValueError(
+                    f"{graph}: {spec.name} is {array.dtype}{list(array.shape)}, not {spec.type}{spec.shape}"
+                )
             binding.bind_ortvalue_input(spec.name, value(array))
         written, results = {}, {}
         for spec in session.get_outputs():
