@@ -338,3 +338,30 @@ def test_the_runtime_imports_neither_torch_nor_onnx_nor_an_engine_for_help() -> 
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "bench" in result.stdout
+
+
+@pytest.mark.contract
+def test_training_needs_nothing_but_numpy_and_an_engine(work: Path) -> None:
+    """As on a device: every import beyond the standard library, NumPy, ONNX Runtime and the runtime fails."""
+    code = (
+        "import sys, importlib.abc\n"
+        "allowed = {*sys.stdlib_module_names, 'numpy', 'onnxruntime', 'edge_runtime'}\n"
+        "class Refuse(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] not in allowed:\n"
+        "            raise ModuleNotFoundError(f'a device has no {name}', name=name)\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+        "from edge_runtime.cli import main\n"
+        "assert main(sys.argv[1:]) == 0\n"
+        "for command in ('export', 'bench'):\n"
+        "    assert main([command]) == 1\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments(work, "x.safetensors")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "summary" in result.stdout.splitlines()[-1]
+    assert "pip install 'edgestill[export]'" in result.stderr

@@ -141,7 +141,7 @@ def open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
     options.log_severity_level = 3
     # A step of cnn3 planned as one block peaks at 163 MB, with single buffers at 118, and is no faster.
     options.enable_mem_pattern = False
-    # How long idle threads spin between operators. Two threads on two cores, ms a step alone / beside one busy
+    # How long idle threads spin between operators. Two threads on two cores, ms a step alone / beside a busy
     # process: default 25/56, 10 us 26/37, no spinning 32/36. A device has other things to do, too.
     options.add_session_config_entry("session.intra_op.spin_duration_us", "10")
     try:
