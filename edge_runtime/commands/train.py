@@ -104,12 +104,20 @@ def run(arguments: argparse.Namespace) -> int:
         output.start(first_step, planned, engine, state_path)
         steps_ms = []
         with stop_requests() as requests:
-            for record in train(
-                engine, planned, state_path, first_step=first_step,
-                checkpoint_every=arguments.checkpoint_every, should_stop=lambda: bool(requests),
-            ):  # fmt: skip
-                steps_ms.append(record.ms)
-                output.step(record)
+            steps = train(
+                engine,
+                planned,
+                state_path,
+                first_step=first_step,
+                checkpoint_every=arguments.checkpoint_every,
+                should_stop=lambda: bool(requests),
+            )
+            try:
+                for record in steps:
+                    steps_ms.append(record.ms)
+                    output.step(record)
+            finally:
+                output.end_progress()
         peak = peak_rss_bytes()
         result = None
         if splits.test is not None:
@@ -241,16 +249,19 @@ class _Output:
         elif self._live:
             line = (
                 f"\rstep {record.step}/{self._total_steps}  epoch {record.epoch}  loss {record.loss:.4f}  "
-                f"accuracy {record.accuracy:.2f}  {record.ms:.0f} ms "
+                f"accuracy {record.accuracy:.2f}  {record.ms:.0f} ms\033[K"
             )
             print(line, end="", file=sys.stderr, flush=True)
+
+    def end_progress(self) -> None:
+        """Leaves the progress line, so that an error or the summary starts on a line of its own."""
+        if self._live:
+            print(file=sys.stderr)
 
     def summary(self, summary: dict[str, Any]) -> None:
         if self._as_json:
             print(json.dumps({"summary": summary}), flush=True)
             return
-        if self._live:
-            print(file=sys.stderr)
         if summary["accuracy"] is not None:
             print(f"accuracy        {summary['accuracy']:.4f} on {summary['samples']} test samples")
         if summary["ms_per_step_median"] is not None:
