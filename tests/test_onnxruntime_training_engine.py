@@ -349,6 +349,19 @@ def test_the_interpreter_is_found_by_variable_then_beside_the_environment_then_h
     assert "missing" in engine.check()
 
 
+def test_a_plain_installation_is_told_by_its_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter here ends with exit code 3, so the version cannot come from running it."""
+    monkeypatch.setenv(engine.INTERPRETER_VARIABLE, str(executable(tmp_path / "bin" / "python")))
+    packages = tmp_path / "lib" / "python3.11" / "site-packages"
+    (packages / "onnxruntime_training-1.19.2.dist-info").mkdir(parents=True)
+    assert "exit code 3" in engine.check()
+    (packages / "numpy").mkdir()
+    assert engine.check() is None
+    assert engine.version() == "1.19.2"
+    (packages / "onnxruntime-1.31.1.dist-info").mkdir()
+    assert "exit code 3" in engine.check()
+
+
 def test_an_interpreter_without_the_training_build_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """This environment has stock onnxruntime under the same import name."""
     monkeypatch.setenv(engine.INTERPRETER_VARIABLE, sys.executable)

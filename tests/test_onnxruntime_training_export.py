@@ -238,6 +238,8 @@ def test_what_does_not_fit_together_is_refused() -> None:
         build_train_step(FORWARD, ["a"], OPTIMIZER, ["next.a", "loss"], inputs=["a"])
     with pytest.raises(GradientError, match="b"):
         build_train_step(FORWARD, ["a", "b"], OPTIMIZER, ["next.a"])
+    with pytest.raises(GradientError, match="holds Mod"):
+        build_train_step(FORWARD, ["a"], model("Mod", ["a", "gradient.a"], "next.a"), ["next.a"])
     newer = model("Sub", ["a", "gradient.a"], "next.a")
     newer.opset_import[0].version = 22
     with pytest.raises(GradientError, match="at most 20"):

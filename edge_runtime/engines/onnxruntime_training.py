@@ -70,7 +70,7 @@ def find_interpreter() -> Path:
 def check() -> str | None:
     """None where the engine works, else the reason why not."""
     try:
-        _probe(find_interpreter())
+        version()
     except EngineError as error:
         return error.message
     return None
@@ -78,7 +78,20 @@ def check() -> str | None:
 
 def version() -> str:
     """The version of onnxruntime-training in its environment. Errors: EngineError where it does not work."""
-    return _probe(find_interpreter())
+    interpreter = find_interpreter()
+    return _installed_version(interpreter) or _probe(interpreter)
+
+
+def _installed_version(interpreter: Path) -> str | None:
+    """The version by the packages' folders, where these leave no doubt: starting a Python takes a third of a
+    second, and an engine is checked each time it is opened."""
+    for packages in interpreter.parent.parent.glob("lib/python3*/site-packages"):
+        found = [*packages.glob("onnxruntime_training-*.dist-info")]
+        # Stock onnxruntime in the same environment overwrites the training build's files.
+        mixed = any(packages.glob("onnxruntime-*.dist-info"))
+        if len(found) == 1 and not mixed and (packages / "numpy").is_dir():
+            return found[0].name.removesuffix(".dist-info").partition("-")[2]
+    return None
 
 
 @lru_cache

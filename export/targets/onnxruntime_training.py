@@ -27,6 +27,7 @@ from export.targets.onnxruntime_training_operators import (
     DIFFERENTIABLE,
     GradientError,
     attributes_of,
+    check_artifact,
     check_gradients,
     needed_nodes,
 )
@@ -162,6 +163,7 @@ def merge(
     left_out = [name for name in needed & set(given) if name not in order]
     if left_out:
         raise GradientError(f"the step needs {', '.join(sorted(left_out))}, which `inputs` leaves out")
+    check_artifact(graph)
     domains = {node.domain for node in nodes} | {""}
     versions = [version for version in gradient.opset_import if version.domain in domains]
     return helper.make_model(graph, opset_imports=versions, ir_version=IR_VERSION, producer_name="edgestill")

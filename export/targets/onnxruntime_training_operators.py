@@ -29,6 +29,18 @@ FLAT = frozenset("Equal Greater GreaterOrEqual Less LessOrEqual Shape Size".spli
 """Operators whose derivative is zero or that have none; the builder stops at them, as it should."""
 
 
+ARTIFACT = DIFFERENTIABLE | frozenset(
+    (
+        "And AveragePoolGrad BatchNormInternal BatchNormalizationGrad BroadcastGradientArgs ConcatTraining "
+        "ConvGrad DivGrad Equal FusedMatMul Greater GreaterOrEqual LayerNormalizationGrad LeakyReluGrad Less "
+        "LessOrEqual LogSoftmaxGrad_13 MaxPoolGrad OneHot ReluGrad Scale Shape SigmoidGrad Sign Size "
+        "SliceGrad SoftmaxGrad_13 SplitTraining Sum TanhGrad"
+    ).split()
+)
+"""All that a training step may hold: what stands between parameters and loss, what the builder writes for it,
+and what loss and optimizer need besides."""
+
+
 class GradientError(EdgestillError):
     """A forward graph of which the gradient builder makes no training step."""
 
@@ -45,6 +57,16 @@ def check_gradients(graph: onnx.GraphProto, trainable: Iterable[str]) -> None:
                 "write it with other operators: " + ", ".join(sorted(DIFFERENTIABLE)),
             )
     _check_statistics(graph)
+
+
+def check_artifact(graph: onnx.GraphProto) -> None:
+    """Refuses a finished step with an operator outside of ARTIFACT. Errors: GradientError."""
+    strangers = sorted({node.op_type for node in graph.node} - ARTIFACT)
+    if strangers:
+        raise GradientError(
+            f"the training step holds {', '.join(strangers)}, outside of the set of proven operators",
+            "write the forward graph with other operators",
+        )
 
 
 def needed_nodes(
