@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -28,7 +28,7 @@ def format_table(lines: Iterable[Mapping[str, Any]]) -> str:
         measured = [line for line in members if "error" not in line]
         parts.append(case_title(members[0]))
         if measured:
-            parts.append(_align([COLUMNS, *(_row(line) for line in measured)]))
+            parts.append(align([COLUMNS, *(_row(line) for line in measured)]))
         for line in members:
             if "error" in line:
                 parts.append(f"{line['engine']}: not measured: {line['error']}")
@@ -56,11 +56,12 @@ def _row(line: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _align(rows: list[tuple[str, ...]]) -> str:
+def align(rows: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """Rows as lines of equal width; the first `texts` columns are texts, the others numbers."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if index == 0 else cell.rjust(width)
+            cell.ljust(width) if index < texts else cell.rjust(width)
             for index, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
