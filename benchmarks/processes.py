@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,36 @@ def tree_cpu_s(pid: int) -> float:
         except (OSError, IndexError):
             pass
     return total_ticks / os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class CpuUse:
+    """Processor time so far in seconds over all cores: of the whole machine, of that what was not idle
+    (what a hypervisor stole included), and of this process with its children, living and ended."""
+
+    total_s: float
+    busy_s: float
+    own_s: float
+
+    def share_of_others_until(self, later: CpuUse) -> float:
+        """Share of the machine, 0 to 1, that others used between the two; 0 where nothing was counted."""
+        others_s = (later.busy_s - self.busy_s) - (later.own_s - self.own_s)
+        total_s = later.total_s - self.total_s
+        return min(1.0, max(0.0, others_s / total_s)) if total_s > 0 else 0.0
+
+
+def read_cpu_use() -> CpuUse | None:
+    """None where there is no /proc/stat."""
+    try:
+        line = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0]
+    except OSError:
+        return None
+    # user nice system idle iowait irq softirq steal, proc(5); guest time is part of user time already
+    ticks = [int(field) for field in line.split()[1:9]]
+    second = os.sysconf("SC_CLK_TCK")
+    ended = os.times()
+    own_s = tree_cpu_s(os.getpid()) + ended.children_user + ended.children_system
+    return CpuUse(sum(ticks) / second, (sum(ticks) - ticks[3] - ticks[4]) / second, own_s)
 
 
 def peak_rss_bytes(pid: int) -> int:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from benchmarks.step import BUSY_LIMIT
+
 COLUMNS = ("engine", "p50 ms", "p90 ms", "p99 ms", "ratio", "peak MB", "of eager", "cold s", "of peak")
 
 
@@ -29,6 +31,11 @@ def format_table(lines: Iterable[Mapping[str, Any]]) -> str:
         parts.append(case_title(members[0]))
         if measured:
             parts.append(align([COLUMNS, *(_row(line) for line in measured)]))
+            busy_share = measured[0].get("busy_share")
+            if busy_share is not None and busy_share > BUSY_LIMIT:
+                parts.append(
+                    f"Other processes used {busy_share:.0%} of this machine: don't trust these figures."
+                )
         for line in members:
             if "error" in line:
                 parts.append(f"{line['engine']}: not measured: {line['error']}")

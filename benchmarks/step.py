@@ -16,12 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.processes import WorkerFailed, WorkerProcess
+from benchmarks.processes import WorkerFailed, WorkerProcess, read_cpu_use
 from benchmarks.worker import EAGER, EAGER_CHANNELS_LAST, MATRIX_PRODUCT, WorkerSpec
 from benchmarks.workload import read_manifest
 
 EAGER_ENGINES = (EAGER, EAGER_CHANNELS_LAST)
 MEMORY_STEPS = 30
+# Where others use more than this share of the machine, ratios mislead: PyTorch's OpenMP threads spin while
+# they wait for each other, and on cores that others use a step on two threads takes ten times as long.
+BUSY_LIMIT = 0.05
 # A share of idle time above which a worker that should rest disturbs the others.
 IDLE_CPU_LIMIT = 0.05
 
@@ -154,10 +157,21 @@ class _Turns:
         self._progress(f"{engine}: {error}")
 
 
+@dataclass(frozen=True)
+class InterleavedRun:
+    """Timings and failures by engine, the machine's best matrix-product rate in FLOP/s, and the share of the
+    machine that other processes used meanwhile; None where unknown."""
+
+    timings: dict[str, Timings]
+    failed: dict[str, WorkerFailed]
+    peak_flops_per_s: float | None
+    busy_share: float | None
+
+
 def measure_interleaved(
     case: Case, engines: Sequence[str], settings: StepSettings, progress: Progress
-) -> tuple[dict[str, Timings], dict[str, WorkerFailed], float | None]:
-    """Steps all engines in turn; gives timings and failures by engine, and the machine's peak in FLOP/s."""
+) -> InterleavedRun:
+    """Steps all engines in turn."""
     warmups: dict[str, dict[str, list[float]]] = {}
     rounds: dict[str, list[tuple[float, ...]]] = {engine: [] for engine in engines}
     peaks: list[float] = []
@@ -170,7 +184,7 @@ def measure_interleaved(
             if reply := turns.ask(engine, "steps", count=max(1, settings.warmup)):
                 warmups[engine] = reply
         turns.idle_cpu_s = dict.fromkeys(turns.idle_cpu_s, 0.0)
-        started_s = time.monotonic()
+        started_s, use_before = time.monotonic(), read_cpu_use()
         counts = split_steps(settings.steps, settings.rounds)
         for index, count in enumerate(counts):
             progress(f"round {index + 1} of {len(counts)}")
@@ -180,12 +194,15 @@ def measure_interleaved(
             for engine in (*engines[first:], *engines[:first]):
                 if reply := turns.ask(engine, "steps", count=count):
                     rounds[engine].append(tuple(reply["step_ms"]))
-        limit_s = IDLE_CPU_LIMIT * (time.monotonic() - started_s)
+        limit_s, use_after = IDLE_CPU_LIMIT * (time.monotonic() - started_s), read_cpu_use()
         for engine in turns.workers:
             if (used_s := turns.idle_cpu_s[engine]) > limit_s:
                 progress(f"warning: {engine} used {used_s:.1f} s of processor time in the turns of others")
     finally:
         turns.close()
+    busy_share = use_before.share_of_others_until(use_after) if use_before and use_after else None
+    if busy_share is not None and busy_share > BUSY_LIMIT:
+        progress(f"warning: other processes used {busy_share:.0%} of this machine: don't trust these figures")
     timings = {
         engine: Timings(
             warmups[engine]["step_ms"][0], tuple(warmups[engine]["losses"]), tuple(rounds[engine])
@@ -193,7 +210,7 @@ def measure_interleaved(
         for engine in engines
         if engine not in turns.failed
     }
-    return timings, turns.failed, max(peaks, default=None)
+    return InterleavedRun(timings, turns.failed, max(peaks, default=None), busy_share)
 
 
 def measure_fresh(case: Case, engine: str, settings: StepSettings, progress: Progress) -> FreshRun | None:
@@ -217,7 +234,8 @@ def measure_case(
 ) -> list[dict[str, Any]]:
     """Result lines of one case: eager PyTorch first, then the engines; one that failed has an `error`."""
     order = list(dict.fromkeys((*EAGER_ENGINES, *engines)))
-    timings, failed, peak = measure_interleaved(case, order, settings, progress)
+    run = measure_interleaved(case, order, settings, progress)
+    timings, failed, peak = run.timings, dict(run.failed), run.peak_flops_per_s
     fresh: dict[str, FreshRun | None] = {}
     for engine in timings:
         try:
@@ -232,8 +250,8 @@ def measure_case(
             lines.append(error_line(case, engine, str(failed[engine]), failed[engine].hint))
             continue
         figures = summarize(timings[engine], timings.get(EAGER))
-        run = fresh[engine]
-        memory = run.peak_rss_bytes if run else None
+        alone = fresh[engine]
+        memory = alone.peak_rss_bytes if alone else None
         rate = flops * 1000 / figures["p50_ms"] if flops else None
         lines.append(
             {
@@ -244,10 +262,11 @@ def measure_case(
                 **figures,
                 "peak_rss_bytes": memory,
                 "rss_ratio_to_eager": memory / eager_run.peak_rss_bytes if memory and eager_run else None,
-                "cold_start_s": run.cold_start_s if run else None,
+                "cold_start_s": alone.cold_start_s if alone else None,
                 "fraction_of_peak": rate / peak if rate and peak else None,
                 "flops_per_step": flops,
                 "peak_flops_per_s": peak,
+                "busy_share": run.busy_share,
                 "seed": settings.seed,
             }
         )

@@ -111,6 +111,11 @@ def test_table_has_every_engine_and_says_why_one_is_missing() -> None:
     assert len({len(text) for text in table.splitlines() if text.startswith(("torch", "engine"))}) == 2
 
 
+def test_table_warns_of_a_busy_machine() -> None:
+    assert "don't trust" in format_table([line("torch-eager", busy_share=0.4)])
+    assert "don't trust" not in format_table([line("torch-eager", busy_share=0.01)])
+
+
 def test_plot_is_drawn_with_and_without_eager(tmp_path: Path) -> None:
     from PIL import Image
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from benchmarks import processes
 from benchmarks.bundles import BundleRequest, run_export
-from benchmarks.processes import WorkerFailed, WorkerProcess
+from benchmarks.processes import CpuUse, WorkerFailed, WorkerProcess
 from benchmarks.step import (
     Case,
     StepSettings,
@@ -83,7 +84,8 @@ def test_losses_that_differ_from_eagers_show() -> None:
 
 
 def test_engines_take_turns_and_keep_their_times(case: Case) -> None:
-    measured, failed, peak = measure_interleaved(case, [QUICK, SLOW], SETTINGS, lambda text: None)
+    run = measure_interleaved(case, [QUICK, SLOW], SETTINGS, lambda text: None)
+    measured, failed, peak = run.timings, run.failed, run.peak_flops_per_s
     assert not failed
     assert [len(one) for one in measured[QUICK].round_ms] == [3, 3, 3, 3]
     assert measured[QUICK].first_losses == (1.0, 2.0)
@@ -95,7 +97,8 @@ def test_engines_take_turns_and_keep_their_times(case: Case) -> None:
 
 
 def test_an_engine_that_fails_leaves_the_others_alone(case: Case) -> None:
-    measured, failed, _ = measure_interleaved(case, [ABSENT, QUICK, DYING], SETTINGS, lambda text: None)
+    run = measure_interleaved(case, [ABSENT, QUICK, DYING], SETTINGS, lambda text: None)
+    measured, failed = run.timings, run.failed
     assert list(measured) == [QUICK] and len(measured[QUICK].step_ms) == 12
     assert "absent_engine" in str(failed[ABSENT])
     assert "status 9" in str(failed[DYING]) and "out of memory" in str(failed[DYING])
@@ -106,6 +109,28 @@ def test_a_worker_that_does_not_rest_is_reported(case: Case) -> None:
     measure_interleaved(case, [RESTLESS, SLOW], StepSettings(40, 4, 1, 0), said.append)
     assert [text for text in said if "warning" in text and "restless" in text]
     assert not [text for text in said if "warning" in text and "slow" in text]
+
+
+def test_a_busy_machine_is_reported(case: Case) -> None:
+    # the child of a child that has ended is nobody's of ours: it counts as somebody else
+    code = "import time; end = time.time() + 20\nwhile time.time() < end: sum(range(10000))"
+    starter = (
+        f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', {code!r}], stdout=-3).pid)"
+    )
+    started = subprocess.run([sys.executable, "-c", starter], stdout=subprocess.PIPE, text=True, check=True)
+    said: list[str] = []
+    try:
+        run = measure_interleaved(case, [SLOW], StepSettings(60, 4, 1, 0), said.append)
+    finally:
+        os.kill(int(started.stdout), signal.SIGKILL)
+    assert run.busy_share is not None and run.busy_share > 0.5 / (os.cpu_count() or 1)
+    assert [text for text in said if "other processes" in text]
+
+
+def test_share_of_others_leaves_out_ones_own() -> None:
+    before, after = CpuUse(100.0, 40.0, 10.0), CpuUse(120.0, 52.0, 18.0)
+    assert before.share_of_others_until(after) == pytest.approx(0.2)
+    assert before.share_of_others_until(before) == 0
 
 
 def test_memory_of_a_child_process_counts(case: Case) -> None:
@@ -164,11 +189,10 @@ def test_a_worker_ends_with_its_parent(case: Case) -> None:
 
 @pytest.mark.parametrize("engine", ["torch-eager", "torch-eager-channels-last"])
 def test_eager_starts_from_the_bundles_state_like_the_engine(engine: str, w1_bundle: Path) -> None:
-    measured, failed, _ = measure_interleaved(
-        Case("cnn3", 8, 1, w1_bundle), [engine, "onnxruntime"], SETTINGS, lambda text: None
-    )
-    assert not failed
-    figures = summarize(measured["onnxruntime"], measured[engine])
+    case = Case("cnn3", 8, 1, w1_bundle)
+    run = measure_interleaved(case, [engine, "onnxruntime"], SETTINGS, lambda text: None)
+    assert not run.failed
+    figures = summarize(run.timings["onnxruntime"], run.timings[engine])
     # the first loss shows the state, the second that both made the same update
     assert figures["first_losses_max_abs"] < 1e-3
 
