@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import nn
 
 from edge_runtime.errors import UsageError
-from edge_runtime.files import sha256_of_file
+from edge_runtime.files import sha256_of_file, write_atomically
 from edge_runtime.manifest import FORMAT, FORMAT_VERSION
 from edge_runtime.wire import save
 from export.lowering.capture import capture_student
@@ -92,7 +92,7 @@ def export_bundle(options: ExportOptions, output: Path, progress: Callable[[str]
         save(folder / "state.safetensors", spec.initial_state())
         manifest = _manifest(options, spec, graphs) | {"parity": {}}
         write_manifest(folder, manifest)
-        _publish(folder, output)
+        publish(folder, output)
     progress(f"wrote {output}")
     return output
 
@@ -103,7 +103,8 @@ def write_manifest(folder: Path, manifest: dict) -> None:
         path.relative_to(folder).as_posix(): {"sha256": sha256_of_file(path), "size_bytes": path.stat().st_size}
         for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "manifest.json"
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"files": files}, indent=1) + "\n")
+    text = json.dumps(manifest | {"files": files}, indent=1) + "\n"
+    write_atomically(folder / "manifest.json", [text.encode()])
 
 
 def _check(options: ExportOptions) -> None:
@@ -141,7 +142,8 @@ def _check_output(output: Path, overwrite: bool) -> None:
                          hint="add --overwrite to replace the bundle" if is_bundle else "give another --output")
 
 
-def _publish(folder: Path, output: Path) -> None:
+def publish(folder: Path, output: Path) -> None:
+    """Moves a finished folder to `output`, replacing an older bundle there; packs it if that ends in `.zip`."""
     if output.suffix == ".zip":
         part = folder.parent / "bundle.zip"
         with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -29,7 +29,13 @@ def _rows(x: Value) -> Value:
 
 
 def _column_sum(x: Value) -> Value:
-    """[n, c] → [1, c] as a product with ones."""
+    """[n, c] → [1, c] as products with ones: of pieces first, then of the pieces' sums, because a product adds one term
+    after the other and would lose digits over tens of thousands."""
+    n, c = x.shape
+    piece = next(size for size in range(int(n**0.5), 0, -1) if n % size == 0) if n > 256 else n
+    if piece < n:
+        pieces = n // piece
+        x = (x.graph.constant(np.ones((pieces, 1, piece))) @ x.reshape(pieces, piece, c)).reshape(pieces, c)
     return x.graph.constant(np.ones((1, x.shape[0]))) @ x
 
 
