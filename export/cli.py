@@ -19,31 +19,75 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def _add_export(subparsers: argparse._SubParsersAction) -> None:
     p = subparsers.add_parser(
-        "export", help="write the bundle of a student: its training graphs for each engine",
+        "export",
+        help="write the bundle of a student: its training graphs for each engine",
         description="Lowers one whole training step of a student to forward operators, for each engine, and writes a "
-        "bundle that trains without PyTorch.")
-    p.add_argument("--student", required=True, metavar="NAME",
-                   help="cnn3, cnn4, cnn5, resnet8, mobilenet-tiny, or your own as package.module:factory or file.py:factory")
-    p.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the bundle, or a file ending in .zip")
-    p.add_argument("--engines", default="onnxruntime,executorch", metavar="LIST",
-                   help="onnxruntime, executorch, onnxruntime-training, or all (default: %(default)s)")
-    p.add_argument("--latent-size", type=int, default=128, metavar="L", help="size of the latent (default: %(default)s)")
-    p.add_argument("--classes", type=int, default=10, metavar="K", help="number of classes (default: %(default)s)")
-    p.add_argument("--batch", type=int, default=32, metavar="B", help="samples a step, fixed (default: %(default)s)")
-    p.add_argument("--widths", type=_integers, metavar="W1,W2,…", help="channels of each block of a built-in student")
+        "bundle that trains without PyTorch.",
+    )
+    p.add_argument(
+        "--student",
+        required=True,
+        metavar="NAME",
+        help="cnn3, cnn4, cnn5, resnet8, mobilenet-tiny, or your own as package.module:factory or file.py:factory",
+    )
+    p.add_argument(
+        "--output",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="folder of the bundle, or a file ending in .zip",
+    )
+    p.add_argument(
+        "--engines",
+        default="onnxruntime,executorch",
+        metavar="LIST",
+        help="onnxruntime, executorch, onnxruntime-training, or all (default: %(default)s)",
+    )
+    p.add_argument(
+        "--latent-size", type=int, default=128, metavar="L", help="size of the latent (default: %(default)s)"
+    )
+    p.add_argument(
+        "--classes", type=int, default=10, metavar="K", help="number of classes (default: %(default)s)"
+    )
+    p.add_argument(
+        "--batch", type=int, default=32, metavar="B", help="samples a step, fixed (default: %(default)s)"
+    )
+    p.add_argument(
+        "--widths", type=_integers, metavar="W1,W2,…", help="channels of each block of a built-in student"
+    )
     p.add_argument("--normalization", choices=("batch", "group", "none"), default="batch")
-    p.add_argument("--input-shape", type=_integers, default=(3, 32, 32), metavar="C,H,W", help="default: 3,32,32")
-    p.add_argument("--input-dtype", choices=("uint8", "float32"), default="uint8",
-                   help="uint8 is normalised in the graph, float32 enters as it is (default: %(default)s)")
-    p.add_argument("--mean", type=_numbers, metavar="M,…", help="a channel, of values 0-1 (default: CIFAR-10's for 3 channels)")
+    p.add_argument(
+        "--input-shape", type=_integers, default=(3, 32, 32), metavar="C,H,W", help="default: 3,32,32"
+    )
+    p.add_argument(
+        "--input-dtype",
+        choices=("uint8", "float32"),
+        default="uint8",
+        help="uint8 is normalised in the graph, float32 enters as it is (default: %(default)s)",
+    )
+    p.add_argument(
+        "--mean",
+        type=_numbers,
+        metavar="M,…",
+        help="a channel, of values 0-1 (default: CIFAR-10's for 3 channels)",
+    )
     p.add_argument("--std", type=_numbers, metavar="S,…", help="a channel, of values 0-1")
     p.add_argument("--objective", choices=("ce", "kd", "lkd"), default="lkd", help="default: %(default)s")
-    p.add_argument("--kd-loss", choices=("mse", "kl"), default=None,
-                   help="for kd: squared error of logits, or KL divergence at the temperature (default: mse)")
+    p.add_argument(
+        "--kd-loss",
+        choices=("mse", "kl"),
+        default=None,
+        help="for kd: squared error of logits, or KL divergence at the temperature (default: mse)",
+    )
     p.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd", help="default: %(default)s")
     p.add_argument("--nesterov", action="store_true", help="Nesterov momentum (sgd)")
-    p.add_argument("--freeze", action="append", default=[], metavar="MODULE[:N]",
-                   help="do not train this module, or its first N blocks (perception, perception:2); repeatable")
+    p.add_argument(
+        "--freeze",
+        action="append",
+        default=[],
+        metavar="MODULE[:N]",
+        help="do not train this module, or its first N blocks (perception, perception:2); repeatable",
+    )
     p.add_argument("--seed", type=int, default=0, help="of the initial weights (default: %(default)s)")
     p.add_argument("--overwrite", action="store_true", help="replace a bundle that is there already")
     p.add_argument("--json", action="store_true", help="print the result as one JSON object")
@@ -62,20 +106,36 @@ def run_export(args: argparse.Namespace) -> int:
     if args.nesterov and args.optimizer != "sgd":
         raise UsageError(f"--nesterov is for --optimizer sgd, not {args.optimizer}")
     if len(args.input_shape) != 3:
-        raise UsageError(f"--input-shape needs channels,height,width, not {args.input_shape}",
-                         hint="a window of 9 sensors and 128 samples is --input-shape 9,1,128")
+        raise UsageError(
+            f"--input-shape needs channels,height,width, not {args.input_shape}",
+            hint="a window of 9 sensors and 128 samples is --input-shape 9,1,128",
+        )
     kd_loss = (args.kd_loss or "mse") if args.objective == "kd" else None
-    engines = ENGINES if args.engines == "all" else tuple(dict.fromkeys(filter(None, args.engines.split(","))))
+    engines = (
+        ENGINES if args.engines == "all" else tuple(dict.fromkeys(filter(None, args.engines.split(","))))
+    )
     options = ExportOptions(
-        student=args.student, latent_size=args.latent_size, classes=args.classes, batch=args.batch, widths=args.widths,
+        student=args.student,
+        latent_size=args.latent_size,
+        classes=args.classes,
+        batch=args.batch,
+        widths=args.widths,
         normalization=args.normalization,
         input=InputOptions(args.input_shape, args.input_dtype, args.mean, args.std),
-        objective=Objective(args.objective, kd_loss), optimizer=Optimizer(args.optimizer, args.nesterov),
-        freeze=tuple(args.freeze), engines=engines, seed=args.seed)
+        objective=Objective(args.objective, kd_loss),
+        optimizer=Optimizer(args.optimizer, args.nesterov),
+        freeze=tuple(args.freeze),
+        engines=engines,
+        seed=args.seed,
+    )
     start = time.monotonic()
     path = export_bundle(options, args.output, _say, args.overwrite)
     if args.json:
-        print(json.dumps({"bundle": str(path), "engines": list(engines), "seconds": round(time.monotonic() - start, 2)}))
+        print(
+            json.dumps(
+                {"bundle": str(path), "engines": list(engines), "seconds": round(time.monotonic() - start, 2)}
+            )
+        )
     else:
         _say(f"next: edgestill verify {path}")
     return 0
@@ -83,15 +143,23 @@ def run_export(args: argparse.Namespace) -> int:
 
 def _add_verify(subparsers: argparse._SubParsersAction) -> None:
     p = subparsers.add_parser(
-        "verify", help="compare every engine of a bundle with eager PyTorch, step by step",
+        "verify",
+        help="compare every engine of a bundle with eager PyTorch, step by step",
         description="Trains the bundle on each engine and in eager PyTorch from the same state on the same images, "
-        "and writes the largest differences into the manifest.")
+        "and writes the largest differences into the manifest.",
+    )
     p.add_argument("bundle", type=Path, metavar="DIR")
     p.add_argument("--steps", type=int, default=20, help="consecutive steps (default: %(default)s)")
     p.add_argument("--engines", metavar="LIST", help="default: every engine in the bundle")
-    p.add_argument("--data", default=None, metavar="NAME_OR_PATH",
-                   help="images to train on (default: cifar10-mini where they fit, else random samples)")
-    p.add_argument("--student", default=None, metavar="NAME", help="where the student's factory is now, if it has moved")
+    p.add_argument(
+        "--data",
+        default=None,
+        metavar="NAME_OR_PATH",
+        help="images to train on (default: cifar10-mini where they fit, else random samples)",
+    )
+    p.add_argument(
+        "--student", default=None, metavar="NAME", help="where the student's factory is now, if it has moved"
+    )
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int, default=0, help="0: every core")
     p.add_argument("--json", action="store_true", help="print one JSON object")
@@ -104,7 +172,9 @@ def run_verify(args: argparse.Namespace) -> int:
     if args.steps < 1:
         raise UsageError(f"--steps must be at least 1, not {args.steps}")
     engines = tuple(filter(None, args.engines.split(","))) if args.engines else None
-    report = verify_bundle(args.bundle, args.steps, engines, args.data, args.student, args.seed, args.threads, _say)
+    report = verify_bundle(
+        args.bundle, args.steps, engines, args.data, args.student, args.seed, args.threads, _say
+    )
     if args.json:
         print(json.dumps({"engines": report}))
     else:

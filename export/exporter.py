@@ -47,7 +47,9 @@ class ExportOptions:
     seed: int = 0
 
     def build(self) -> nn.Module:
-        options = StudentOptions(self.input.shape, self.latent_size, self.classes, self.widths, self.normalization)
+        options = StudentOptions(
+            self.input.shape, self.latent_size, self.classes, self.widths, self.normalization
+        )
         return build_student(self.student, options, self.seed)
 
 
@@ -55,19 +57,34 @@ def prepare_step(options: ExportOptions, student: nn.Module) -> StepSpec:
     """What every target lowers. Errors: UsageError for options that make no sense, LoweringError for the student."""
     _check(options)
     captured = capture_student(student, options.batch, options.input.shape)
-    for what, got, wanted in (("latents", captured.latent_size, options.latent_size),
-                              ("logits", captured.classes, options.classes)):
+    for what, got, wanted in (
+        ("latents", captured.latent_size, options.latent_size),
+        ("logits", captured.classes, options.classes),
+    ):
         if got != wanted:
             flag = "--latent-size" if what == "latents" else "--classes"
             raise UsageError(f"the student's {what} have size {got}, not {wanted}", hint=f"add {flag} {got}")
     initial, statistics = student_state(student)
     frozen = frozen_names(student, list(options.freeze)) if options.freeze else frozenset()
-    return StepSpec(captured, initial, statistics, frozen, frozen_layers(captured.layers, frozen), options.batch,
-                    _with_statistics(options.input), options.objective, options.optimizer)
+    return StepSpec(
+        captured,
+        initial,
+        statistics,
+        frozen,
+        frozen_layers(captured.layers, frozen),
+        options.batch,
+        _with_statistics(options.input),
+        options.objective,
+        options.optimizer,
+    )
 
 
-def export_bundle(options: ExportOptions, output: Path, progress: Callable[[str], None] = lambda line: None,
-                  overwrite: bool = False) -> Path:
+def export_bundle(
+    options: ExportOptions,
+    output: Path,
+    progress: Callable[[str], None] = lambda line: None,
+    overwrite: bool = False,
+) -> Path:
     """Writes the bundle to the folder `output`, or to one file if it ends in `.zip`; returns its path.
 
     The bundle appears whole or not at all. Errors: UsageError, LoweringError, TargetError; an existing bundle is
@@ -88,7 +105,9 @@ def export_bundle(options: ExportOptions, output: Path, progress: Callable[[str]
             progress(f"lowering the training step for {engine}")
             (folder / engine).mkdir()
             records = target.emit(spec, folder / engine)
-            graphs[engine] = {name: record | {"file": f"{engine}/{record['file']}"} for name, record in records.items()}
+            graphs[engine] = {
+                name: record | {"file": f"{engine}/{record['file']}"} for name, record in records.items()
+            }
         save(folder / "state.safetensors", spec.initial_state())
         manifest = _manifest(options, spec, graphs) | {"parity": {}}
         write_manifest(folder, manifest)
@@ -100,8 +119,12 @@ def export_bundle(options: ExportOptions, output: Path, progress: Callable[[str]
 def write_manifest(folder: Path, manifest: dict) -> None:
     """Writes manifest.json with the digests of all other files in the folder."""
     files = {
-        path.relative_to(folder).as_posix(): {"sha256": sha256_of_file(path), "size_bytes": path.stat().st_size}
-        for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "manifest.json"
+        path.relative_to(folder).as_posix(): {
+            "sha256": sha256_of_file(path),
+            "size_bytes": path.stat().st_size,
+        }
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "manifest.json"
     }
     text = json.dumps(manifest | {"files": files}, indent=1) + "\n"
     write_atomically(folder / "manifest.json", [text.encode()])
@@ -122,14 +145,18 @@ def _with_statistics(given: InputOptions) -> InputOptions:
     channels = given.shape[0]
     if given.dtype == "float32":
         if given.mean or given.std:
-            raise UsageError("--mean and --std are for uint8 inputs; float32 inputs enter the student as they are",
-                             hint="normalise your windows before, or put a BatchNorm2d first in the perception module")
+            raise UsageError(
+                "--mean and --std are for uint8 inputs; float32 inputs enter the student as they are",
+                hint="normalise your windows before, or put a BatchNorm2d first in the perception module",
+            )
         return given
     mean = given.mean or (CIFAR10_MEAN if channels == 3 else (0.5,) * channels)
     std = given.std or (CIFAR10_STD if channels == 3 else (0.25,) * channels)
     if len(mean) != channels or len(std) != channels or min(std) <= 0:
-        raise UsageError(f"--mean and --std need {channels} numbers each, one a channel, --std above zero",
-                         hint="--mean 0.5,0.5,0.5 --std 0.25,0.25,0.25 (of pixel values from 0 to 1)")
+        raise UsageError(
+            f"--mean and --std need {channels} numbers each, one a channel, --std above zero",
+            hint="--mean 0.5,0.5,0.5 --std 0.25,0.25,0.25 (of pixel values from 0 to 1)",
+        )
     return InputOptions(given.shape, given.dtype, tuple(mean), tuple(std))
 
 
@@ -138,8 +165,10 @@ def _check_output(output: Path, overwrite: bool) -> None:
         return
     is_bundle = (output / "manifest.json").is_file() or (output.is_file() and output.suffix == ".zip")
     if not (is_bundle and overwrite):
-        raise UsageError(f"{output} exists already",
-                         hint="add --overwrite to replace the bundle" if is_bundle else "give another --output")
+        raise UsageError(
+            f"{output} exists already",
+            hint="add --overwrite to replace the bundle" if is_bundle else "give another --output",
+        )
 
 
 def publish(folder: Path, output: Path) -> None:
@@ -178,9 +207,16 @@ def _manifest(options: ExportOptions, spec: StepSpec, graphs: dict) -> dict:
         "edgestill_version": own_version,
         "student": {
             "name": options.student,
-            "options": {"widths": options.widths, "normalization": options.normalization, "seed": options.seed}
-            if ":" not in options.student else {"seed": options.seed},
-            "parameters": sum(spec.initial[name].size for name in spec.initial if name not in spec.statistics),
+            "options": {
+                "widths": options.widths,
+                "normalization": options.normalization,
+                "seed": options.seed,
+            }
+            if ":" not in options.student
+            else {"seed": options.seed},
+            "parameters": sum(
+                spec.initial[name].size for name in spec.initial if name not in spec.statistics
+            ),
         },
         "latent_size": options.latent_size,
         "classes": options.classes,

@@ -106,7 +106,9 @@ class _Watcher(TorchDispatchMode):
 
     def _see_windows(self, x, kernel, stride=(), padding=0, dilation=1, ceil_mode=False) -> None:
         """How far every pixel of every window is below the window's largest."""
-        n, channels, height, width = F.max_pool2d(x, kernel, stride or None, padding, dilation, ceil_mode).shape
+        n, channels, height, width = F.max_pool2d(
+            x, kernel, stride or None, padding, dilation, ceil_mode
+        ).shape
         columns = F.unfold(x, tuple(kernel), dilation, padding, tuple(stride or kernel))
         columns = columns.reshape(n, channels, -1, height * width)
         top = columns.amax(2, keepdim=True)

@@ -26,7 +26,12 @@ class Objective:
 
 
 def batch_inputs(
-    objective: Objective, batch: int, input_shape: tuple[int, ...], input_dtype: str, latent_size: int, classes: int
+    objective: Objective,
+    batch: int,
+    input_shape: tuple[int, ...],
+    input_dtype: str,
+    latent_size: int,
+    classes: int,
 ) -> list[dict]:
     """The specs of what a step takes besides state and the optimizer's hyperparameters, in order (docs/bundle.md)."""
     unit = "grey levels 0-255" if input_dtype == "uint8" else "as the student takes them"
@@ -92,7 +97,9 @@ def loss_and_gradients(
         d_logits, d_latents = d_ce + (student - teacher) * (share * temperature), None
     else:
         of_latents = objective.name == "lkd"
-        target, ours = (inputs["teacher_latents"], latents) if of_latents else (inputs["teacher_logits"], logits)
+        target, ours = (
+            (inputs["teacher_latents"], latents) if of_latents else (inputs["teacher_logits"], logits)
+        )
         difference = ours - target
         rows = layout.row_sum(difference * difference) * (1 / difference.shape[1])
         gradient = difference * (share * (2 / difference.shape[1]))

@@ -16,30 +16,46 @@ class Optimizer:
 
 
 _HYPERPARAMETERS = {
-    "sgd": [("learning_rate", "parameter units a step"), ("momentum", "share kept a step, 0-1"),
-            ("weight_decay", "L2 factor")],
-    "adamw": [("learning_rate", "parameter units a step"), ("beta1", "decay of the mean, 0-1"),
-              ("beta2", "decay of the square, 0-1"), ("epsilon", "added to the root"),
-              ("weight_decay", "decoupled factor")],
+    "sgd": [
+        ("learning_rate", "parameter units a step"),
+        ("momentum", "share kept a step, 0-1"),
+        ("weight_decay", "L2 factor"),
+    ],
+    "adamw": [
+        ("learning_rate", "parameter units a step"),
+        ("beta1", "decay of the mean, 0-1"),
+        ("beta2", "decay of the square, 0-1"),
+        ("epsilon", "added to the root"),
+        ("weight_decay", "decoupled factor"),
+    ],
 }
 
 
 def hyperparameters(optimizer: Optimizer) -> list[dict]:
-    return [{"name": name, "shape": [1], "dtype": "float32", "unit": unit}
-            for name, unit in _HYPERPARAMETERS[optimizer.name]]
+    return [
+        {"name": name, "shape": [1], "dtype": "float32", "unit": unit}
+        for name, unit in _HYPERPARAMETERS[optimizer.name]
+    ]
 
 
 def slots(optimizer: Optimizer, parameters: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the optimizer's state for the trained parameters; every slot starts at zero."""
     if optimizer.name == "sgd":
         return {f"optimizer.momentum.{name}": shape for name, shape in parameters.items()}
-    moments = {f"optimizer.{kind}.{name}": shape for name, shape in parameters.items()
-               for kind in ("exp_avg", "exp_avg_sq")}
+    moments = {
+        f"optimizer.{kind}.{name}": shape
+        for name, shape in parameters.items()
+        for kind in ("exp_avg", "exp_avg_sq")
+    }
     return moments | {"optimizer.bias_correction1": (1,), "optimizer.bias_correction2": (1,)}
 
 
 def update(
-    optimizer: Optimizer, graph: Graph, state: dict[str, Value], gradients: dict[str, Value], inputs: dict[str, Value]
+    optimizer: Optimizer,
+    graph: Graph,
+    state: dict[str, Value],
+    gradients: dict[str, Value],
+    inputs: dict[str, Value],
 ) -> dict[str, Value]:
     """New values of the trained parameters and their slots, by state name."""
     return (_sgd if optimizer.name == "sgd" else _adamw)(optimizer, graph, state, gradients, inputs)
@@ -49,7 +65,9 @@ def _sgd(optimizer, graph, state, gradients, inputs):
     new = {}
     for name, gradient in gradients.items():
         parameter = state[name]
-        rate, momentum, decay = (_of_rank(inputs[key], parameter) for key in ("learning_rate", "momentum", "weight_decay"))
+        rate, momentum, decay = (
+            _of_rank(inputs[key], parameter) for key in ("learning_rate", "momentum", "weight_decay")
+        )
         gradient = gradient + parameter * decay
         slot = f"optimizer.momentum.{name}"
         new[slot] = state[slot] * momentum + gradient
@@ -60,7 +78,8 @@ def _sgd(optimizer, graph, state, gradients, inputs):
 
 def _adamw(optimizer, graph, state, gradients, inputs):
     rate, beta1, beta2, epsilon, decay = (
-        inputs[key] for key in ("learning_rate", "beta1", "beta2", "epsilon", "weight_decay"))
+        inputs[key] for key in ("learning_rate", "beta1", "beta2", "epsilon", "weight_decay")
+    )
     new = {}
     for i, beta in ((1, beta1), (2, beta2)):
         # 1 − βᵗ is kept itself: from βᵗ it would lose its digits in the first steps.

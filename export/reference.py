@@ -20,9 +20,17 @@ def rebuild_student(bundle: Bundle, name: str | None = None) -> nn.Module:
     trains. `name` replaces the recorded factory. Errors: UsageError when it cannot be built or is another."""
     options = bundle.student.options
     widths = options.get("widths")
-    student = build_student(name or bundle.student.name, StudentOptions(
-        bundle.input.shape, bundle.latent_size, bundle.classes, tuple(widths) if widths else None,
-        options.get("normalization", "batch")), options.get("seed", 0))
+    student = build_student(
+        name or bundle.student.name,
+        StudentOptions(
+            bundle.input.shape,
+            bundle.latent_size,
+            bundle.classes,
+            tuple(widths) if widths else None,
+            options.get("normalization", "batch"),
+        ),
+        options.get("seed", 0),
+    )
     load_student_state(student, bundle.initial_state())
     written = {spec.name for spec in bundle.state_specs if spec.written}
     for parameter_name, parameter in student.named_parameters():
@@ -50,8 +58,13 @@ def set_training(student: nn.Module, bundle: Bundle) -> None:
 class ReferenceStep:
     """A student trained the plain PyTorch way, with the bundle's inputs and the bundle's names for its state."""
 
-    def __init__(self, bundle: Bundle, student: nn.Module, hyperparameters: Mapping[str, float],
-                 dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        bundle: Bundle,
+        student: nn.Module,
+        hyperparameters: Mapping[str, float],
+        dtype: torch.dtype = torch.float32,
+    ):
         self.bundle = bundle
         self.dtype = dtype
         self.student = student.to(dtype)
@@ -59,16 +72,24 @@ class ReferenceStep:
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         if bundle.optimizer.name == "sgd":
             self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
-                trained, h["learning_rate"], h["momentum"], weight_decay=h["weight_decay"],
-                nesterov=bundle.optimizer.nesterov)
+                trained,
+                h["learning_rate"],
+                h["momentum"],
+                weight_decay=h["weight_decay"],
+                nesterov=bundle.optimizer.nesterov,
+            )
         else:
-            self.optimizer = torch.optim.AdamW(trained, h["learning_rate"], (h["beta1"], h["beta2"]), h["epsilon"],
-                                               h["weight_decay"])
+            self.optimizer = torch.optim.AdamW(
+                trained, h["learning_rate"], (h["beta1"], h["beta2"]), h["epsilon"], h["weight_decay"]
+            )
 
     def train_step(self, inputs: Arrays) -> dict[str, np.ndarray]:
         """One step; the metrics of docs/bundle.md."""
         given = {name: torch.from_numpy(np.asarray(value)) for name, value in inputs.items()}
-        given = {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in given.items()}
+        given = {
+            name: value.to(self.dtype) if value.is_floating_point() else value
+            for name, value in given.items()
+        }
         set_training(self.student, self.bundle)
         latents, logits = self.outputs(given["images"])
         losses = self._losses(given, latents, logits)
@@ -86,12 +107,18 @@ class ReferenceStep:
 
     def state(self) -> dict[str, np.ndarray]:
         """A copy of parameters, statistics and slots by the bundle's names."""
-        state = {name: tensor.detach().numpy().copy() for name, tensor in
-                 [*self.student.named_parameters(), *self.student.named_buffers()]
-                 if not name.endswith("num_batches_tracked")}
+        state = {
+            name: tensor.detach().numpy().copy()
+            for name, tensor in [*self.student.named_parameters(), *self.student.named_buffers()]
+            if not name.endswith("num_batches_tracked")
+        }
         for name, parameter in self.student.named_parameters():
             slots = self.optimizer.state.get(parameter, {})
-            for ours, theirs in (("momentum", "momentum_buffer"), ("exp_avg", "exp_avg"), ("exp_avg_sq", "exp_avg_sq")):
+            for ours, theirs in (
+                ("momentum", "momentum_buffer"),
+                ("exp_avg", "exp_avg"),
+                ("exp_avg_sq", "exp_avg_sq"),
+            ):
                 if slots.get(theirs) is not None:
                     state[f"optimizer.{ours}.{name}"] = slots[theirs].numpy().copy()
             if "step" in slots:
@@ -103,8 +130,10 @@ class ReferenceStep:
         """Latents and logits in the mode that the student is in."""
         images = images.to(self.dtype)
         if self.bundle.input.dtype == "uint8":
-            mean, std = (torch.tensor(values, dtype=self.dtype).reshape(1, -1, 1, 1) for values in
-                         (self.bundle.input.mean, self.bundle.input.std))
+            mean, std = (
+                torch.tensor(values, dtype=self.dtype).reshape(1, -1, 1, 1)
+                for values in (self.bundle.input.mean, self.bundle.input.std)
+            )
             images = (images / 255 - mean) / std
         latents = self.student.representation(self.student.perception(images))
         return latents, self.student.output(latents)
@@ -124,8 +153,16 @@ class ReferenceStep:
             rows = F.mse_loss(logits, given["teacher_logits"], reduction="none").mean(1)
         else:
             t = given["temperature"]
-            rows = t**2 * F.kl_div(F.log_softmax(logits / t, 1), F.log_softmax(given["teacher_logits"] / t, 1),
-                                   reduction="none", log_target=True).sum(1)
+            rows = t**2 * F.kl_div(
+                F.log_softmax(logits / t, 1),
+                F.log_softmax(given["teacher_logits"] / t, 1),
+                reduction="none",
+                log_target=True,
+            ).sum(1)
         distillation = weighted(rows, given["teacher_weights"])
         alpha = given["alpha"][0]
-        return {"loss": (1 - alpha) * ce + alpha * distillation, "ce_loss": ce, "distillation_loss": distillation}
+        return {
+            "loss": (1 - alpha) * ce + alpha * distillation,
+            "ce_loss": ce,
+            "distillation_loss": distillation,
+        }

@@ -35,38 +35,58 @@ class StepSpec:
     initial: OrderedDict[str, np.ndarray]  # parameters and statistics, float32
     statistics: frozenset[str]
     frozen_parameters: frozenset[str]
-    frozen_layers: frozenset[str]  # outputs of the layers that normalise with running statistics while training
+    frozen_layers: frozenset[
+        str
+    ]  # outputs of the layers that normalise with running statistics while training
     batch: int
     input: InputOptions
     objective: Objective
     optimizer: Optimizer
 
     def trained(self) -> dict[str, tuple[int, ...]]:
-        return {name: data.shape for name, data in self.initial.items()
-                if name not in self.statistics and name not in self.frozen_parameters}
+        return {
+            name: data.shape
+            for name, data in self.initial.items()
+            if name not in self.statistics and name not in self.frozen_parameters
+        }
 
     def state_specs(self) -> list[dict]:
         """Every state tensor in the bundle's order: name, shape, dtype, role, written."""
-        running = {name for layer in self.student.layers if layer.output not in self.frozen_layers
-                   for key, name in layer.parameters.items() if key.startswith("running")}
+        running = {
+            name
+            for layer in self.student.layers
+            if layer.output not in self.frozen_layers
+            for key, name in layer.parameters.items()
+            if key.startswith("running")
+        }
         specs = []
         for name, data in self.initial.items():
             statistic = name in self.statistics
             written = name in running if statistic else name not in self.frozen_parameters
             specs.append(_spec(name, data.shape, "statistic" if statistic else "parameter", written))
-        return specs + [_spec(name, shape, "slot", True) for name, shape in slots(self.optimizer, self.trained()).items()]
+        return specs + [
+            _spec(name, shape, "slot", True) for name, shape in slots(self.optimizer, self.trained()).items()
+        ]
 
     def step_inputs(self) -> list[dict]:
-        return batch_inputs(self.objective, self.batch, self.input.shape, self.input.dtype, self.student.latent_size,
-                            self.student.classes) + hyperparameters(self.optimizer)
+        return batch_inputs(
+            self.objective,
+            self.batch,
+            self.input.shape,
+            self.input.dtype,
+            self.student.latent_size,
+            self.student.classes,
+        ) + hyperparameters(self.optimizer)
 
     def metrics(self) -> list[dict]:
         losses = ["loss", "ce_loss"] + (["distillation_loss"] if self.objective.distills else [])
         return [_metric(name, (1,), "nat") for name in losses] + self.encodings()
 
     def encodings(self) -> list[dict]:
-        return [_metric("latents", (self.batch, self.student.latent_size), "latent units"),
-                _metric("logits", (self.batch, self.student.classes), "nat")]
+        return [
+            _metric("latents", (self.batch, self.student.latent_size), "latent units"),
+            _metric("logits", (self.batch, self.student.classes), "nat"),
+        ]
 
     def initial_state(self) -> dict[str, np.ndarray]:
         zeros = {spec["name"]: np.zeros(spec["shape"], np.float32) for spec in self.state_specs()}
@@ -85,7 +105,9 @@ class StepSpec:
             if layer.kind in ("conv2d", "linear"):
                 weight = self.initial[layer.parameters["weight"]]
                 positions = np.prod(layer.output_shape) // weight.shape[0]
-                total += int(2 * positions * weight.size) * (1 + (layer.parameters["weight"] in trained) + before)
+                total += int(2 * positions * weight.size) * (
+                    1 + (layer.parameters["weight"] in trained) + before
+                )
         return total
 
 
@@ -105,7 +127,9 @@ def student_state(student: nn.Module) -> tuple[OrderedDict[str, np.ndarray], fro
         if name.endswith("num_batches_tracked"):  # PyTorch reads it for momentum=None only, which is refused
             continue
         if name not in parameters and not name.endswith(("running_mean", "running_var")):
-            raise UsageError(f"the student has a buffer {name}", hint="parameters and BatchNorm statistics are supported")
+            raise UsageError(
+                f"the student has a buffer {name}", hint="parameters and BatchNorm statistics are supported"
+            )
         if tensor.dtype != torch.float32:
             raise UsageError(f"the student's {name} is {tensor.dtype}", hint="make the student float32")
         tensors[name] = tensor.detach().cpu().numpy().copy()
@@ -120,24 +144,37 @@ def frozen_names(student: nn.Module, freeze: list[str]) -> frozenset[str]:
         try:
             module = student.get_submodule(path)
         except AttributeError as error:
-            raise UsageError(f"--freeze {item}: the student has no module {path!r}",
-                             hint="name one of " + ", ".join(n for n, _ in student.named_children())) from error
+            raise UsageError(
+                f"--freeze {item}: the student has no module {path!r}",
+                hint="name one of " + ", ".join(n for n, _ in student.named_children()),
+            ) from error
         prefixes = [path]
         if count:
             children = [f"{path}.{name}" for name, _ in module.named_children()]
             if not count.isdigit() or not 0 < int(count) <= len(children):
-                raise UsageError(f"--freeze {item}: {path} has {len(children)} blocks", hint=f"--freeze {path}:1")
+                raise UsageError(
+                    f"--freeze {item}: {path} has {len(children)} blocks", hint=f"--freeze {path}:1"
+                )
             prefixes = children[: int(count)]
-        frozen |= {name for name, _ in student.named_parameters()
-                   if any(name.startswith(prefix + ".") for prefix in prefixes)}
+        frozen |= {
+            name
+            for name, _ in student.named_parameters()
+            if any(name.startswith(prefix + ".") for prefix in prefixes)
+        }
     if len(frozen) == len(dict(student.named_parameters())):
-        raise UsageError("--freeze leaves nothing to train", hint="freeze only a part, e.g. --freeze perception")
+        raise UsageError(
+            "--freeze leaves nothing to train", hint="freeze only a part, e.g. --freeze perception"
+        )
     return frozenset(frozen)
 
 
 def frozen_layers(layers: tuple[Layer, ...], frozen: frozenset[str]) -> frozenset[str]:
     """Normalization layers all of whose parameters are frozen keep their running statistics."""
-    return frozenset(layer.output for layer in layers if layer.kind == "batch_norm" and layer.parameters["weight"] in frozen)
+    return frozenset(
+        layer.output
+        for layer in layers
+        if layer.kind == "batch_norm" and layer.parameters["weight"] in frozen
+    )
 
 
 def build_train_step(spec: StepSpec, layout: Layout) -> Graph:
@@ -155,8 +192,13 @@ def build_train_step(spec: StepSpec, layout: Layout) -> Graph:
     for tensor in spec.state_specs():
         if tensor["written"]:
             graph.output("next." + tensor["name"], new[tensor["name"]])
-    losses = {"loss": result.loss, "ce_loss": result.ce_loss, "distillation_loss": result.distillation_loss,
-              "latents": latents, "logits": logits}
+    losses = {
+        "loss": result.loss,
+        "ce_loss": result.ce_loss,
+        "distillation_loss": result.distillation_loss,
+        "latents": latents,
+        "logits": logits,
+    }
     for metric in spec.metrics():
         graph.output(metric["name"], losses[metric["name"]])
     graph.prune(set(state))
@@ -166,7 +208,9 @@ def build_train_step(spec: StepSpec, layout: Layout) -> Graph:
 def build_encode(spec: StepSpec, layout: Layout) -> Graph:
     """Images → latents and logits, with running statistics."""
     graph, state, inputs = _start(spec, spec.step_inputs()[:1])
-    latents, logits, _ = _forward(spec, layout, Context(graph, state, batch_statistics=False), inputs["images"])
+    latents, logits, _ = _forward(
+        spec, layout, Context(graph, state, batch_statistics=False), inputs["images"]
+    )
     graph.output("latents", latents)
     graph.output("logits", logits)
     graph.prune(set(state))
@@ -183,7 +227,10 @@ def _forward(spec: StepSpec, layout: Layout, ctx: Context, images: Value):
     x = images
     if spec.input.dtype == "uint8":
         x = ctx.graph.apply("to_float", x)
-        mean, std = (np.asarray(values, np.float32).reshape(1, -1, 1, 1) for values in (spec.input.mean, spec.input.std))
+        mean, std = (
+            np.asarray(values, np.float32).reshape(1, -1, 1, 1)
+            for values in (spec.input.mean, spec.input.std)
+        )
         x = x * ctx.graph.constant(1 / (255 * std)) - ctx.graph.constant(mean / std)
     values = {spec.student.images: layout.from_images(x)}
     tape = run_forward(ctx, layout, spec.student.layers, values, spec.frozen_layers)

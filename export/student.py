@@ -65,12 +65,18 @@ def _cnn(default_widths: tuple[int, ...]) -> Callable[[StudentOptions], Student]
     def build(options: StudentOptions) -> Student:
         widths = options.widths or default_widths
         if len(widths) != len(default_widths):
-            raise UsageError(f"cnn{len(default_widths)} has {len(default_widths)} blocks but --widths gives {widths}",
-                             hint=f"--widths {','.join(map(str, default_widths))}")
+            raise UsageError(
+                f"cnn{len(default_widths)} has {len(default_widths)} blocks but --widths gives {widths}",
+                hint=f"--widths {','.join(map(str, default_widths))}",
+            )
         channels, height, width = options.input_shape
         blocks = []
         for i, wanted in enumerate(widths):
-            block = [nn.Conv2d(channels, wanted, 3, padding=1), nn.ReLU(), *_normalization(options.normalization, wanted)]
+            block = [
+                nn.Conv2d(channels, wanted, 3, padding=1),
+                nn.ReLU(),
+                *_normalization(options.normalization, wanted),
+            ]
             if i < 3:
                 kernel = (2 if height > 1 else 1, 2 if width > 1 else 1)
                 block.append(nn.MaxPool2d(kernel))
@@ -100,17 +106,28 @@ def _resnet8(options: StudentOptions) -> Student:
     widths = _three_widths("resnet8", options, (16, 32, 64))
     kind, bias = options.normalization, options.normalization == "none"
     channels = options.input_shape[0]
-    stages: list[nn.Module] = [nn.Sequential(
-        nn.Conv2d(channels, widths[0], 3, padding=1, bias=bias), *_normalization(kind, widths[0]), nn.ReLU())]
+    stages: list[nn.Module] = [
+        nn.Sequential(
+            nn.Conv2d(channels, widths[0], 3, padding=1, bias=bias),
+            *_normalization(kind, widths[0]),
+            nn.ReLU(),
+        )
+    ]
     channels = widths[0]
     for i, width in enumerate(widths):
         stride = 1 if i == 0 else 2
         body = nn.Sequential(
-            nn.Conv2d(channels, width, 3, stride, 1, bias=bias), *_normalization(kind, width), nn.ReLU(),
-            nn.Conv2d(width, width, 3, 1, 1, bias=bias), *_normalization(kind, width))
+            nn.Conv2d(channels, width, 3, stride, 1, bias=bias),
+            *_normalization(kind, width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, 1, 1, bias=bias),
+            *_normalization(kind, width),
+        )
         shortcut: nn.Module = nn.Identity()
         if stride != 1 or channels != width:
-            shortcut = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=bias), *_normalization(kind, width))
+            shortcut = nn.Sequential(
+                nn.Conv2d(channels, width, 1, stride, bias=bias), *_normalization(kind, width)
+            )
         stages.append(Residual(body, shortcut))
         channels = width
     stages.append(nn.AdaptiveAvgPool2d(1))
@@ -129,8 +146,11 @@ def _mobilenet_tiny(options: StudentOptions) -> Student:
     channels = widths[0] // 2
     stages = [nn.Sequential(*convolution(options.input_shape[0], channels, 3, 1))]
     for width in widths:
-        stages.append(nn.Sequential(*convolution(channels, channels, 3, 2, groups=channels),
-                                    *convolution(channels, width, 1, 1)))
+        stages.append(
+            nn.Sequential(
+                *convolution(channels, channels, 3, 2, groups=channels), *convolution(channels, width, 1, 1)
+            )
+        )
         channels = width
     stages.append(nn.AdaptiveAvgPool2d(1))
     return _with_head(nn.Sequential(*stages), options)
@@ -139,8 +159,9 @@ def _mobilenet_tiny(options: StudentOptions) -> Student:
 def _three_widths(name: str, options: StudentOptions, default: tuple[int, ...]) -> tuple[int, ...]:
     widths = options.widths or default
     if len(widths) != 3:
-        raise UsageError(f"{name} has 3 stages but --widths gives {widths}",
-                         hint=f"--widths {','.join(map(str, default))}")
+        raise UsageError(
+            f"{name} has 3 stages but --widths gives {widths}", hint=f"--widths {','.join(map(str, default))}"
+        )
     return widths
 
 
@@ -162,14 +183,18 @@ def build_student(name: str, options: StudentOptions, seed: int = 0) -> nn.Modul
     torch.manual_seed(seed)
     if ":" not in name:
         if name not in ARCHITECTURES:
-            raise UsageError(f"no student is called {name!r}",
-                             hint=f"use one of {', '.join(ARCHITECTURES)}, or your own as package.module:factory")
+            raise UsageError(
+                f"no student is called {name!r}",
+                hint=f"use one of {', '.join(ARCHITECTURES)}, or your own as package.module:factory",
+            )
         if options.normalization not in ("batch", "group", "none"):
             raise UsageError(f"normalization {options.normalization!r}", hint="use batch, group or none")
         return ARCHITECTURES[name](options)
     if options.widths is not None or options.normalization != "batch":
-        raise UsageError(f"--widths and --normalization belong to the built-in students, not to {name}",
-                         hint="leave them out and let your factory choose")
+        raise UsageError(
+            f"--widths and --normalization belong to the built-in students, not to {name}",
+            hint="leave them out and let your factory choose",
+        )
     factory = _find_factory(name)
     given = dict(latent_size=options.latent_size, classes=options.classes, input_shape=options.input_shape)
     try:
@@ -204,7 +229,9 @@ def _find_factory(name: str) -> Callable[..., nn.Module]:
     except UsageError:
         raise
     except Exception as error:
-        raise UsageError(f"cannot import {module_name}: {type(error).__name__}: {error}", hint=hint) from error
+        raise UsageError(
+            f"cannot import {module_name}: {type(error).__name__}: {error}", hint=hint
+        ) from error
     factory = getattr(module, attribute, None)
     if not callable(factory):
         raise UsageError(f"{module_name} has no callable {attribute!r}", hint=hint)

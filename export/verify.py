@@ -28,14 +28,26 @@ FLOOR = 1e-3
 (the scale of a BatchNorm before another), and so are their momenta."""
 
 HYPERPARAMETERS = {
-    "learning_rate": 0.001, "momentum": 0.9, "weight_decay": 1e-4, "beta1": 0.9,
-    "beta2": 0.999, "epsilon": 1e-8, "alpha": 0.5, "temperature": 4.0,
+    "learning_rate": 0.001,
+    "momentum": 0.9,
+    "weight_decay": 1e-4,
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "epsilon": 1e-8,
+    "alpha": 0.5,
+    "temperature": 4.0,
 }
 
 
 def verify_bundle(
-    path: Path, steps: int = 20, engines: tuple[str, ...] | None = None, data: str | None = None,
-    student: str | None = None, seed: int = 0, threads: int = 0, progress: Callable[[str], None] = lambda line: None,
+    path: Path,
+    steps: int = 20,
+    engines: tuple[str, ...] | None = None,
+    data: str | None = None,
+    student: str | None = None,
+    seed: int = 0,
+    threads: int = 0,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, dict]:
     """Compares the engines with eager PyTorch over consecutive steps and records the result in the bundle's manifest.
 
@@ -49,7 +61,9 @@ def verify_bundle(
         chosen = engines or bundle.engines
         for engine in chosen:
             if engine not in bundle.engines:
-                raise UsageError(f"{path} has no graphs for {engine!r}", hint=f"it has {', '.join(bundle.engines)}")
+                raise UsageError(
+                    f"{path} has no graphs for {engine!r}", hint=f"it has {', '.join(bundle.engines)}"
+                )
         images, labels = _samples(bundle, data, seed, progress)
         progress(f"eager PyTorch: {steps} steps")
         reference = ReferenceStep(bundle, rebuild_student(bundle, student), HYPERPARAMETERS)
@@ -57,7 +71,9 @@ def verify_bundle(
         batches, expected = [], []
         for _ in range(steps):
             chosen = random.choice(len(images), bundle.batch, replace=len(images) < bundle.batch)
-            batches.append(_batch(bundle, move_off_kinks(reference, images[chosen], random), labels[chosen], random))
+            batches.append(
+                _batch(bundle, move_off_kinks(reference, images[chosen], random), labels[chosen], random)
+            )
             expected.append((reference.train_step(batches[-1]), reference.state()))
         held_out = [images[_positions(len(images), bundle.batch, i)] for i in range(EVALUATED_BATCHES)]
         expected_outputs = [reference.encode(part) for part in held_out]
@@ -129,11 +145,18 @@ def _compare(name: str, engine: Engine, batches, expected, held_out, expected_ou
         same.append(our_logits.argmax(1) == logits.argmax(1))
     state_max_rel = max(relative for _, relative in tensors.values())
     same_class = float(np.mean(same))
-    ok = loss_max_abs <= LOSS_TOLERANCE and state_max_rel <= STATE_TOLERANCE[name] and same_class >= SAME_CLASS
+    ok = (
+        loss_max_abs <= LOSS_TOLERANCE and state_max_rel <= STATE_TOLERANCE[name] and same_class >= SAME_CLASS
+    )
     return {
-        "ok": bool(ok), "steps": len(batches), "loss_max_abs": loss_max_abs,
-        "state_max_abs": max(difference for difference, _ in tensors.values()), "state_max_rel": state_max_rel,
-        "latents_max_abs": latents_max_abs, "same_class": same_class, "tensors": tensors,
+        "ok": bool(ok),
+        "steps": len(batches),
+        "loss_max_abs": loss_max_abs,
+        "state_max_abs": max(difference for difference, _ in tensors.values()),
+        "state_max_rel": state_max_rel,
+        "latents_max_abs": latents_max_abs,
+        "same_class": same_class,
+        "tensors": tensors,
     }
 
 
@@ -167,6 +190,8 @@ def print_report(report: dict[str, dict]) -> None:
         for tensor, (absolute, relative) in entry["tensors"].items():
             print(f"  {tensor:{width}}  {absolute:9.1e}  {relative:9.1e}")
     for name, entry in report.items():
-        print(f"{'ok  ' if entry['ok'] else 'FAIL'} {name}: losses {entry['loss_max_abs']:.1e} (≤ {LOSS_TOLERANCE:.0e}), "
-              f"state {entry['state_max_rel']:.1e} of a tensor's largest entry (≤ {STATE_TOLERANCE[name]:.0e}), "
-              f"latents {entry['latents_max_abs']:.1e}, same class for {entry['same_class']:.1%} (≥ {SAME_CLASS:.0%})")
+        print(
+            f"{'ok  ' if entry['ok'] else 'FAIL'} {name}: losses {entry['loss_max_abs']:.1e} (≤ {LOSS_TOLERANCE:.0e}), "
+            f"state {entry['state_max_rel']:.1e} of a tensor's largest entry (≤ {STATE_TOLERANCE[name]:.0e}), "
+            f"latents {entry['latents_max_abs']:.1e}, same class for {entry['same_class']:.1%} (≥ {SAME_CLASS:.0%})"
+        )

@@ -88,16 +88,20 @@ def capture_student(student: nn.Module, batch: int, input_shape: tuple[int, ...]
 
 def _check_module(path: str, module: nn.Module) -> None:
     if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-        raise LoweringError(f"{path}: {type(module).__name__}(p={module.p}) draws random numbers in the graph",
-                            hint="remove it or set p=0; use --weight-decay or augmentation to regularise")
+        raise LoweringError(
+            f"{path}: {type(module).__name__}(p={module.p}) draws random numbers in the graph",
+            hint="remove it or set p=0; use --weight-decay or augmentation to regularise",
+        )
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         if not module.track_running_stats or module.momentum is None or not module.affine:
             raise LoweringError(
                 f"{path}: {type(module).__name__} needs track_running_stats=True, affine=True and a fixed momentum",
-                hint="use nn.BatchNorm2d(channels), or nn.GroupNorm(groups, channels) for no running statistics")
+                hint="use nn.BatchNorm2d(channels), or nn.GroupNorm(groups, channels) for no running statistics",
+            )
     if isinstance(module, nn.modules.conv._ConvNd) and module.padding_mode != "zeros":
-        raise LoweringError(f"{path}: padding_mode={module.padding_mode!r} is not supported",
-                            hint="use padding_mode='zeros'")
+        raise LoweringError(
+            f"{path}: padding_mode={module.padding_mode!r} is not supported", hint="use padding_mode='zeros'"
+        )
 
 
 def _first_line(error: Exception) -> str:
@@ -109,8 +113,10 @@ def _read(program: torch.export.ExportedProgram) -> CapturedStudent:
     signature = program.graph_signature
     state = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     if signature.inputs_to_lifted_tensor_constants:
-        raise LoweringError("the student's forward() makes tensors of its own",
-                            hint="register them as parameters of a supported module")
+        raise LoweringError(
+            "the student's forward() makes tensors of its own",
+            hint="register them as parameters of a supported module",
+        )
     alias: dict[str, str] = {}
     layers: list[Layer] = []
     for node in program.graph.nodes:
@@ -127,27 +133,41 @@ def _read(program: torch.export.ExportedProgram) -> CapturedStudent:
             raise _refusal(node, str(target))
         kind, tensors, attributes = reader(node, _Arguments(node))
         parameters = {
-            key: state[value.name] for key, value in tensors.items() if value is not None and value.name in state
+            key: state[value.name]
+            for key, value in tensors.items()
+            if value is not None and value.name in state
         }
         if any(value is not None and value.name not in state for value in tensors.values()):
             raise _refusal(node, f"{target} with a weight that is computed")
         sources = [arg for arg in node.args[: 2 if kind == "add" else 1] if isinstance(arg, torch.fx.Node)]
         if any(source.name in state for source in sources) or (kind == "add" and len(sources) != 2):
             raise _refusal(node, f"{target} of a parameter or a number")
-        layers.append(Layer(
-            kind, tuple(alias.get(s.name, s.name) for s in sources), node.name, _path(node),
-            tuple(_shape(sources[0])), tuple(_shape(node)), parameters, attributes,
-        ))
+        layers.append(
+            Layer(
+                kind,
+                tuple(alias.get(s.name, s.name) for s in sources),
+                node.name,
+                _path(node),
+                tuple(_shape(sources[0])),
+                tuple(_shape(node)),
+                parameters,
+                attributes,
+            )
+        )
     statistics = [layer.parameters["running_mean"] for layer in layers if layer.kind == "batch_norm"]
     for name in {name for name in statistics if statistics.count(name) > 1}:
-        raise LoweringError(f"{name.rpartition('.')[0]}: one BatchNorm2d normalises two activations",
-                            hint="give each activation a BatchNorm2d of its own")
+        raise LoweringError(
+            f"{name.rpartition('.')[0]}: one BatchNorm2d normalises two activations",
+            hint="give each activation a BatchNorm2d of its own",
+        )
     latents, logits = (alias.get(spec.arg.name, spec.arg.name) for spec in signature.output_specs)
     shapes = {layer.output: layer.output_shape for layer in layers}
     for name, value in (("latents of `representation`", latents), ("logits of `output`", logits)):
         if len(shapes.get(value, ())) != 2:
-            raise LoweringError(f"the {name} have shape {shapes.get(value)}, not [batch, size]",
-                                hint="put nn.Flatten() before the first nn.Linear of `representation`")
+            raise LoweringError(
+                f"the {name} have shape {shapes.get(value)}, not [batch, size]",
+                hint="put nn.Flatten() before the first nn.Linear of `representation`",
+            )
     (images,) = signature.user_inputs
     return CapturedStudent(tuple(layers), images, latents, logits, shapes[latents][1], shapes[logits][1])
 
@@ -167,18 +187,27 @@ def _refusal(node: torch.fx.Node, what: str) -> LoweringError:
     name = stack[-1][1].rsplit(".", 1)[-1] if stack else ""
     return LoweringError(
         f"{_path(node)} ({name}): the operator {what} cannot be lowered to a training graph",
-        hint=_INSTEAD.get(name) or "supported: Conv2d, Linear, BatchNorm2d, GroupNorm, ReLU, ReLU6, Hardswish, MaxPool2d, "
+        hint=_INSTEAD.get(name)
+        or "supported: Conv2d, Linear, BatchNorm2d, GroupNorm, ReLU, ReLU6, Hardswish, MaxPool2d, "
         "AvgPool2d, AdaptiveAvgPool2d, Flatten and the addition of two activations",
     )
 
 
 _INSTEAD = {
-    "GELU": "use nn.Hardswish or nn.ReLU", "SiLU": "use nn.Hardswish", "Sigmoid": "use nn.ReLU6 or nn.Hardswish",
-    "Tanh": "use nn.ReLU6", "LeakyReLU": "use nn.ReLU", "PReLU": "use nn.ReLU", "ELU": "use nn.ReLU",
-    "LayerNorm": "use nn.GroupNorm(1, channels)", "InstanceNorm2d": "use nn.GroupNorm(channels, channels)",
+    "GELU": "use nn.Hardswish or nn.ReLU",
+    "SiLU": "use nn.Hardswish",
+    "Sigmoid": "use nn.ReLU6 or nn.Hardswish",
+    "Tanh": "use nn.ReLU6",
+    "LeakyReLU": "use nn.ReLU",
+    "PReLU": "use nn.ReLU",
+    "ELU": "use nn.ReLU",
+    "LayerNorm": "use nn.GroupNorm(1, channels)",
+    "InstanceNorm2d": "use nn.GroupNorm(channels, channels)",
     "Conv1d": "use nn.Conv2d with a kernel of (1, k) on windows of shape channels,1,length",
-    "Conv3d": "use nn.Conv2d", "ConvTranspose2d": "use nn.Conv2d",
-    "BatchNorm1d": "use nn.BatchNorm2d before nn.Flatten", "Softmax": "return logits: the objectives apply softmax",
+    "Conv3d": "use nn.Conv2d",
+    "ConvTranspose2d": "use nn.Conv2d",
+    "BatchNorm1d": "use nn.BatchNorm2d before nn.Flatten",
+    "Softmax": "return logits: the objectives apply softmax",
 }
 
 _NOTHING = {aten.clone.default, aten.alias.default, aten.contiguous.default, aten.detach.default}
@@ -216,8 +245,13 @@ def _conv2d(node: torch.fx.Node, a: _Arguments) -> Read:
         padding = (total[0] // 2, total[1] // 2)
     else:
         padding = a.pair("padding")
-    attributes = dict(kernel=tuple(weight[2:]), stride=a.pair("stride"), padding=padding, dilation=dilation,
-                      groups=a["groups"])
+    attributes = dict(
+        kernel=tuple(weight[2:]),
+        stride=a.pair("stride"),
+        padding=padding,
+        dilation=dilation,
+        groups=a["groups"],
+    )
     return "conv2d", {"weight": a["weight"], "bias": a["bias"]}, attributes
 
 
@@ -237,7 +271,11 @@ def _batch_norm(node: torch.fx.Node, a: _Arguments) -> Read:
 def _group_norm(node: torch.fx.Node, a: _Arguments) -> Read:
     if a["weight"] is None or len(_shape(node.args[0])) != 4:
         raise _refusal(node, "group normalization without weight and bias, or not on images")
-    return "group_norm", {"weight": a["weight"], "bias": a["bias"]}, dict(groups=a["num_groups"], eps=a["eps"])
+    return (
+        "group_norm",
+        {"weight": a["weight"], "bias": a["bias"]},
+        dict(groups=a["num_groups"], eps=a["eps"]),
+    )
 
 
 def _hardtanh(node: torch.fx.Node, a: _Arguments) -> Read:
@@ -249,7 +287,11 @@ def _max_pool(node: torch.fx.Node, a: _Arguments) -> Read:
     stride = a.pair("stride") if a["stride"] else kernel
     if a["ceil_mode"]:
         _refuse_partial_windows(node, a, kernel, stride)
-    return "max_pool2d", {}, dict(kernel=kernel, stride=stride, padding=a.pair("padding"), dilation=a.pair("dilation"))
+    return (
+        "max_pool2d",
+        {},
+        dict(kernel=kernel, stride=stride, padding=a.pair("padding"), dilation=a.pair("dilation")),
+    )
 
 
 def _avg_pool(node: torch.fx.Node, a: _Arguments) -> Read:
@@ -262,18 +304,24 @@ def _avg_pool(node: torch.fx.Node, a: _Arguments) -> Read:
     return "avg_pool2d", {}, dict(kernel=kernel, stride=stride, padding=a.pair("padding"))
 
 
-def _refuse_partial_windows(node: torch.fx.Node, a: _Arguments, kernel: tuple[int, int], stride: tuple[int, int]) -> None:
+def _refuse_partial_windows(
+    node: torch.fx.Node, a: _Arguments, kernel: tuple[int, int], stride: tuple[int, int]
+) -> None:
     size, padding = _shape(node.args[0])[2:], a.pair("padding")
     dilation = a.pair("dilation") if "dilation" in a.values else (1, 1)
     for i in range(2):
         if (size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) % stride[i]:
-            raise _refusal(node, f"pooling with ceil_mode=True over a size of {size[i]} that leaves a partial window")
+            raise _refusal(
+                node, f"pooling with ceil_mode=True over a size of {size[i]} that leaves a partial window"
+            )
 
 
 def _adaptive_avg_pool(node: torch.fx.Node, a: _Arguments) -> Read:
     size, wanted = _shape(node.args[0])[2:], _shape(node)[2:]
     if any(s % w for s, w in zip(size, wanted, strict=True)):
-        raise _refusal(node, f"adaptive average pooling from {tuple(size)} to {tuple(wanted)}, which does not divide it,")
+        raise _refusal(
+            node, f"adaptive average pooling from {tuple(size)} to {tuple(wanted)}, which does not divide it,"
+        )
     kernel = (size[0] // wanted[0], size[1] // wanted[1])
     return "avg_pool2d", {}, dict(kernel=kernel, stride=kernel, padding=(0, 0))
 
@@ -282,8 +330,11 @@ def _mean(node: torch.fx.Node, a: _Arguments) -> Read:
     size = _shape(node.args[0])
     if len(size) != 4 or sorted(d % 4 for d in a["dim"]) != [2, 3]:
         raise _refusal(node, f"mean over the dimensions {a['dim']}")
-    return ("avg_pool2d" if a["keepdim"] else "global_mean"), {}, dict(
-        kernel=tuple(size[2:]), stride=tuple(size[2:]), padding=(0, 0))
+    return (
+        ("avg_pool2d" if a["keepdim"] else "global_mean"),
+        {},
+        dict(kernel=tuple(size[2:]), stride=tuple(size[2:]), padding=(0, 0)),
+    )
 
 
 def _reshape(node: torch.fx.Node, a: _Arguments) -> Read:
@@ -294,7 +345,11 @@ def _reshape(node: torch.fx.Node, a: _Arguments) -> Read:
 
 
 def _add(node: torch.fx.Node, a: _Arguments) -> Read:
-    if a["alpha"] != 1 or not isinstance(a["other"], torch.fx.Node) or _shape(node.args[0]) != _shape(a["other"]):
+    if (
+        a["alpha"] != 1
+        or not isinstance(a["other"], torch.fx.Node)
+        or _shape(node.args[0]) != _shape(a["other"])
+    ):
         raise _refusal(node, "addition with a number, a factor or broadcasting")
     return "add", {}, {}
 

@@ -33,8 +33,15 @@ def _columns(x: Value, kernel, stride, padding, dilation=(1, 1)) -> Value:
     n, channels = x.shape[:2]
     if kernel == (1, 1) and stride == (1, 1) and padding == (0, 0):
         return x.reshape(n, channels, 1, -1)
-    cut = x.graph.apply("conv2d", x, _one_hot_kernels(x.graph, channels, kernel), stride=stride, padding=padding,
-                        dilation=dilation, groups=channels)
+    cut = x.graph.apply(
+        "conv2d",
+        x,
+        _one_hot_kernels(x.graph, channels, kernel),
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=channels,
+    )
     return cut.reshape(n, channels, kernel[0] * kernel[1], -1)
 
 
@@ -47,11 +54,20 @@ def _put_back(parts: Value, size, kernel, stride, padding, dilation=(1, 1)) -> V
 
 def _transposed(dy: Value, weight: Value, size, stride, padding, dilation, groups) -> Value:
     left_over = tuple(
-        size[i] - ((dy.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (weight.shape[2 + i] - 1) + 1)
+        size[i]
+        - ((dy.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (weight.shape[2 + i] - 1) + 1)
         for i in range(2)
     )
-    return dy.graph.apply("conv2d_transpose", dy, weight, stride=stride, padding=padding, output_padding=left_over,
-                          dilation=dilation, groups=groups)
+    return dy.graph.apply(
+        "conv2d_transpose",
+        dy,
+        weight,
+        stride=stride,
+        padding=padding,
+        output_padding=left_over,
+        dilation=dilation,
+        groups=groups,
+    )
 
 
 def conv2d(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Backward]:
@@ -60,8 +76,9 @@ def conv2d(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Back
     weight, bias = ctx.parameter(layer, "weight"), ctx.parameter(layer, "bias")
     window = (a["stride"], a["padding"], a["dilation"])
     operands = [x, weight] + ([bias] if bias is not None else [])
-    y = ctx.graph.apply("conv2d", *operands, stride=window[0], padding=window[1], dilation=window[2],
-                        groups=a["groups"])
+    y = ctx.graph.apply(
+        "conv2d", *operands, stride=window[0], padding=window[1], dilation=window[2], groups=a["groups"]
+    )
 
     def backward(dy: Value) -> Gradients:
         n, groups = x.shape[0], a["groups"]
@@ -115,7 +132,9 @@ def batch_norm(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, 
 def _affine(x: Value, scale: Value, offset: Value) -> Value:
     """x·scale + offset a channel, in one pass over memory: inference normalization with mean 0 and variance 1."""
     zeros, ones = np.zeros(scale.shape, np.float32), np.ones(scale.shape, np.float32)
-    return x.graph.apply("normalize", x, scale, offset, x.graph.constant(zeros), x.graph.constant(ones), eps=0.0)
+    return x.graph.apply(
+        "normalize", x, scale, offset, x.graph.constant(zeros), x.graph.constant(ones), eps=0.0
+    )
 
 
 def group_norm(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Backward]:
@@ -233,8 +252,13 @@ def flatten(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Bac
 CHANNELS_FIRST = Layout(
     name="channels_first",
     formulations={
-        "conv2d": conv2d, "batch_norm": batch_norm, "group_norm": group_norm, "max_pool2d": max_pool2d,
-        "avg_pool2d": avg_pool2d, "global_mean": global_mean, "flatten": flatten,
+        "conv2d": conv2d,
+        "batch_norm": batch_norm,
+        "group_norm": group_norm,
+        "max_pool2d": max_pool2d,
+        "avg_pool2d": avg_pool2d,
+        "global_mean": global_mean,
+        "flatten": flatten,
     },
     from_images=lambda images: images,
     positive=lambda x: x.graph.apply("positive", x),

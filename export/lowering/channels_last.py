@@ -64,7 +64,9 @@ def _sum(parts: Sequence[Value]) -> Value:
 def _pad(x: Value, height: Pair, width: Pair, value: float = 0.0) -> Value:
     if not any(height) and not any(width):
         return x
-    return x.graph.apply("pad", x, begins=(0, height[0], width[0], 0), ends=(0, height[1], width[1], 0), value=value)
+    return x.graph.apply(
+        "pad", x, begins=(0, height[0], width[0], 0), ends=(0, height[1], width[1], 0), value=value
+    )
 
 
 class Windows:
@@ -74,10 +76,20 @@ class Windows:
     a window position is a contiguous slice.
     """
 
-    def __init__(self, shape: tuple[int, ...], kernel: Pair, stride: Pair, padding: Pair, dilation: Pair = (1, 1)):
-        self.shape, self.kernel, self.stride, self.padding, self.dilation = shape, kernel, stride, padding, dilation
+    def __init__(
+        self, shape: tuple[int, ...], kernel: Pair, stride: Pair, padding: Pair, dilation: Pair = (1, 1)
+    ):
+        self.shape, self.kernel, self.stride, self.padding, self.dilation = (
+            shape,
+            kernel,
+            stride,
+            padding,
+            dilation,
+        )
         self.size = tuple(
-            (shape[1 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2))
+            (shape[1 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
+            for i in range(2)
+        )
         reach = [dilation[i] * (kernel[i] - 1) // stride[i] + self.size[i] for i in range(2)]
         self.grid = tuple(max(reach[i], -(-(shape[1 + i] + padding[i]) // stride[i])) for i in range(2))
 
@@ -117,7 +129,9 @@ class Windows:
         zero = graph.constant(np.zeros((n, *self.grid, c)))
         rows = []
         for phase_h in range(self.stride[0]):
-            columns = [_sum(phases[phase_h, w]) if (phase_h, w) in phases else zero for w in range(self.stride[1])]
+            columns = [
+                _sum(phases[phase_h, w]) if (phase_h, w) in phases else zero for w in range(self.stride[1])
+            ]
             rows.append(_concat(columns, 3).reshape(n, self.grid[0], 1, -1))
         whole = _concat(rows, 2).reshape(n, self.grid[0] * self.stride[0], self.grid[1] * self.stride[1], c)
         missing = [max(self.padding[i] + self.shape[1 + i] - whole.shape[1 + i], 0) for i in range(2)]
@@ -162,7 +176,9 @@ def _dense(x: Value, weight: Value, a: dict) -> tuple[Value, Backward]:
         rows = _rows(dy)
         turned = rows.transpose(1, 0)
         dw = _concat([(turned @ part).reshape(outputs, 1, kernel[1], channels) for part in columns], 1)
-        return (_input_gradient(dy, x.shape, weight, weights, windows, a),), {"weight": dw.transpose(0, 3, 1, 2)}
+        return (_input_gradient(dy, x.shape, weight, weights, windows, a),), {
+            "weight": dw.transpose(0, 3, 1, 2)
+        }
 
     return y, backward
 
@@ -183,7 +199,9 @@ def _kernel_rows(x: Value, windows: Windows) -> list[Value]:
     return [_rows(wide.narrow(1, i * step_h, i * step_h + height)) for i in range(kernel_h)]
 
 
-def _input_gradient(dy: Value, shape, weight: Value, weights: list[Value], windows: Windows, a: dict) -> Value:
+def _input_gradient(
+    dy: Value, shape, weight: Value, weights: list[Value], windows: Windows, a: dict
+) -> Value:
     outputs, channels, kernel_h, kernel_w = weight.shape
     reach = [a["dilation"][i] * (a["kernel"][i] - 1) - a["padding"][i] for i in range(2)]
     if a["stride"] == (1, 1) and min(reach) >= 0:
@@ -193,7 +211,10 @@ def _input_gradient(dy: Value, shape, weight: Value, weights: list[Value], windo
         by_row = weight.transpose(2, 3, 0, 1).reshape(kernel_h * kernel_w, outputs, channels)
         taps = [by_row.narrow(0, k, k + 1) for k in reversed(range(kernel_h * kernel_w))]
         turned = _concat(taps, 0).reshape(kernel_h, kernel_w * outputs, channels)
-        parts = [columns[i] @ turned.narrow(0, i, i + 1).reshape(kernel_w * outputs, channels) for i in range(kernel_h)]
+        parts = [
+            columns[i] @ turned.narrow(0, i, i + 1).reshape(kernel_w * outputs, channels)
+            for i in range(kernel_h)
+        ]
         return _sum(parts).reshape(*shape)
     parts = []
     for w in weights:
@@ -219,8 +240,10 @@ def _depthwise(x: Value, weight: Value, a: dict) -> tuple[Value, Backward]:
 
 def _grouped(x: Value, weight: Value, a: dict) -> tuple[Value, Backward]:
     groups, outputs, inputs = a["groups"], weight.shape[0] // a["groups"], weight.shape[1]
-    pieces = [_dense(x.narrow(3, g * inputs, (g + 1) * inputs), weight.narrow(0, g * outputs, (g + 1) * outputs), a)
-              for g in range(groups)]
+    pieces = [
+        _dense(x.narrow(3, g * inputs, (g + 1) * inputs), weight.narrow(0, g * outputs, (g + 1) * outputs), a)
+        for g in range(groups)
+    ]
 
     def backward(dy: Value) -> Gradients:
         parts = [piece(dy.narrow(3, g * outputs, (g + 1) * outputs)) for g, (_, piece) in enumerate(pieces)]
@@ -233,7 +256,9 @@ def _grouped(x: Value, weight: Value, a: dict) -> tuple[Value, Backward]:
 def batch_norm(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Backward]:
     (x,) = inputs
     weight, bias, mean, variance = (
-        ctx.parameter(layer, name).reshape(1, -1) for name in ("weight", "bias", "running_mean", "running_var"))
+        ctx.parameter(layer, name).reshape(1, -1)
+        for name in ("weight", "bias", "running_mean", "running_var")
+    )
     graph, eps, rows = ctx.graph, layer.attributes["eps"], _rows(x)
     count = rows.shape[0]
     if ctx.batch_statistics:
@@ -352,8 +377,13 @@ def flatten(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Bac
 CHANNELS_LAST = Layout(
     name="channels_last",
     formulations={
-        "conv2d": conv2d, "batch_norm": batch_norm, "group_norm": group_norm, "max_pool2d": max_pool2d,
-        "avg_pool2d": avg_pool2d, "global_mean": global_mean, "flatten": flatten,
+        "conv2d": conv2d,
+        "batch_norm": batch_norm,
+        "group_norm": group_norm,
+        "max_pool2d": max_pool2d,
+        "avg_pool2d": avg_pool2d,
+        "global_mean": global_mean,
+        "flatten": flatten,
     },
     from_images=lambda images: images.transpose(0, 2, 3, 1),
     positive=_positive,

@@ -38,7 +38,9 @@ class Context:
     def update_statistics(self, layer: Layer, mean: Value, variance: Value, count: int) -> None:
         """PyTorch's running statistics: momentum of the new value, unbiased variance."""
         if count < 2:
-            raise ValueError(f"{layer.path}: BatchNorm over one value a channel; use a larger batch or nn.GroupNorm")
+            raise ValueError(
+                f"{layer.path}: BatchNorm over one value a channel; use a larger batch or nn.GroupNorm"
+            )
         momentum = layer.attributes["momentum"]
         for name, value in (("running_mean", mean), ("running_var", variance * (count / (count - 1)))):
             state_name = layer.parameters[name]

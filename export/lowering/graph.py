@@ -115,7 +115,8 @@ class Graph:
             raise ValueError(f"{operator!r} is not in the set of operators that an artifact may contain")
         rank = max((len(value.shape) for value in inputs if isinstance(value, Value)), default=0)
         values = tuple(
-            value if isinstance(value, Value) else self.constant(np.full((1,) * rank, value)) for value in inputs
+            value if isinstance(value, Value) else self.constant(np.full((1,) * rank, value))
+            for value in inputs
         )
         key = (operator, tuple(value.name for value in values), repr(sorted(attributes.items())))
         if key not in self._seen:
@@ -150,7 +151,9 @@ class Graph:
         sizes: dict[str, int] = {}
         for i, node in enumerate(self.nodes):
             for value in node.outputs:
-                sizes[value.name] = 0 if node.operator == "reshape" else value.size * np.dtype(value.dtype).itemsize
+                sizes[value.name] = (
+                    0 if node.operator == "reshape" else value.size * np.dtype(value.dtype).itemsize
+                )
                 live += sizes[value.name]
             peak = max(peak, live)
             for name in {value.name for value in node.inputs} & sizes.keys() - kept:
@@ -161,7 +164,9 @@ class Graph:
         return dict(sorted(Counter(node.operator for node in self.nodes).items()))
 
 
-def _infer(operator: str, values: tuple[Value, ...], attributes: dict[str, Any]) -> list[tuple[tuple[int, ...], str]]:
+def _infer(
+    operator: str, values: tuple[Value, ...], attributes: dict[str, Any]
+) -> list[tuple[tuple[int, ...], str]]:
     """Shapes and dtypes of an operator's values, from running it on tensors without data."""
     if operator == "one_hot":  # its meaning counts on real memory
         return [((values[0].size, attributes["classes"]), "float32")]

@@ -47,8 +47,14 @@ def _normalize_by_batch(w: _Writer, node: Node, x: list[str], y: str) -> None:
     # running inputs, so these must be values that no other node reads: not initializers, not the state itself.
     zero = w.number(0.0)
     seeds = [w.emit("Mul", [name, zero], f"{y}.seed_{i}") for i, name in enumerate(x[3:])]
-    w.emit("BatchNormalization", [*x[:3], *seeds], [w.name(value) for value in node.outputs],
-           epsilon=node.attributes["eps"], momentum=0.0, training_mode=1)
+    w.emit(
+        "BatchNormalization",
+        [*x[:3], *seeds],
+        [w.name(value) for value in node.outputs],
+        epsilon=node.attributes["eps"],
+        momentum=0.0,
+        training_mode=1,
+    )
 
 
 Rule = Callable[[_Writer, Node, list[str], str], None]
@@ -89,26 +95,57 @@ def _one_hot(w: _Writer, node: Node, x: list[str], y: str) -> None:
 
 def _conv(w: _Writer, node: Node, x: list[str], y: str) -> None:
     a = node.attributes
-    w.emit("Conv", x, y, strides=a["stride"], pads=[*a["padding"]] * 2, dilations=a["dilation"], group=a["groups"],
-           kernel_shape=node.inputs[1].shape[2:])
+    w.emit(
+        "Conv",
+        x,
+        y,
+        strides=a["stride"],
+        pads=[*a["padding"]] * 2,
+        dilations=a["dilation"],
+        group=a["groups"],
+        kernel_shape=node.inputs[1].shape[2:],
+    )
 
 
 def _conv_transpose(w: _Writer, node: Node, x: list[str], y: str) -> None:
     a = node.attributes
-    w.emit("ConvTranspose", x, y, strides=a["stride"], pads=[*a["padding"]] * 2, dilations=a["dilation"],
-           group=a["groups"], output_padding=a["output_padding"], kernel_shape=node.inputs[1].shape[2:])
+    w.emit(
+        "ConvTranspose",
+        x,
+        y,
+        strides=a["stride"],
+        pads=[*a["padding"]] * 2,
+        dilations=a["dilation"],
+        group=a["groups"],
+        output_padding=a["output_padding"],
+        kernel_shape=node.inputs[1].shape[2:],
+    )
 
 
 def _max_pool(w: _Writer, node: Node, x: list[str], y: str) -> None:
     a = node.attributes
-    w.emit("MaxPool", x, y, kernel_shape=a["kernel"], strides=a["stride"], pads=[*a["padding"]] * 2,
-           dilations=a["dilation"])
+    w.emit(
+        "MaxPool",
+        x,
+        y,
+        kernel_shape=a["kernel"],
+        strides=a["stride"],
+        pads=[*a["padding"]] * 2,
+        dilations=a["dilation"],
+    )
 
 
 def _avg_pool(w: _Writer, node: Node, x: list[str], y: str) -> None:
     a = node.attributes
-    w.emit("AveragePool", x, y, kernel_shape=a["kernel"], strides=a["stride"], pads=[*a["padding"]] * 2,
-           count_include_pad=1)
+    w.emit(
+        "AveragePool",
+        x,
+        y,
+        kernel_shape=a["kernel"],
+        strides=a["stride"],
+        pads=[*a["padding"]] * 2,
+        count_include_pad=1,
+    )
 
 
 RULES: dict[str, Rule] = {
@@ -118,7 +155,9 @@ RULES: dict[str, Rule] = {
     "divide": _plain("Div"),
     "maximum": _plain("Max"),
     "relu": _plain("Relu"),
-    "clamp": lambda w, n, x, y: w.emit("Clip", [*x, *(w.number(n.attributes[k]) for k in ("low", "high"))], y),
+    "clamp": lambda w, n, x, y: w.emit(
+        "Clip", [*x, *(w.number(n.attributes[k]) for k in ("low", "high"))], y
+    ),
     "greater_equal": _compare("GreaterOrEqual"),
     "positive": lambda w, n, x, y: w.emit("HardSigmoid", x, y, alpha=1e38, beta=0.0),
     "exp": _plain("Exp"),
@@ -135,11 +174,18 @@ RULES: dict[str, Rule] = {
     "reshape": lambda w, n, x, y: w.emit("Reshape", [*x, w.integers(*n.outputs[0].shape)], y),
     "transpose": lambda w, n, x, y: w.emit("Transpose", x, y, perm=n.attributes["permutation"]),
     "slice": lambda w, n, x, y: w.emit(
-        "Slice", [*x, *(w.integers(n.attributes[k]) for k in ("start", "stop", "axis"))], y),
+        "Slice", [*x, *(w.integers(n.attributes[k]) for k in ("start", "stop", "axis"))], y
+    ),
     "concat": lambda w, n, x, y: w.emit("Concat", x, y, axis=n.attributes["axis"]),
     "pad": lambda w, n, x, y: w.emit(
-        "Pad", [*x, w.integers(*n.attributes["begins"], *n.attributes["ends"]),
-                w.number(n.attributes.get("value", 0.0))], y),
+        "Pad",
+        [
+            *x,
+            w.integers(*n.attributes["begins"], *n.attributes["ends"]),
+            w.number(n.attributes.get("value", 0.0)),
+        ],
+        y,
+    ),
     "conv2d": _conv,
     "conv2d_transpose": _conv_transpose,
     "max_pool2d": _max_pool,

@@ -35,7 +35,9 @@ def _slice(x, axis, start, stop):
 
 
 def _pad(x, begins, ends, value=0.0):
-    pairs = [size for begin, end in zip(reversed(begins), reversed(ends), strict=True) for size in (begin, end)]
+    pairs = [
+        size for begin, end in zip(reversed(begins), reversed(ends), strict=True) for size in (begin, end)
+    ]
     while pairs[-2:] == [0, 0]:
         pairs = pairs[:-2]
     return F.pad(x, pairs, value=value)

@@ -25,4 +25,6 @@ def open_target(engine: str):
     try:
         return importlib.import_module(_MODULES[engine])
     except ImportError as error:
-        raise TargetError(f"cannot export for {engine}: {error}", hint="pip install 'edgestill[export]'") from error
+        raise TargetError(
+            f"cannot export for {engine}: {error}", hint="pip install 'edgestill[export]'"
+        ) from error

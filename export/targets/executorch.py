@@ -36,11 +36,16 @@ def _emit_graph(graph: Graph, path: Path) -> dict:
         logging.disable(logging.WARNING)
         try:
             lowered = to_edge_transform_and_lower(
-                torch.export.export(module, example), partitioner=[XnnpackPartitioner()],
-                compile_config=EdgeCompileConfig(_check_ir_validity=False))
+                torch.export.export(module, example),
+                partitioner=[XnnpackPartitioner()],
+                compile_config=EdgeCompileConfig(_check_ir_validity=False),
+            )
             operators = _operators(lowered.exported_program().graph_module)
-            program = lowered.to_executorch(ExecutorchBackendConfig(
-                memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False, alloc_graph_output=False)))
+            program = lowered.to_executorch(
+                ExecutorchBackendConfig(
+                    memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False, alloc_graph_output=False)
+                )
+            )
         finally:
             logging.disable(logging.NOTSET)
     with path.open("wb") as file:
