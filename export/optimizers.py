@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from export.lowering.graph import Graph, Value
@@ -38,6 +39,13 @@ def hyperparameters(optimizer: Optimizer) -> list[dict]:
     ]
 
 
+_SLOTS = {
+    "sgd": ("optimizer.momentum.",),
+    "adamw": ("optimizer.exp_avg.", "optimizer.exp_avg_sq."),
+}
+_JOINT = "joint vector"
+
+
 def slots(optimizer: Optimizer, parameters: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the optimizer's state for the trained parameters; every slot starts at zero."""
     if optimizer.name == "sgd":
@@ -56,9 +64,35 @@ def update(
     state: dict[str, Value],
     gradients: dict[str, Value],
     inputs: dict[str, Value],
+    joint_size: int = 0,
 ) -> dict[str, Value]:
-    """New values of the trained parameters and their slots, by state name."""
-    return (_sgd if optimizer.name == "sgd" else _adamw)(optimizer, graph, state, gradients, inputs)
+    """New values of the trained parameters and their slots, by state name.
+
+    Parameters of at most `joint_size` elements are updated together, end to end in one vector.
+    """
+    rule = _sgd if optimizer.name == "sgd" else _adamw
+    joined = [name for name, gradient in gradients.items() if gradient.size <= joint_size]
+    if len(joined) < 2:
+        return rule(optimizer, graph, state, gradients, inputs)
+
+    def join(values: Iterable[Value]) -> Value:
+        return graph.apply("concat", *(value.reshape(-1) for value in values), axis=0)
+
+    own_slots = {prefix: [prefix + name for name in joined] for prefix in _SLOTS[optimizer.name]}
+    vectors = {"": joined} | own_slots
+    state = state | {
+        prefix + _JOINT: join(state[name] for name in names) for prefix, names in vectors.items()
+    }
+    separate = {name: gradient for name, gradient in gradients.items() if name not in joined}
+    joint = {_JOINT: join(gradients[name] for name in joined)}
+    new = rule(optimizer, graph, state, separate | joint, inputs)
+    for prefix, names in vectors.items():
+        vector, start = new.pop(prefix + _JOINT), 0
+        for name in names:
+            stop = start + state[name].size
+            new[name] = vector.narrow(0, start, stop).reshape(*state[name].shape)
+            start = stop
+    return new
 
 
 def _sgd(optimizer, graph, state, gradients, inputs):

@@ -122,6 +122,13 @@ def _metric(name: str, shape: tuple[int, ...], unit: str) -> dict:
 def student_state(student: nn.Module) -> tuple[OrderedDict[str, np.ndarray], frozenset[str]]:
     """Parameters and running statistics by their PyTorch names, and which of them are statistics."""
     parameters = {name for name, _ in student.named_parameters()}
+    for name, parameter in student.named_parameters(remove_duplicate=False):
+        if name not in parameters:
+            first = next(other for other, tensor in student.named_parameters() if tensor is parameter)
+            raise UsageError(
+                f"the student's {name} and {first} are one parameter",
+                hint="call the one module twice instead, or give each module a parameter of its own",
+            )
     tensors: OrderedDict[str, np.ndarray] = OrderedDict()
     for name, tensor in student.state_dict().items():
         if name.endswith("num_batches_tracked"):  # PyTorch reads it for momentum=None only, which is refused
@@ -185,10 +192,13 @@ def build_train_step(spec: StepSpec, layout: Layout) -> Graph:
     result = loss_and_gradients(spec.objective, layout, inputs, latents, logits)
     gradients = {spec.student.logits: result.d_logits}
     if result.d_latents is not None:
-        gradients[spec.student.latents] = result.d_latents
+        alone = (
+            spec.student.latents != spec.student.logits
+        )  # an output layer that is nn.Identity adds no node
+        gradients[spec.student.latents] = result.d_latents if alone else result.d_logits + result.d_latents
     of_parameters = run_backward(tape, gradients)
     trained = {name: of_parameters[name] for name in spec.trained()}
-    new = update(spec.optimizer, graph, state, trained, inputs) | ctx.updates
+    new = update(spec.optimizer, graph, state, trained, inputs, layout.joint_update_size) | ctx.updates
     for tensor in spec.state_specs():
         if tensor["written"]:
             graph.output("next." + tensor["name"], new[tensor["name"]])

@@ -245,13 +245,13 @@ def _conv2d(node: torch.fx.Node, a: _Arguments) -> Read:
         padding = (total[0] // 2, total[1] // 2)
     else:
         padding = a.pair("padding")
-    attributes = dict(
-        kernel=tuple(weight[2:]),
-        stride=a.pair("stride"),
-        padding=padding,
-        dilation=dilation,
-        groups=a["groups"],
-    )
+    attributes = {
+        "kernel": tuple(weight[2:]),
+        "stride": a.pair("stride"),
+        "padding": padding,
+        "dilation": dilation,
+        "groups": a["groups"],
+    }
     return "conv2d", {"weight": a["weight"], "bias": a["bias"]}, attributes
 
 
@@ -265,7 +265,7 @@ def _batch_norm(node: torch.fx.Node, a: _Arguments) -> Read:
     if len(_shape(node.args[0])) != 4:
         raise _refusal(node, f"batch normalization of shape {tuple(_shape(node.args[0]))}")
     tensors = {key: a[key] for key in ("weight", "bias", "running_mean", "running_var")}
-    return "batch_norm", tensors, dict(momentum=a["momentum"], eps=a["eps"])
+    return "batch_norm", tensors, {"momentum": a["momentum"], "eps": a["eps"]}
 
 
 def _group_norm(node: torch.fx.Node, a: _Arguments) -> Read:
@@ -274,12 +274,12 @@ def _group_norm(node: torch.fx.Node, a: _Arguments) -> Read:
     return (
         "group_norm",
         {"weight": a["weight"], "bias": a["bias"]},
-        dict(groups=a["num_groups"], eps=a["eps"]),
+        {"groups": a["num_groups"], "eps": a["eps"]},
     )
 
 
 def _hardtanh(node: torch.fx.Node, a: _Arguments) -> Read:
-    return "clipped_relu", {}, dict(low=float(a["min_val"]), high=float(a["max_val"]))
+    return "clipped_relu", {}, {"low": float(a["min_val"]), "high": float(a["max_val"])}
 
 
 def _max_pool(node: torch.fx.Node, a: _Arguments) -> Read:
@@ -290,7 +290,7 @@ def _max_pool(node: torch.fx.Node, a: _Arguments) -> Read:
     return (
         "max_pool2d",
         {},
-        dict(kernel=kernel, stride=stride, padding=a.pair("padding"), dilation=a.pair("dilation")),
+        {"kernel": kernel, "stride": stride, "padding": a.pair("padding"), "dilation": a.pair("dilation")},
     )
 
 
@@ -301,7 +301,7 @@ def _avg_pool(node: torch.fx.Node, a: _Arguments) -> Read:
         _refuse_partial_windows(node, a, kernel, stride)
     if a["divisor_override"] or (not a["count_include_pad"] and any(a.pair("padding"))):
         raise _refusal(node, "average pooling with count_include_pad=False or a divisor of its own")
-    return "avg_pool2d", {}, dict(kernel=kernel, stride=stride, padding=a.pair("padding"))
+    return "avg_pool2d", {}, {"kernel": kernel, "stride": stride, "padding": a.pair("padding")}
 
 
 def _refuse_partial_windows(
@@ -323,7 +323,7 @@ def _adaptive_avg_pool(node: torch.fx.Node, a: _Arguments) -> Read:
             node, f"adaptive average pooling from {tuple(size)} to {tuple(wanted)}, which does not divide it,"
         )
     kernel = (size[0] // wanted[0], size[1] // wanted[1])
-    return "avg_pool2d", {}, dict(kernel=kernel, stride=kernel, padding=(0, 0))
+    return "avg_pool2d", {}, {"kernel": kernel, "stride": kernel, "padding": (0, 0)}
 
 
 def _mean(node: torch.fx.Node, a: _Arguments) -> Read:
@@ -333,7 +333,7 @@ def _mean(node: torch.fx.Node, a: _Arguments) -> Read:
     return (
         ("avg_pool2d" if a["keepdim"] else "global_mean"),
         {},
-        dict(kernel=tuple(size[2:]), stride=tuple(size[2:]), padding=(0, 0)),
+        {"kernel": tuple(size[2:]), "stride": tuple(size[2:]), "padding": (0, 0)},
     )
 
 
@@ -362,7 +362,7 @@ _READERS: dict[Any, Callable[[torch.fx.Node, _Arguments], Read]] = {
     aten.group_norm.default: _group_norm,
     aten.relu.default: lambda node, a: ("relu", {}, {}),
     aten.hardtanh.default: _hardtanh,
-    aten.relu6.default: lambda node, a: ("clipped_relu", {}, dict(low=0.0, high=6.0)),
+    aten.relu6.default: lambda node, a: ("clipped_relu", {}, {"low": 0.0, "high": 6.0}),
     aten.hardswish.default: lambda node, a: ("hardswish", {}, {}),
     aten.max_pool2d.default: _max_pool,
     aten.avg_pool2d.default: _avg_pool,

@@ -7,11 +7,19 @@ depthwise convolution with one-hot kernels, whose adjoint (ConvTranspose) puts t
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
+from functools import partial, reduce
+
 import numpy as np
 
 from export.lowering.capture import Layer
 from export.lowering.formulations import Backward, Context, Gradients, Layout
 from export.lowering.graph import Graph, Value
+
+SMALL_AREA = 64
+SMALL_CHANNELS = 16
+CACHE_BYTES = 2 * 2**20
 
 
 def _channelwise(value: Value) -> Value:
@@ -19,6 +27,7 @@ def _channelwise(value: Value) -> Value:
 
 
 def _channel_sum(x: Value) -> Value:
+    x = x.graph.equal_sums.get(x.name, x)
     return x.graph.apply("reduce_sum", x, axes=(0, 2, 3)).reshape(-1)
 
 
@@ -74,23 +83,72 @@ def conv2d(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Back
     (x,) = inputs
     a = layer.attributes
     weight, bias = ctx.parameter(layer, "weight"), ctx.parameter(layer, "bias")
-    window = (a["stride"], a["padding"], a["dilation"])
-    operands = [x, weight] + ([bias] if bias is not None else [])
-    y = ctx.graph.apply(
-        "conv2d", *operands, stride=window[0], padding=window[1], dilation=window[2], groups=a["groups"]
+    small = (
+        a["groups"] == 1 and np.prod(layer.output_shape[2:]) <= SMALL_AREA and x.shape[1] >= SMALL_CHANNELS
     )
+    if small and ctx.batch_statistics:  # inference has no weight gradient that would share the columns
+        y, weight_gradient = _product_of_columns(x, weight, bias, layer)
+    else:
+        operands = [x, weight] + ([bias] if bias is not None else [])
+        y = ctx.graph.apply(
+            "conv2d",
+            *operands,
+            stride=a["stride"],
+            padding=a["padding"],
+            dilation=a["dilation"],
+            groups=a["groups"],
+        )
+        weight_gradient = partial(_weight_gradient, x, weight, a)
 
     def backward(dy: Value) -> Gradients:
-        n, groups = x.shape[0], a["groups"]
-        dx = _transposed(dy, weight, x.shape[2:], *window, groups)
-        columns = _columns(x, a["kernel"], *window)
-        area = columns.shape[3]
-        shape = (n, -1, area) if groups == 1 else (n, groups, -1, area)
-        by_image = ctx.graph.apply("matmul", dy.reshape(*shape), columns.reshape(*shape), transpose_b=True)
-        dw = ctx.graph.apply("reduce_sum", by_image, axes=(0,)).reshape(*weight.shape)
-        return (dx,), {"weight": dw} | ({"bias": _channel_sum(dy)} if bias is not None else {})
+        dx = _transposed(dy, weight, x.shape[2:], a["stride"], a["padding"], a["dilation"], a["groups"])
+        gradients = {"weight": weight_gradient(dy)}
+        return (dx,), gradients | ({"bias": _channel_sum(dy)} if bias is not None else {})
 
     return y, backward
+
+
+def _product_of_columns(
+    x: Value, weight: Value, bias: Value | None, layer: Layer
+) -> tuple[Value, Callable[[Value], Value]]:
+    """Small images: the columns of the whole batch side by side in one product, forward and for the weight."""
+    a, n, outputs = layer.attributes, x.shape[0], weight.shape[0]
+    columns = _columns(x, a["kernel"], a["stride"], a["padding"], a["dilation"])
+    area = columns.shape[3]
+    columns = columns.reshape(n, -1, area).transpose(1, 0, 2).reshape(-1, n * area)
+    y = weight.reshape(outputs, -1) @ columns
+    if bias is not None:
+        y = y + bias.reshape(-1, 1)
+    y = y.reshape(outputs, n, area).transpose(1, 0, 2)
+
+    def weight_gradient(dy: Value) -> Value:
+        rows = dy.reshape(n, outputs, area).transpose(1, 0, 2).reshape(outputs, -1)
+        return x.graph.apply("matmul", rows, columns, transpose_b=True).reshape(*weight.shape)
+
+    return y.reshape(*layer.output_shape), weight_gradient
+
+
+def _weight_gradient(x: Value, weight: Value, a: dict, dy: Value) -> Value:
+    """A product of gradient and columns for each image, summed; a few images at a time, so that their columns are still
+    in the cache when the product reads them."""
+    n, groups = x.shape[0], a["groups"]
+    column_bytes = 4 * int(np.prod(dy.shape[2:])) * x.shape[1] * int(np.prod(a["kernel"]))
+    images = max(
+        size
+        for size in range(1, n + 1)
+        if n % size == 0 and (size == 1 or size * column_bytes <= CACHE_BYTES)
+    )
+    parts = []
+    for start in range(0, n, images):
+        of_x, of_dy = x.narrow(0, start, start + images), dy.narrow(0, start, start + images)
+        columns = _columns(of_x, a["kernel"], a["stride"], a["padding"], a["dilation"])
+        area = columns.shape[3]
+        shape = (images, -1, area) if groups == 1 else (images, groups, -1, area)
+        by_image = x.graph.apply("matmul", of_dy.reshape(*shape), columns.reshape(*shape), transpose_b=True)
+        # A product with ones: unlike the engine's sum over the first axis it uses every thread.
+        ones = x.graph.constant(np.ones((1, images)))
+        parts.append(ones @ by_image.reshape(images, -1))
+    return reduce(operator.add, parts).reshape(*weight.shape)
 
 
 def batch_norm(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Backward]:
@@ -190,7 +248,9 @@ def _max_pool_halves(x: Value) -> tuple[Value, Backward]:
     def backward(dy: Value) -> Gradients:
         of_rows = share(dy.reshape(*y.shape), upper, lower, 1)
         of_columns = share(of_rows.reshape(*wider.shape), left, right, 0)
-        return (of_columns.transpose(1, 0).reshape(*x.shape),), {}
+        dx = of_columns.transpose(1, 0).reshape(*x.shape)
+        graph.equal_sums[dx.name] = dy
+        return (dx,), {}
 
     return y.reshape(n, channels, height // 2, width // 2), backward
 
@@ -265,4 +325,5 @@ CHANNELS_FIRST = Layout(
     column_sum=lambda x: x.graph.apply("reduce_sum", x, axes=(0,)),
     row_sum=lambda x: x.graph.apply("reduce_sum", x, axes=(1,)),
     log_softmax=lambda x: x.graph.apply("log_softmax", x),
+    joint_update_size=4096,
 )

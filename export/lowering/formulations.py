@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from export.lowering.capture import Layer
+from export.lowering.capture import Layer, LoweringError
 from export.lowering.graph import Graph, Value
 
 Gradients = tuple[tuple[Value, ...], dict[str, Value]]
@@ -38,8 +38,9 @@ class Context:
     def update_statistics(self, layer: Layer, mean: Value, variance: Value, count: int) -> None:
         """PyTorch's running statistics: momentum of the new value, unbiased variance."""
         if count < 2:
-            raise ValueError(
-                f"{layer.path}: BatchNorm over one value a channel; use a larger batch or nn.GroupNorm"
+            raise LoweringError(
+                f"{layer.path}: BatchNorm over one value a channel has no variance",
+                hint="export with a larger --batch, or use nn.GroupNorm",
             )
         momentum = layer.attributes["momentum"]
         for name, value in (("running_mean", mean), ("running_var", variance * (count / (count - 1)))):
@@ -62,6 +63,9 @@ class Layout:
     column_sum: Callable[[Value], Value]  # [n, c] → [1, c]
     row_sum: Callable[[Value], Value]  # [n, c] → [n, 1]
     log_softmax: Callable[[Value], Value]  # [n, c], over c
+    joint_update_size: int = (
+        0  # parameters up to this size are updated as one vector: fewer operators to start
+    )
 
 
 def linear(ctx: Context, layer: Layer, inputs: list[Value], layout: Layout) -> tuple[Value, Backward]:
