@@ -188,6 +188,46 @@ def test_the_readme_lists_every_command() -> None:
     assert set(listed) == leaves
 
 
+@pytest.mark.contract
+def test_the_path_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's own student, exported, trained and loaded back into PyTorch as it says."""
+    import numpy as np
+    import torch
+
+    from edge_runtime.bundle import Bundle
+    from edge_runtime.checkpoint import load_state
+    from edge_runtime.cli import main
+    from edge_runtime.data import load_splits
+    from edge_runtime.engines import open_engine
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    leaf, back = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "leaf.py").write_text(leaf)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    export, train = (
+        next(shlex.split(call)[1:] for call in _calls(text) if f" {command} " in call)
+        for command in ("export", "train")
+    )
+    assert main([*export, "--engines", "onnxruntime", "--seed", "3"]) == 0
+    assert main([*train[: train.index("--epochs")], "--limit", "96", "--state", "leaf.safetensors"]) == 0
+
+    found: dict[str, object] = {}
+    exec(compile(back, "README.md", "exec"), found)
+    student = found["student"].eval()
+    with Bundle.open("leaf-bundle") as bundle:
+        images = load_splits("cifar10-mini", bundle.input, bundle.classes).test.images[: bundle.batch]
+        engine = open_engine(bundle, threads=1)
+        engine.load_state(load_state(Path("leaf.safetensors"), bundle))
+        latents, logits = engine.encode(images)
+        engine.close()
+        mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (bundle.input.mean, bundle.input.std))
+    with torch.no_grad():
+        expected = student.representation(student.perception((torch.from_numpy(images) / 255 - mean) / std))
+        np.testing.assert_allclose(latents, expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(logits, student.output(expected), rtol=1e-4, atol=1e-4)
+
+
 def test_the_keys_of_a_json_line() -> None:
     rows = _rows(_section("docs/training.md", "Output"))
     keys = [key for row in rows for key in re.findall(r"`(\w+)`", row[0])]
