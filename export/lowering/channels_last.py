@@ -17,6 +17,7 @@ from export.lowering.formulations import Backward, Context, Gradients, Layout
 from export.lowering.graph import Graph, Value
 
 Pair = tuple[int, int]
+FEW_CHANNELS = 16
 
 
 def _positive(x: Value) -> Value:
@@ -37,6 +38,11 @@ def _column_sum(x: Value) -> Value:
         pieces = n // piece
         x = (x.graph.constant(np.ones((pieces, 1, piece))) @ x.reshape(pieces, piece, c)).reshape(pieces, c)
     return x.graph.constant(np.ones((1, x.shape[0]))) @ x
+
+
+def _channel_sum(x: Value) -> Value:
+    """[N, H, W, C] → [1, C]."""
+    return _column_sum(_rows(x.graph.equal_sums.get(x.name, x)))
 
 
 def _row_sum(x: Value) -> Value:
@@ -146,39 +152,58 @@ def conv2d(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Back
     a = layer.attributes
     weight, bias = ctx.parameter(layer, "weight"), ctx.parameter(layer, "bias")
     groups, channels = a["groups"], x.shape[3]
-    if groups == channels == weight.shape[0] and groups > 1:
-        y, backward = _depthwise(x, weight, a)
-    elif groups == 1:
-        y, backward = _dense(x, weight, a)
-    else:
-        y, backward = _grouped(x, weight, a)
+    if groups == 1:
+        return _dense(x, weight, bias, a)
+    depthwise = groups == channels == weight.shape[0]
+    y, backward = _depthwise(x, weight, a) if depthwise else _grouped(x, weight, a)
     if bias is None:
         return y, backward
 
     def backward_with_bias(dy: Value) -> Gradients:
         of_inputs, of_parameters = backward(dy)
-        return of_inputs, of_parameters | {"bias": _column_sum(_rows(dy)).reshape(*bias.shape)}
+        return of_inputs, of_parameters | {"bias": _channel_sum(dy).reshape(*bias.shape)}
 
     return y + bias.reshape(1, 1, 1, -1), backward_with_bias
 
 
-def _dense(x: Value, weight: Value, a: dict) -> tuple[Value, Backward]:
-    """Columns of all window positions side by side times the weight, in one product for each row of the kernel."""
-    (outputs, channels), kernel = weight.shape[:2], a["kernel"]
-    windows = Windows(x.shape, kernel, a["stride"], a["padding"], a["dilation"])
-    n, (height, width) = x.shape[0], windows.size
+def _dense(x: Value, weight: Value, bias: Value | None, a: dict) -> tuple[Value, Backward]:
+    """Columns of the window positions times the weight, one product a kernel row (one in all where there are few channels).
+
+    A column of ones carries the bias: its row of the weight is the bias, its part of the weight gradient the bias
+    gradient, and neither needs a pass of its own.
+    """
+    (outputs, channels), (kernel_h, kernel_w) = weight.shape[:2], a["kernel"]
+    windows = Windows(x.shape, a["kernel"], a["stride"], a["padding"], a["dilation"])
+    n, (height, width), wide = x.shape[0], windows.size, kernel_w * channels
+    by_row = weight.transpose(2, 3, 1, 0).reshape(kernel_h, wide, outputs)
+    weights = [by_row.narrow(0, i, i + 1).reshape(wide, outputs) for i in range(kernel_h)]
     columns = _kernel_rows(x, windows)
-    by_row = weight.transpose(2, 3, 1, 0).reshape(kernel[0], kernel[1] * channels, outputs)
-    weights = [by_row.narrow(0, i, i + 1).reshape(kernel[1] * channels, outputs) for i in range(kernel[0])]
-    y = _sum([part @ w for part, w in zip(columns, weights, strict=True)]).reshape(n, height, width, outputs)
+    if channels < FEW_CHANNELS:
+        columns, weights_of = [_concat(columns, 1)], [by_row.reshape(kernel_h * wide, outputs)]
+    else:
+        weights_of = list(weights)
+    sizes = [part.shape[1] for part in columns]
+    if bias is not None:
+        columns[0] = _concat([columns[0], x.graph.constant(np.ones((columns[0].shape[0], 1)))], 1)
+        weights_of[0] = _concat([weights_of[0], bias.reshape(1, outputs)], 0)
+    y = _sum([part @ w for part, w in zip(columns, weights_of, strict=True)]).reshape(
+        n, height, width, outputs
+    )
 
     def backward(dy: Value) -> Gradients:
-        rows = _rows(dy)
-        turned = rows.transpose(1, 0)
-        dw = _concat([(turned @ part).reshape(outputs, 1, kernel[1], channels) for part in columns], 1)
-        return (_input_gradient(dy, x.shape, weight, weights, windows, a),), {
-            "weight": dw.transpose(0, 3, 1, 2)
-        }
+        turned = _rows(dy).transpose(1, 0)
+        products = [turned @ part for part in columns]
+        dw = _concat(
+            [
+                product.narrow(1, 0, size).reshape(outputs, -1, kernel_w, channels)
+                for product, size in zip(products, sizes, strict=True)
+            ],
+            1,
+        )
+        gradients = {"weight": dw.transpose(0, 3, 1, 2)}
+        if bias is not None:
+            gradients["bias"] = products[0].narrow(1, sizes[0], sizes[0] + 1).reshape(*bias.shape)
+        return (_input_gradient(dy, x.shape, weight, weights, windows, a),), gradients
 
     return y, backward
 
@@ -204,8 +229,8 @@ def _input_gradient(
 ) -> Value:
     outputs, channels, kernel_h, kernel_w = weight.shape
     reach = [a["dilation"][i] * (a["kernel"][i] - 1) - a["padding"][i] for i in range(2)]
-    if a["stride"] == (1, 1) and min(reach) >= 0:
-        # A convolution of dy with the turned kernel, itself in rows.
+    if a["stride"] == (1, 1) and min(reach) >= 0 and outputs < channels:
+        # A convolution of dy with the turned kernel moves dy's channels, the sum of columns below moves x's.
         back = Windows(dy.shape, a["kernel"], (1, 1), tuple(reach), a["dilation"])
         columns = _kernel_rows(dy, back)
         by_row = weight.transpose(2, 3, 0, 1).reshape(kernel_h * kernel_w, outputs, channels)
@@ -274,8 +299,8 @@ def batch_norm(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, 
     own_shape = ctx.parameter(layer, "weight").shape
 
     def backward(dy: Value) -> Gradients:
+        db = _channel_sum(dy)
         dy = _rows(dy)
-        db = _column_sum(dy)
         dw = _column_sum(dy * centred) * inverse
         gradients = {"weight": dw.reshape(*own_shape), "bias": db.reshape(*own_shape)}
         if not ctx_uses_batch:
@@ -325,9 +350,43 @@ def group_norm(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, 
 
 
 def max_pool2d(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Backward]:
-    """The gradient goes to the first maximum alone: each position in turn passes on what it does not keep."""
+    """The first maximum of a window alone takes the gradient, as in PyTorch: after ReLU, ties are common."""
     (x,) = inputs
-    a, graph = layer.attributes, ctx.graph
+    a = layer.attributes
+    halves = a["kernel"] == a["stride"] == (2, 2) and a["padding"] == (0, 0) and a["dilation"] == (1, 1)
+    even = x.shape[1] % 2 == 0 and x.shape[2] % 2 == 0
+    return _max_pool_halves(x) if halves and even else _max_pool_windows(x, a)
+
+
+def _max_pool_halves(x: Value) -> tuple[Value, Backward]:
+    """Windows of 2×2: the larger of each two columns, then of each two rows; masks at a half and a quarter of the size."""
+    n, height, width, channels = x.shape
+    graph = x.graph
+
+    def halves_of(value: Value) -> tuple[Value, Value]:
+        return value.narrow(1, 0, 1), value.narrow(1, 1, 2)
+
+    left, right = halves_of(x.reshape(n * height * width // 2, 2, channels))
+    wider = graph.apply("maximum", left, right)
+    upper, lower = halves_of(wider.reshape(n * height // 2, 2, width // 2 * channels))
+    y = graph.apply("maximum", upper, lower)
+
+    def share(dy: Value, first: Value, second: Value) -> Value:
+        to_second = dy * _positive(second - first)
+        return graph.apply("concat", dy - to_second, to_second, axis=1)
+
+    def backward(dy: Value) -> Gradients:
+        of_rows = share(dy.reshape(*y.shape), upper, lower)
+        dx = share(of_rows.reshape(*wider.shape), left, right).reshape(*x.shape)
+        graph.equal_sums[dx.name] = dy
+        return (dx,), {}
+
+    return y.reshape(n, height // 2, width // 2, channels), backward
+
+
+def _max_pool_windows(x: Value, a: dict) -> tuple[Value, Backward]:
+    """Any window: each position in turn passes on what it does not keep."""
+    graph = x.graph
     windows = Windows(x.shape, a["kernel"], a["stride"], a["padding"], a["dilation"])
     parts = windows.cut(x, fill=-3e38 if any(a["padding"]) else 0.0)
     y = reduce(lambda left, right: graph.apply("maximum", left, right), parts)
