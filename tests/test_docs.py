@@ -270,6 +270,9 @@ def test_the_tolerances_of_verify() -> None:
     assert {row[0].strip("`"): float(row[2]) for row in rows} == STATE_TOLERANCE
     for row in rows:
         assert float(row[1]) == LOSS_TOLERANCE and row[3] == f"{100 * SAME_CLASS:.0f} %"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (asked,) = (row[1:] for row in _rows(readme) if row[0].startswith("parity asked by"))
+    assert [float(cell) for cell in asked] == list(STATE_TOLERANCE.values())
 
 
 IMAGE, VECTOR = (2, 4, 6, 6), (4,)
