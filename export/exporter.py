@@ -18,7 +18,7 @@ from edge_runtime.errors import UsageError
 from edge_runtime.files import sha256_of_file, write_atomically
 from edge_runtime.manifest import FORMAT, FORMAT_VERSION
 from edge_runtime.wire import save
-from export.lowering.capture import capture_student
+from export.lowering.capture import LoweringError, capture_student
 from export.objectives import Objective
 from export.optimizers import Optimizer
 from export.step import InputOptions, StepSpec, frozen_layers, frozen_names, student_state
@@ -65,6 +65,12 @@ def prepare_step(options: ExportOptions, student: nn.Module) -> StepSpec:
             flag = "--latent-size" if what == "latents" else "--classes"
             raise UsageError(f"the student's {what} have size {got}, not {wanted}", hint=f"add {flag} {got}")
     initial, statistics = student_state(student)
+    used = {name for layer in captured.layers for name in layer.parameters.values()}
+    for name in initial.keys() - used:
+        raise LoweringError(
+            f"the student's {name} does not enter its outputs",
+            hint="remove what `output(representation(perception(images)))` does not use",
+        )
     frozen = frozen_names(student, list(options.freeze)) if options.freeze else frozenset()
     return StepSpec(
         captured,
@@ -163,12 +169,26 @@ def _with_statistics(given: InputOptions) -> InputOptions:
 def _check_output(output: Path, overwrite: bool) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
-    is_bundle = (output / "manifest.json").is_file() or (output.is_file() and output.suffix == ".zip")
+    is_bundle = _is_bundle(output)
     if not (is_bundle and overwrite):
         raise UsageError(
             f"{output} exists already",
             hint="add --overwrite to replace the bundle" if is_bundle else "give another --output",
         )
+
+
+def _is_bundle(path: Path) -> bool:
+    """Whether a bundle of whatever version, damaged or not, is at `path`; no other folder is ever deleted."""
+    try:
+        if path.is_dir():
+            text = (path / "manifest.json").read_bytes()
+        else:
+            with zipfile.ZipFile(path) as archive:
+                text = archive.read("manifest.json")
+        manifest = json.loads(text)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return False
+    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
 
 
 def publish(folder: Path, output: Path) -> None:

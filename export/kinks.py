@@ -113,9 +113,10 @@ class _Watcher(TorchDispatchMode):
         columns = columns.reshape(n, channels, -1, height * width)
         top = columns.amax(2, keepdim=True)
         gaps = torch.where(columns < top, top - columns, torch.inf).amin(2)
-        # Equal after rounding is near enough. But pixels that a ReLU before set to zero, the extremes of their channel,
-        # may well be tied: no gradient gets past that ReLU.
-        tied = ((columns == top).sum(2) > 1) & (top[:, :, 0] > x.amin((0, 2, 3)).reshape(1, -1, 1))
-        tied &= top[:, :, 0] < x.amax((0, 2, 3)).reshape(1, -1, 1)
+        # Equal after rounding is near enough. But pixels that a ReLU before set to zero, the extremes of their image's
+        # channel, may well be tied: no gradient gets past that ReLU.
+        lowest, highest = x.amin((2, 3)).unsqueeze(2), x.amax((2, 3)).unsqueeze(2)
+        tied = (columns == top).sum(2) > 1
+        tied &= (top[:, :, 0] > lowest) & (top[:, :, 0] < highest)
         gaps = torch.where(tied, 0.0, gaps)
         self._see(gaps.reshape(n, channels, height, width), float(x.std()))

@@ -196,7 +196,11 @@ def build_student(name: str, options: StudentOptions, seed: int = 0) -> nn.Modul
             hint="leave them out and let your factory choose",
         )
     factory = _find_factory(name)
-    given = dict(latent_size=options.latent_size, classes=options.classes, input_shape=options.input_shape)
+    given = {
+        "latent_size": options.latent_size,
+        "classes": options.classes,
+        "input_shape": options.input_shape,
+    }
     try:
         signature = inspect.signature(factory).parameters
         anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.values())

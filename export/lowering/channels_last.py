@@ -126,6 +126,8 @@ class Windows:
 
     def sum_back(self, parts: Sequence[Value]) -> Value:
         """The adjoint of `cut`: parts summed into images of the original shape."""
+        if self.stride == (1, 1):
+            return self._sum_shifted(parts)
         phases: dict[Pair, list[Value]] = {}
         for part, ((phase_h, top), (phase_w, left)) in zip(parts, self._offsets(), strict=True):
             height = (top, self.grid[0] - top - self.size[0])
@@ -145,6 +147,30 @@ class Windows:
         for i in range(2):
             whole = whole.narrow(1 + i, self.padding[i], self.padding[i] + self.shape[1 + i])
         return whole
+
+    def _sum_shifted(self, parts: Sequence[Value]) -> Value:
+        """Stride 1: the parts of each kernel row shifted along the width and summed, then the rows along the height."""
+        kernel_h, kernel_w = self.kernel
+        rows = []
+        for i in range(kernel_h):
+            shifted = [
+                _shift(parts[i * kernel_w + j], 2, j * self.dilation[1] - self.padding[1], self.shape[2])
+                for j in range(kernel_w)
+            ]
+            rows.append(_sum(shifted))
+        offsets = [i * self.dilation[0] - self.padding[0] for i in range(kernel_h)]
+        return _sum(
+            [_shift(row, 1, offset, self.shape[1]) for row, offset in zip(rows, offsets, strict=True)]
+        )
+
+
+def _shift(x: Value, axis: int, offset: int, size: int) -> Value:
+    """x moved by `offset` along its height (axis 1) or width (2) into `size`: what falls outside is cut, the rest zero."""
+    start = min(max(0, -offset), x.shape[axis] - 1)
+    stop = max(min(x.shape[axis], size - offset), start + 1)
+    x = x.narrow(axis, start, stop)
+    edges = (offset + start, size - offset - stop)
+    return _pad(x, edges, (0, 0)) if axis == 1 else _pad(x, (0, 0), edges)
 
 
 def conv2d(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Backward]:
@@ -191,8 +217,11 @@ def _dense(x: Value, weight: Value, bias: Value | None, a: dict) -> tuple[Value,
     )
 
     def backward(dy: Value) -> Gradients:
-        turned = _rows(dy).transpose(1, 0)
-        products = [turned @ part for part in columns]
+        if channels < FEW_CHANNELS:  # fewer columns than outputs: turn those
+            products = [(part.transpose(1, 0) @ _rows(dy)).transpose(1, 0) for part in columns]
+        else:
+            turned = _rows(dy).transpose(1, 0)
+            products = [turned @ part for part in columns]
         dw = _concat(
             [
                 product.narrow(1, 0, size).reshape(outputs, -1, kernel_w, channels)

@@ -20,6 +20,8 @@ def _matmul(a, b, transpose_a=False, transpose_b=False):
     b = b.transpose(-1, -2) if transpose_b else b
     if a.ndim == 2 and b.ndim == 2:  # XNNPACK takes products of two runtime tensors only as batch products
         return torch.bmm(a.reshape(1, *a.shape), b.reshape(1, *b.shape)).reshape(a.shape[0], b.shape[1])
+    if a.ndim == b.ndim == 3 and a.shape[0] == b.shape[0]:
+        return torch.bmm(a, b)  # matmul would put copies (expand) between the delegated pieces
     return torch.matmul(a, b)
 
 
