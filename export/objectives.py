@@ -1,6 +1,6 @@
 """Objectives as functions of tensors: loss terms and their gradients in latents and logits, in forward operators.
 
-loss = (1 − α)·CE + α·D (CE alone for `ce`), each term a weighted mean over the batch; docs/bundle.md fixes the formulas.
+loss = (1 − α)·CE + α·D (CE alone for `ce`), each term a weighted mean over the batch; docs/bundle.md has the formulas.
 Sources: kd, Hinton et al. 2015 (KL at temperature T) and its form with the mean squared error of logits (Ba and Caruana
 2014); lkd, the mean squared error of latents.
 """

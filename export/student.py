@@ -135,7 +135,7 @@ def _resnet8(options: StudentOptions) -> Student:
 
 
 def _mobilenet_tiny(options: StudentOptions) -> Student:
-    """Depthwise separable convolutions (Howard et al. 2017), stride 2 in three of them, ReLU6, global average pooling."""
+    """Depthwise separable convolutions (Howard et al. 2017), stride 2 in three, ReLU6, global average pooling."""
     widths = _three_widths("mobilenet-tiny", options, (32, 64, 128))
     kind, bias = options.normalization, options.normalization == "none"
 

@@ -229,7 +229,7 @@ def max_pool2d(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, 
 
 
 def _max_pool_halves(x: Value) -> tuple[Value, Backward]:
-    """Windows of 2×2: the larger of each two columns, then of each two rows; masks at a half and a quarter of the size."""
+    """Windows of 2×2: the larger of each two columns, then of each two rows; masks at half and quarter size."""
     n, channels, height, width = x.shape
     graph, rows = x.graph, n * channels * height // 2
 

@@ -78,8 +78,8 @@ def _pad(x: Value, height: Pair, width: Pair, value: float = 0.0) -> Value:
 class Windows:
     """The sliding windows over images [N, H, W, C]: cut out as one tensor a window position, and summed back.
 
-    With a stride the padded image is split into phases (row and column remainders) by reshape and slice, in each of which
-    a window position is a contiguous slice.
+    With a stride the padded image is split into phases (row and column remainders) by reshape and slice, in each of
+    which a window position is a contiguous slice.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class Windows:
 
 
 def _shift(x: Value, axis: int, offset: int, size: int) -> Value:
-    """x moved by `offset` along its height (axis 1) or width (2) into `size`: what falls outside is cut, the rest zero."""
+    """x moved by `offset` along its height (axis 1) or width (2) into `size`: the outside is cut, the rest zero."""
     start = min(max(0, -offset), x.shape[axis] - 1)
     stop = max(min(x.shape[axis], size - offset), start + 1)
     x = x.narrow(axis, start, stop)
@@ -193,7 +193,7 @@ def conv2d(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Back
 
 
 def _dense(x: Value, weight: Value, bias: Value | None, a: dict) -> tuple[Value, Backward]:
-    """Columns of the window positions times the weight, one product a kernel row (one in all where there are few channels).
+    """Columns of the window positions times the weight, one product a kernel row (one in all if channels are few).
 
     A column of ones carries the bias: its row of the weight is the bias, its part of the weight gradient the bias
     gradient, and neither needs a pass of its own.
@@ -388,7 +388,7 @@ def max_pool2d(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, 
 
 
 def _max_pool_halves(x: Value) -> tuple[Value, Backward]:
-    """Windows of 2×2: the larger of each two columns, then of each two rows; masks at a half and a quarter of the size."""
+    """Windows of 2×2: the larger of each two columns, then of each two rows; masks at half and quarter size."""
     n, height, width, channels = x.shape
     graph = x.graph
 

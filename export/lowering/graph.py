@@ -1,7 +1,7 @@
 """A small graph of forward operators: built by the formulations, written out by the emitters.
 
-Shapes are static. Equal nodes are shared as they are built, and `prune` drops what no output needs, so a formulation may
-compute every gradient it knows and leave it to the graph to keep only those that are asked for.
+Shapes are static. Equal nodes are shared as they are built, and `prune` drops what no output needs, so a formulation
+may compute every gradient it knows and leave it to the graph to keep only those that are asked for.
 """
 
 from __future__ import annotations

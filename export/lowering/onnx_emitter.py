@@ -43,8 +43,8 @@ class _Writer:
 
 
 def _normalize_by_batch(w: _Writer, node: Node, x: list[str], y: str) -> None:
-    # With momentum 0 the "running" outputs are the batch's own mean and biased variance. ONNX Runtime writes them over the
-    # running inputs, so these must be values that no other node reads: not initializers, not the state itself.
+    # With momentum 0 the "running" outputs are the batch's own mean and biased variance. ONNX Runtime writes them over
+    # the running inputs, so these must be values that no other node reads: not initializers, not the state itself.
     zero = w.number(0.0)
     seeds = [w.emit("Mul", [name, zero], f"{y}.seed_{i}") for i, name in enumerate(x[3:])]
     w.emit(

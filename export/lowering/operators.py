@@ -1,7 +1,7 @@
 """The closed set of operators that a lowered graph may contain, each with its meaning as a PyTorch function.
 
-Nothing else ever reaches an artifact: `Graph.apply` refuses a name that is not in this table. Every operator is a forward
-operator that inference engines have; none needs a training runtime. `onnx_emitter.py` spells each in ONNX,
+Nothing else ever reaches an artifact: `Graph.apply` refuses a name that is not in this table. Every operator is a
+forward operator that inference engines have; none needs a training runtime. `onnx_emitter.py` spells each in ONNX,
 `torch_emitter.py` runs these functions themselves.
 """
 
