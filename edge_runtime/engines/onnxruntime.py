@@ -141,9 +141,9 @@ def open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
     options.log_severity_level = 3
     # A step of cnn3 planned as one block peaks at 163 MB, with single buffers at 118, and is no faster.
     options.enable_mem_pattern = False
-    # How long idle threads spin between operators. Two threads on two cores, ms a step alone / beside a busy
-    # process: default 25/56, 10 us 26/37, no spinning 32/36. A device has other things to do, too.
-    options.add_session_config_entry("session.intra_op.spin_duration_us", "10")
+    # How long idle threads spin between operators. Two threads on two cores, ms a step of cnn3 alone / beside a
+    # busy process: default 19.6/67, 200 us 20/53, 100 us 20.1/47, 10 us 21.4/37. A device has other things to do.
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "100")
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
