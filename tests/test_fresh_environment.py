@@ -1,0 +1,108 @@
+"""A device that has Python, NumPy and ONNX Runtime, and no PyTorch, trains an exported bundle."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_runtime import wire
+from edge_runtime.bundle import Bundle
+from export.exporter import ExportOptions, export_bundle
+from export.objectives import Objective
+
+pytestmark = [pytest.mark.contract, pytest.mark.timeout(600)]
+ROOT = Path(__file__).parent.parent
+OPTIONS = ExportOptions(
+    widths=(4, 8, 8), latent_size=8, batch=16, objective=Objective("ce"), engines=("onnxruntime",)
+)
+# Runs the command line and then says what was imported.
+RUN = """
+import json, sys
+from edge_runtime.cli import main
+code = main(sys.argv[1:])
+heavy = [name for name in ("torch", "onnx", "onnxscript", "executorch", "export") if name in sys.modules]
+print(json.dumps({"code": code, "heavy": heavy}), file=sys.stderr)
+sys.exit(code)
+"""
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of a new environment with the pinned packages that a device installs, and only those."""
+    folder = tmp_path_factory.mktemp("device") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True, capture_output=True)
+    python = folder / "bin" / "python"
+    install = [
+        python,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "install",
+        "-q",
+        "-c",
+        ROOT / "constraints.txt",
+    ]
+    done = subprocess.run([*install, "numpy", "onnxruntime"], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"pip cannot install the device's packages here: {done.stderr.strip()[-300:]}")
+    return python
+
+
+def run(python: Path, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [python, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_the_environment_has_no_pytorch(device: Path, tmp_path: Path) -> None:
+    for package in ("torch", "onnx", "executorch", "safetensors"):
+        found = run(device, "-c", f"import {package}", cwd=tmp_path)
+        assert found.returncode == 1 and f"No module named '{package}'" in found.stderr
+
+
+def test_a_bundle_trains_there(device: Path, tmp_path: Path) -> None:
+    folder, state = export_bundle(OPTIONS, tmp_path / "bundle"), tmp_path / "state.safetensors"
+    train = [
+        "train",
+        folder,
+        "--data",
+        "cifar10-mini",
+        "--limit",
+        160,
+        "--epochs",
+        2,
+        "--threads",
+        1,
+        "--lr",
+        0.05,
+    ]
+    done = run(device, "-c", RUN, *train, "--state", state, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stderr.splitlines()[-1]) == {"code": 0, "heavy": []}
+    losses = [line["loss"] for line in map(json.loads, done.stdout.splitlines()) if "loss" in line]
+    assert len(losses) >= 20 and np.isfinite(losses).all()
+    with Bundle.open(folder) as bundle:
+        before, after = bundle.initial_state(), bundle.check_state(wire.load(state).arrays)
+    assert all((before[name] != after[name]).any() for name in before if name.endswith("weight"))
+
+    done = run(device, "-m", "edge_runtime.cli", "evaluate", folder, "--state", state, "--data", "cifar10-mini",
+               "--json", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert 0.1 < result["accuracy"] <= 1 and len(result["per_class"]) == 10
+
+
+def test_what_needs_pytorch_says_what_to_install(device: Path, tmp_path: Path) -> None:
+    arguments = ["export", "--student", "cnn3", "--output", tmp_path / "bundle"]
+    done = run(device, "-m", "edge_runtime.cli", *arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    assert (
+        "'torch', which is not installed" in done.stderr and "pip install 'edgestill[export]'" in done.stderr
+    )
