@@ -59,9 +59,11 @@ def load_checkpoint(path: Path, bundle: Bundle) -> Checkpoint:
             raise ValueError(file.metadata["format"])
         progress, run = json.loads(file.metadata["progress"]), json.loads(file.metadata["run"])
         step, total_steps = int(progress["step"]), int(progress["total_steps"])
+        if not 0 <= step <= total_steps:
+            raise ValueError("step")
         if not isinstance(run, dict):
             raise ValueError("run")
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise StateError(
             f"{path} exists and is not the state of a training run",
             "pass --restart to overwrite it, or --init to start from it and another --state",

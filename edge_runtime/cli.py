@@ -36,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # whoever read our output has left, as `head` does; Python must not fail again when it flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return _complain(EdgestillError(what, "check the path, its rights and the free space"))
     except KeyboardInterrupt:
         print("edgestill: interrupted", file=sys.stderr)
         return 1

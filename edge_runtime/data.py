@@ -112,7 +112,7 @@ def fit_images(images: np.ndarray, form: InputSpec, where: str) -> np.ndarray:
     """
     channels, height, width = form.shape
     expected = f"{channels}x{height}x{width} (channels, height, width) of {form.dtype}"
-    if len(images) == 0:
+    if images.ndim == 0 or len(images) == 0:
         raise DataError(f"{where}: no samples")
     if form.dtype == "uint8":
         if images.dtype != np.uint8:
@@ -181,7 +181,7 @@ def _read_npz(
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files if name in _NPZ_NAMES}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
         raise DataError(
             f"{path}: not a readable .npz: {error}", "give an .npz of plain arrays, without objects"
         ) from error
@@ -195,7 +195,8 @@ def _read_npz(
                 f"{path}: no array {key!r}", "it needs x_train, y_train, x_test and y_test, or x and y"
             )
     parts = {split: (arrays[x], arrays.get(y, np.zeros(0, np.int64))) for split, (x, y) in keys.items()}
-    names = tuple(str(name) for name in arrays.get("classes", arrays.get("class_names", ())))
+    named = arrays.get("classes", arrays.get("class_names", np.zeros(0)))
+    names = tuple(str(name) for name in named) if named.ndim == 1 else ()
     return parts, names
 
 

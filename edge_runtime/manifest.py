@@ -294,7 +294,7 @@ class _Node:
         return self.expect(str)
 
     def number(self) -> float:
-        if type(self.value) not in (int, float) or not math.isfinite(self.value):
+        if type(self.value) not in (int, float) or not abs(self.value) < 1e308:
             raise BundleError(f"{self.where}: {self.value!r:.80} is not a finite number")
         return float(self.value)
 

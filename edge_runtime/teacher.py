@@ -80,10 +80,15 @@ class Teacher:
         if cache.exists():
             try:
                 cached = wire.load(cache)
-                if cached.metadata == key:
-                    return TeacherOutputs(cached.arrays["latents"], cached.arrays["logits"])
             except WireError:
-                pass  # a damaged cache is computed anew
+                cached = wire.Tensors({}, {"format": key["format"]})  # a damaged cache is computed anew
+            if cached.metadata.get("format") != key["format"]:
+                raise UsageError(
+                    f"{cache} is where the teacher's outputs are kept, but it is another file",
+                    "move it away, or give another --state",
+                )
+            if cached.metadata == key and {"latents", "logits"} <= cached.arrays.keys():
+                return TeacherOutputs(cached.arrays["latents"], cached.arrays["logits"])
         if self._engine is None:
             self._engine = open_engine(self._bundle, self._engine_name, self._threads)
             self._engine.load_state(self._state)

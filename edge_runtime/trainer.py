@@ -103,6 +103,12 @@ class Run:
         return learning_rate(step, self.total_steps, base, self.settings.schedule)
 
 
+def check_seed(seed: int) -> None:
+    """Errors: UsageError."""
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"seed {seed} is out of range", "give --seed 0 or more, below 2^63")
+
+
 def plan_run(
     bundle: Bundle,
     dataset: Dataset,
@@ -116,8 +122,7 @@ def plan_run(
     """Checks that everything fits together and makes a run of it. Errors: UsageError."""
     if settings.epochs < 1:
         raise UsageError(f"{settings.epochs} epochs", "give --epochs 1 or more")
-    if settings.seed < 0:
-        raise UsageError(f"seed {settings.seed}", "give --seed 0 or more")
+    check_seed(settings.seed)
     if bundle.objective.needs_teacher and teacher is None:
         raise UsageError(
             f"{bundle.source}: objective {bundle.objective.name} needs a teacher",

@@ -169,6 +169,8 @@ def _add_verify(subparsers: argparse._SubParsersAction) -> None:
 def run_verify(args: argparse.Namespace) -> int:
     from export.verify import print_report, verify_bundle
 
+    if not 0 <= args.seed < 2**63:
+        raise UsageError(f"--seed {args.seed} is out of range", hint="give 0 or more, below 2^63")
     if args.steps < 1:
         raise UsageError(f"--steps must be at least 1, not {args.steps}")
     engines = tuple(filter(None, args.engines.split(","))) if args.engines else None

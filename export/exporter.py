@@ -55,7 +55,7 @@ class ExportOptions:
 
 def prepare_step(options: ExportOptions, student: nn.Module) -> StepSpec:
     """What every target lowers. Errors: UsageError for options that make no sense, LoweringError for the student."""
-    _check(options)
+    check_options(options)
     captured = capture_student(student, options.batch, options.input.shape)
     for what, got, wanted in (
         ("latents", captured.latent_size, options.latent_size),
@@ -97,6 +97,7 @@ def export_bundle(
     replaced only with `overwrite`, and anything else at `output` never.
     """
     output = Path(output)
+    check_options(options)
     _check_output(output, overwrite)
     targets = {engine: open_target(engine) for engine in options.engines}
     progress(f"tracing {options.student}")
@@ -136,10 +137,15 @@ def write_manifest(folder: Path, manifest: dict) -> None:
     write_atomically(folder / "manifest.json", [text.encode()])
 
 
-def _check(options: ExportOptions) -> None:
+def check_options(options: ExportOptions) -> None:
+    """Errors: UsageError. Before the student is built, because PyTorch's own errors name no option."""
     for name in ("batch", "latent_size", "classes"):
         if getattr(options, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(options, name)}")
+    if min(options.input.shape) < 1 or min(options.widths or (1,)) < 1:
+        raise UsageError("--input-shape and --widths need sizes of at least 1")
+    if not 0 <= options.seed < 2**63:
+        raise UsageError(f"--seed {options.seed} is out of range", hint="give 0 or more, below 2^63")
     if options.classes < 2:
         raise UsageError("--classes must be at least 2")
     if not options.engines:

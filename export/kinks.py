@@ -90,7 +90,8 @@ class _Watcher(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in _KINKS:
-            for kink in _KINKS[func]:
+            clipped = func in (aten.hardtanh.default, aten.hardtanh_.default) and len(args) > 2
+            for kink in args[1:3] if clipped else _KINKS[func]:
                 distances = (args[0] - kink).abs()
                 self._see(torch.where(distances > 0, distances, torch.inf), float(args[0].std()))
         elif func is aten.max_pool2d_with_indices.default:
@@ -109,7 +110,9 @@ class _Watcher(TorchDispatchMode):
         n, channels, height, width = F.max_pool2d(
             x, kernel, stride or None, padding, dilation, ceil_mode
         ).shape
-        columns = F.unfold(x, tuple(kernel), dilation, padding, tuple(stride or kernel))
+        pad_h, pad_w = (padding, padding) if isinstance(padding, int) else (padding[0], padding[-1])
+        padded = F.pad(x, (pad_w, pad_w, pad_h, pad_h), value=-3e38)
+        columns = F.unfold(padded, tuple(kernel), dilation, 0, tuple(stride or kernel))
         columns = columns.reshape(n, channels, -1, height * width)
         top = columns.amax(2, keepdim=True)
         gaps = torch.where(columns < top, top - columns, torch.inf).amin(2)

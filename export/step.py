@@ -163,11 +163,16 @@ def frozen_names(student: nn.Module, freeze: list[str]) -> frozenset[str]:
                     f"--freeze {item}: {path} has {len(children)} blocks", hint=f"--freeze {path}:1"
                 )
             prefixes = children[: int(count)]
-        frozen |= {
+        names = {
             name
             for name, _ in student.named_parameters()
             if any(name.startswith(prefix + ".") for prefix in prefixes)
         }
+        if not names:
+            raise UsageError(
+                f"--freeze {item} names no parameters", hint="--freeze perception, or perception:2"
+            )
+        frozen |= names
     if len(frozen) == len(dict(student.named_parameters())):
         raise UsageError(
             "--freeze leaves nothing to train", hint="freeze only a part, e.g. --freeze perception"

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from edge_runtime.bundle import Bundle
 from edge_runtime.data import load_splits
@@ -67,6 +68,8 @@ def verify_bundle(
                 )
         images, labels = _samples(bundle, data, seed, progress)
         progress(f"eager PyTorch: {steps} steps")
+        # One thread: PyTorch's threads wait by spinning, which on a busy machine takes ten times as long.
+        torch.set_num_threads(1)
         reference = ReferenceStep(bundle, rebuild_student(bundle, student), HYPERPARAMETERS)
         random = np.random.default_rng(seed)
         batches, expected = [], []

@@ -202,9 +202,10 @@ def serve(
 
 
 def main() -> int:
-    # Ctrl-C goes to the whole process group; the parent still wants the state, and ends us by closing the
-    # pipe.
+    # Ctrl-C and a service's SIGTERM go to the whole process group; the parent still wants the state, and ends us
+    # by closing the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # Native code that prints must not land between frames.
     replies_fd = os.dup(1)
     os.dup2(2, 1)

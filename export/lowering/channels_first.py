@@ -79,6 +79,23 @@ def _transposed(dy: Value, weight: Value, size, stride, padding, dilation, group
     )
 
 
+def convolve(ctx: Context, layer: Layer, x: Value) -> Value:
+    """The engine's own convolution."""
+    a = layer.attributes
+    operands = [
+        x,
+        *(ctx.state[layer.parameters[name]] for name in ("weight", "bias") if name in layer.parameters),
+    ]
+    return ctx.graph.apply(
+        "conv2d",
+        *operands,
+        stride=a["stride"],
+        padding=a["padding"],
+        dilation=a["dilation"],
+        groups=a["groups"],
+    )
+
+
 def conv2d(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Backward]:
     (x,) = inputs
     a = layer.attributes
@@ -89,15 +106,7 @@ def conv2d(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Back
     if small and ctx.batch_statistics:  # inference has no weight gradient that would share the columns
         y, weight_gradient = _product_of_columns(x, weight, bias, layer)
     else:
-        operands = [x, weight] + ([bias] if bias is not None else [])
-        y = ctx.graph.apply(
-            "conv2d",
-            *operands,
-            stride=a["stride"],
-            padding=a["padding"],
-            dilation=a["dilation"],
-            groups=a["groups"],
-        )
+        y = convolve(ctx, layer, x)
         weight_gradient = partial(_weight_gradient, x, weight, a)
 
     def backward(dy: Value) -> Gradients:

@@ -153,21 +153,23 @@ class Windows:
         kernel_h, kernel_w = self.kernel
         rows = []
         for i in range(kernel_h):
-            shifted = [
+            row = [
                 _shift(parts[i * kernel_w + j], 2, j * self.dilation[1] - self.padding[1], self.shape[2])
                 for j in range(kernel_w)
             ]
-            rows.append(_sum(shifted))
-        offsets = [i * self.dilation[0] - self.padding[0] for i in range(kernel_h)]
-        return _sum(
-            [_shift(row, 1, offset, self.shape[1]) for row, offset in zip(rows, offsets, strict=True)]
-        )
+            row = [part for part in row if part is not None]
+            offset = i * self.dilation[0] - self.padding[0]
+            rows.append(_shift(_sum(row), 1, offset, self.shape[1]) if row else None)
+        rows = [row for row in rows if row is not None]
+        return _sum(rows) if rows else parts[0].graph.constant(np.zeros(self.shape))
 
 
-def _shift(x: Value, axis: int, offset: int, size: int) -> Value:
-    """x moved by `offset` along its height (axis 1) or width (2) into `size`: the outside is cut, the rest zero."""
-    start = min(max(0, -offset), x.shape[axis] - 1)
-    stop = max(min(x.shape[axis], size - offset), start + 1)
+def _shift(x: Value, axis: int, offset: int, size: int) -> Value | None:
+    """x moved by `offset` along its height (axis 1) or width (2) into `size`: the outside is cut, the rest zero; None
+    where nothing is left inside."""
+    start, stop = max(0, -offset), min(x.shape[axis], size - offset)
+    if start >= stop:
+        return None
     x = x.narrow(axis, start, stop)
     edges = (offset + start, size - offset - stop)
     return _pad(x, edges, (0, 0)) if axis == 1 else _pad(x, (0, 0), edges)
@@ -295,7 +297,12 @@ def _depthwise(x: Value, weight: Value, a: dict) -> tuple[Value, Backward]:
 def _grouped(x: Value, weight: Value, a: dict) -> tuple[Value, Backward]:
     groups, outputs, inputs = a["groups"], weight.shape[0] // a["groups"], weight.shape[1]
     pieces = [
-        _dense(x.narrow(3, g * inputs, (g + 1) * inputs), weight.narrow(0, g * outputs, (g + 1) * outputs), a)
+        _dense(
+            x.narrow(3, g * inputs, (g + 1) * inputs),
+            weight.narrow(0, g * outputs, (g + 1) * outputs),
+            None,
+            a,
+        )
         for g in range(groups)
     ]
 

@@ -115,6 +115,8 @@ class Graph:
         """All values of an operator that has several."""
         if operator not in OPERATORS:
             raise ValueError(f"{operator!r} is not in the set of operators that an artifact may contain")
+        if operator == "pad" and min(*attributes["begins"], *attributes["ends"]) < 0:
+            raise ValueError(f"pad by {attributes}: engines refuse a negative size")
         rank = max((len(value.shape) for value in inputs if isinstance(value, Value)), default=0)
         values = tuple(
             value if isinstance(value, Value) else self.constant(np.full((1,) * rank, value))
