@@ -173,6 +173,22 @@ def test_the_teacher_is_asked_once(work: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(calls) == 2
 
 
+def test_a_file_that_is_no_teacher_cache_is_kept(work: Path) -> None:
+    foreign = work / "kept.teacher.safetensors"
+    safetensors.numpy.save_file({"mine": np.ones(3, np.float32)}, foreign)
+    before = foreign.read_bytes()
+    with Bundle.open(work / "s") as bundle:
+        teacher = Teacher(str(work / "t"), bundle, None, 1)
+        with pytest.raises(UsageError, match="another file"):
+            teacher.outputs(bundle_images(bundle), "digest", foreign)
+        teacher.close()
+    assert foreign.read_bytes() == before
+
+
+def bundle_images(bundle: Bundle) -> np.ndarray:
+    return np.zeros((bundle.batch, *bundle.input.shape), bundle.input.dtype)
+
+
 def test_teacher_names_split_at_the_last_colon(tmp_path: Path) -> None:
     assert split_teacher_name("b:s.safetensors") == (Path("b"), Path("s.safetensors"))
     assert split_teacher_name("b") == (Path("b"), None)

@@ -1,6 +1,6 @@
 """N C H W formulations for engines with convolution, pooling and matrix products of runtime tensors (ONNX Runtime).
 
-Measured on ONNX Runtime 1.31 CPU (docs/lowering.md): the input gradient of a convolution is quickest as ConvTranspose,
+On ONNX Runtime 1.31, CPU, the input gradient of a convolution is quickest as ConvTranspose,
 the weight gradient as a product with the image's columns, and columns and pooling windows are quickest cut out by a
 depthwise convolution with one-hot kernels, whose adjoint (ConvTranspose) puts them back for any stride and padding.
 """

@@ -2,7 +2,7 @@
 
 Everything is elementwise arithmetic, matrix products and contiguous movement, so that the whole step is one delegated
 piece: masks come from clamps, sums over N·H·W from products with ones, strided windows from reshape and slice. Channels
-last makes every window a contiguous run. Measured choices: docs/lowering.md.
+last makes every window a contiguous run.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 
 from edge_runtime.errors import EdgestillError, UsageError
 
@@ -22,9 +23,13 @@ def open_target(engine: str):
     """The module of an engine. Errors: UsageError for an unknown engine, TargetError for one not installed here."""
     if engine not in _MODULES:
         raise UsageError(f"no engine is called {engine!r}", hint=f"use some of {', '.join(ENGINES)}")
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # packages that are imported on the way complain about one another
     try:
         return importlib.import_module(_MODULES[engine])
     except ImportError as error:
         raise TargetError(
             f"cannot export for {engine}: {error}", hint="pip install 'edgestill[export]'"
         ) from error
+    finally:
+        logging.disable(disabled)
