@@ -16,6 +16,7 @@ from export.objectives import Objective
 from export.reference import ReferenceStep
 from export.step import InputOptions, StepSpec
 from export.student import Residual, Student
+from tests.export_oracle import NUMBERS
 
 OBJECTIVES = (Objective("ce"), Objective("kd", "mse"), Objective("kd", "kl"), Objective("lkd"))
 LATENT_SIZE, CLASSES = 5, 4
@@ -150,13 +151,15 @@ def _pools(draw: st.DrawFn, channels: int, size: tuple[int, int]) -> Block:
 
 
 def randomise(student: nn.Module, seed: int) -> None:
-    """Random weights, normalization factors and running statistics, so that none is 0 or 1 by accident."""
+    """Random weights, normalization factors of both signs and running statistics: none is 0 or 1 by accident."""
     torch.manual_seed(seed)
     for module in student.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.reset_parameters()
         elif isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
             nn.init.uniform_(module.weight, 0.5, 1.5)
+            with torch.no_grad():
+                module.weight *= torch.randint(0, 2, module.weight.shape) * 2 - 1
             nn.init.normal_(module.bias)
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.normal_(module.running_mean)
@@ -183,8 +186,7 @@ def is_well_posed(student: nn.Module, spec: StepSpec, images: np.ndarray) -> boo
     norms = [m for m in student.modules() if isinstance(m, nn.BatchNorm2d | nn.GroupNorm)]
     hooks = [module.register_forward_pre_hook(watch) for module in norms]
     try:
-        numbers = {"learning_rate": 0.1, "momentum": 0.0, "weight_decay": 0.0}
-        kinks = find_near_kinks(ReferenceStep(bundle, student, numbers), images)
+        kinks = find_near_kinks(ReferenceStep(bundle, student, NUMBERS), images)
     finally:
         for hook in hooks:
             hook.remove()

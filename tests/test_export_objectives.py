@@ -45,7 +45,7 @@ def smooth_student() -> Student:
         nn.Sequential(nn.Flatten(), nn.Linear(3, LATENT_SIZE)),
         nn.Linear(LATENT_SIZE, CLASSES),
     )
-    randomise(student, seed=5)
+    randomise(student, seed=6)
     return student
 
 
@@ -91,11 +91,15 @@ def test_objectives_at_any_weight(objective: Objective, numbers: dict[str, float
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: f"{o.name}-{o.kd_loss}")
-@pytest.mark.parametrize("which", ["label_weights", "teacher_weights"])
+@pytest.mark.parametrize(
+    ("objective", "which"),
+    [
+        pytest.param(objective, which, id=f"{objective.name}-{objective.kd_loss}-{which}")
+        for objective in OBJECTIVES
+        for which in (["label_weights", "teacher_weights"] if objective.distills else ["label_weights"])
+    ],
+)
 def test_a_term_without_samples_is_zero(objective: Objective, which: str, layout: str) -> None:
-    if which == "teacher_weights" and not objective.distills:
-        pytest.skip("ce has no teacher")
     spec, student = prepare(replace(OPTIONS, objective=objective), smooth_student())
     inputs = make_inputs(spec, 1)
     inputs[which] = np.zeros_like(inputs[which])

@@ -8,8 +8,7 @@ depthwise convolution with one-hot kernels, whose adjoint (ConvTranspose) puts t
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from functools import partial, reduce
+from functools import reduce
 
 import numpy as np
 
@@ -17,8 +16,6 @@ from export.lowering.capture import Layer
 from export.lowering.formulations import Backward, Context, Gradients, Layout
 from export.lowering.graph import Graph, Value
 
-SMALL_AREA = 64
-SMALL_CHANNELS = 16
 CACHE_BYTES = 2 * 2**20
 
 
@@ -27,7 +24,6 @@ def _channelwise(value: Value) -> Value:
 
 
 def _channel_sum(x: Value) -> Value:
-    x = x.graph.equal_sums.get(x.name, x)
     return x.graph.apply("reduce_sum", x, axes=(0, 2, 3)).reshape(-1)
 
 
@@ -79,62 +75,26 @@ def _transposed(dy: Value, weight: Value, size, stride, padding, dilation, group
     )
 
 
-def convolve(ctx: Context, layer: Layer, x: Value) -> Value:
+def conv2d(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Backward]:
     """The engine's own convolution."""
+    (x,) = inputs
     a = layer.attributes
-    operands = [
-        x,
-        *(ctx.state[layer.parameters[name]] for name in ("weight", "bias") if name in layer.parameters),
-    ]
-    return ctx.graph.apply(
+    weight, bias = ctx.parameter(layer, "weight"), ctx.parameter(layer, "bias")
+    y = ctx.graph.apply(
         "conv2d",
-        *operands,
+        *(x, weight) if bias is None else (x, weight, bias),
         stride=a["stride"],
         padding=a["padding"],
         dilation=a["dilation"],
         groups=a["groups"],
     )
 
-
-def conv2d(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Backward]:
-    (x,) = inputs
-    a = layer.attributes
-    weight, bias = ctx.parameter(layer, "weight"), ctx.parameter(layer, "bias")
-    small = (
-        a["groups"] == 1 and np.prod(layer.output_shape[2:]) <= SMALL_AREA and x.shape[1] >= SMALL_CHANNELS
-    )
-    if small and ctx.batch_statistics:  # inference has no weight gradient that would share the columns
-        y, weight_gradient = _product_of_columns(x, weight, bias, layer)
-    else:
-        y = convolve(ctx, layer, x)
-        weight_gradient = partial(_weight_gradient, x, weight, a)
-
     def backward(dy: Value) -> Gradients:
         dx = _transposed(dy, weight, x.shape[2:], a["stride"], a["padding"], a["dilation"], a["groups"])
-        gradients = {"weight": weight_gradient(dy)}
+        gradients = {"weight": _weight_gradient(x, weight, a, dy)}
         return (dx,), gradients | ({"bias": _channel_sum(dy)} if bias is not None else {})
 
     return y, backward
-
-
-def _product_of_columns(
-    x: Value, weight: Value, bias: Value | None, layer: Layer
-) -> tuple[Value, Callable[[Value], Value]]:
-    """Small images: the columns of the whole batch side by side in one product, forward and for the weight."""
-    a, n, outputs = layer.attributes, x.shape[0], weight.shape[0]
-    columns = _columns(x, a["kernel"], a["stride"], a["padding"], a["dilation"])
-    area = columns.shape[3]
-    columns = columns.reshape(n, -1, area).transpose(1, 0, 2).reshape(-1, n * area)
-    y = weight.reshape(outputs, -1) @ columns
-    if bias is not None:
-        y = y + bias.reshape(-1, 1)
-    y = y.reshape(outputs, n, area).transpose(1, 0, 2)
-
-    def weight_gradient(dy: Value) -> Value:
-        rows = dy.reshape(n, outputs, area).transpose(1, 0, 2).reshape(outputs, -1)
-        return x.graph.apply("matmul", rows, columns, transpose_b=True).reshape(*weight.shape)
-
-    return y.reshape(*layer.output_shape), weight_gradient
 
 
 def _weight_gradient(x: Value, weight: Value, a: dict, dy: Value) -> Value:
@@ -196,6 +156,35 @@ def batch_norm(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, 
     return y, backward
 
 
+def pooled_batch_norm(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Backward]:
+    """BatchNorm, then maximum pooling, in an order that keeps the full-sized passes few.
+
+    max(w·x̂ + b) = |w|·max(sign(w)·x̂) + b: the weight and bias, and every sum of their gradients, work on the pooled
+    size.
+    """
+    (x,) = inputs
+    graph = ctx.graph
+    weight, bias = ctx.parameter(layer, "weight"), ctx.parameter(layer, "bias")
+    running = [ctx.parameter(layer, name) for name in ("running_mean", "running_var")]
+    eps, count = layer.attributes["eps"], x.size // x.shape[1]
+    zeros = graph.constant(np.zeros(weight.shape))
+    sign = graph.apply("greater_equal", weight, zeros) * 2.0 - 1.0
+    normalised, mean, variance = graph.apply_many("normalize_by_batch", x, sign, zeros, *running, eps=eps)
+    ctx.update_statistics(layer, mean, variance, count)
+    pooled, unpool = max_pool2d(ctx, layer.attributes["pool"], [normalised])
+
+    def backward(dy: Value) -> Gradients:
+        inverse = graph.apply("rsqrt", variance + eps)
+        db, dw = _channel_sum(dy), _channel_sum(dy * pooled) * sign
+        scale = weight * inverse
+        slope = scale * inverse * dw * (-1 / count)
+        offset = scale * db * (-1 / count) - slope * mean
+        ((dx,), _) = unpool(dy * _channelwise(scale))
+        return (dx + _affine(x, slope, offset),), {"weight": dw, "bias": db}
+
+    return _affine(pooled, weight * sign, bias), backward
+
+
 def _affine(x: Value, scale: Value, offset: Value) -> Value:
     """x·scale + offset a channel, in one pass over memory: inference normalization with mean 0 and variance 1."""
     zeros, ones = np.zeros(scale.shape, np.float32), np.ones(scale.shape, np.float32)
@@ -229,7 +218,10 @@ def group_norm(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, 
 
 
 def max_pool2d(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Backward]:
-    """The first maximum of a window alone takes the gradient, as in PyTorch: after ReLU, ties are common."""
+    """One maximum of a window alone takes the gradient, as in PyTorch: after ReLU, ties are common.
+
+    It is the first in PyTorch's order but for a tie of only the upper right and the lower left of a 2×2 window.
+    """
     (x,) = inputs
     a = layer.attributes
     halves = a["kernel"] == a["stride"] == (2, 2) and a["padding"] == (0, 0) and a["dilation"] == (1, 1)
@@ -238,28 +230,29 @@ def max_pool2d(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, 
 
 
 def _max_pool_halves(x: Value) -> tuple[Value, Backward]:
-    """Windows of 2×2: the larger of each two columns, then of each two rows; masks at half and quarter size."""
+    """Windows of 2×2: the larger of each two rows, then of each two columns; masks at half and quarter size.
+
+    Rows first, because they are contiguous and the first pass is the larger one.
+    """
     n, channels, height, width = x.shape
     graph, rows = x.graph, n * channels * height // 2
 
     def halves_of(value: Value, axis: int) -> tuple[Value, Value]:
         return value.narrow(axis, 0, 1), value.narrow(axis, 1, 2)
 
-    left, right = halves_of(x.reshape(-1, 2).transpose(1, 0), 0)  # even columns, then odd ones
-    wider = graph.apply("maximum", left, right)
-    upper, lower = halves_of(wider.reshape(rows, 2, width // 2), 1)
-    y = graph.apply("maximum", upper, lower)
+    upper, lower = halves_of(x.reshape(rows, 2, width), 1)
+    higher = graph.apply("maximum", upper, lower)
+    left, right = halves_of(higher.reshape(-1, 2).transpose(1, 0), 0)  # even columns, then odd ones
+    y = graph.apply("maximum", left, right)
 
     def share(dy: Value, first: Value, second: Value, axis: int) -> Value:
         to_first = dy * graph.apply("greater_equal", first, second)
         return graph.apply("concat", to_first, dy - to_first, axis=axis)
 
     def backward(dy: Value) -> Gradients:
-        of_rows = share(dy.reshape(*y.shape), upper, lower, 1)
-        of_columns = share(of_rows.reshape(*wider.shape), left, right, 0)
-        dx = of_columns.transpose(1, 0).reshape(*x.shape)
-        graph.equal_sums[dx.name] = dy
-        return (dx,), {}
+        of_columns = share(dy.reshape(*y.shape), left, right, 0)
+        of_rows = share(of_columns.transpose(1, 0).reshape(*higher.shape), upper, lower, 1)
+        return (of_rows.reshape(*x.shape),), {}
 
     return y.reshape(n, channels, height // 2, width // 2), backward
 
@@ -325,6 +318,7 @@ CHANNELS_FIRST = Layout(
         "batch_norm": batch_norm,
         "group_norm": group_norm,
         "max_pool2d": max_pool2d,
+        "pooled_batch_norm": pooled_batch_norm,
         "avg_pool2d": avg_pool2d,
         "global_mean": global_mean,
         "flatten": flatten,

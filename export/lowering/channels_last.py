@@ -7,7 +7,6 @@ last makes every window a contiguous run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import reduce
 
 import numpy as np
@@ -15,8 +14,8 @@ import numpy as np
 from export.lowering.capture import Layer
 from export.lowering.formulations import Backward, Context, Gradients, Layout
 from export.lowering.graph import Graph, Value
+from export.lowering.windows import Windows, concat, pad, total
 
-Pair = tuple[int, int]
 FEW_CHANNELS = 16
 
 
@@ -42,7 +41,7 @@ def _column_sum(x: Value) -> Value:
 
 def _channel_sum(x: Value) -> Value:
     """[N, H, W, C] → [1, C]."""
-    return _column_sum(_rows(x.graph.equal_sums.get(x.name, x)))
+    return _column_sum(_rows(x))
 
 
 def _row_sum(x: Value) -> Value:
@@ -57,122 +56,6 @@ def _log_softmax(x: Value) -> Value:
         largest = x.graph.apply("maximum", largest.narrow(1, 0, half), largest.narrow(1, width - half, width))
     shifted = x - largest
     return shifted - x.graph.apply("log", _row_sum(x.graph.apply("exp", shifted)))
-
-
-def _concat(parts: Sequence[Value], axis: int) -> Value:
-    return parts[0] if len(parts) == 1 else parts[0].graph.apply("concat", *parts, axis=axis)
-
-
-def _sum(parts: Sequence[Value]) -> Value:
-    return reduce(lambda a, b: a + b, parts)
-
-
-def _pad(x: Value, height: Pair, width: Pair, value: float = 0.0) -> Value:
-    if not any(height) and not any(width):
-        return x
-    return x.graph.apply(
-        "pad", x, begins=(0, height[0], width[0], 0), ends=(0, height[1], width[1], 0), value=value
-    )
-
-
-class Windows:
-    """The sliding windows over images [N, H, W, C]: cut out as one tensor a window position, and summed back.
-
-    With a stride the padded image is split into phases (row and column remainders) by reshape and slice, in each of
-    which a window position is a contiguous slice.
-    """
-
-    def __init__(
-        self, shape: tuple[int, ...], kernel: Pair, stride: Pair, padding: Pair, dilation: Pair = (1, 1)
-    ):
-        self.shape, self.kernel, self.stride, self.padding, self.dilation = (
-            shape,
-            kernel,
-            stride,
-            padding,
-            dilation,
-        )
-        self.size = tuple(
-            (shape[1 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
-            for i in range(2)
-        )
-        reach = [dilation[i] * (kernel[i] - 1) // stride[i] + self.size[i] for i in range(2)]
-        self.grid = tuple(max(reach[i], -(-(shape[1 + i] + padding[i]) // stride[i])) for i in range(2))
-
-    def _offsets(self):
-        """Row-major over the kernel: (phase, start within the phase) of each axis."""
-        for i in range(self.kernel[0]):
-            for j in range(self.kernel[1]):
-                at = (i * self.dilation[0], j * self.dilation[1])
-                yield [(at[k] % self.stride[k], at[k] // self.stride[k]) for k in range(2)]
-
-    def cut(self, x: Value, fill: float = 0.0) -> list[Value]:
-        """Row-major over the kernel, each [N, oh, ow, C]."""
-        ends = [self.grid[i] * self.stride[i] - self.shape[1 + i] - self.padding[i] for i in range(2)]
-        x = _pad(x, (self.padding[0], max(ends[0], 0)), (self.padding[1], max(ends[1], 0)), fill)
-        parts = []
-        for (phase_h, top), (phase_w, left) in self._offsets():
-            phase = self._phase(x, phase_h, phase_w)
-            parts.append(phase.narrow(1, top, top + self.size[0]).narrow(2, left, left + self.size[1]))
-        return parts
-
-    def _phase(self, x: Value, phase_h: int, phase_w: int) -> Value:
-        if self.stride == (1, 1):
-            return x
-        n, _, _, c = x.shape
-        x = x.reshape(n, self.grid[0], self.stride[0], -1).narrow(2, phase_h, phase_h + 1)
-        x = x.reshape(n, self.grid[0], self.grid[1], -1)
-        return x.narrow(3, phase_w * c, (phase_w + 1) * c)
-
-    def sum_back(self, parts: Sequence[Value]) -> Value:
-        """The adjoint of `cut`: parts summed into images of the original shape."""
-        if self.stride == (1, 1):
-            return self._sum_shifted(parts)
-        phases: dict[Pair, list[Value]] = {}
-        for part, ((phase_h, top), (phase_w, left)) in zip(parts, self._offsets(), strict=True):
-            height = (top, self.grid[0] - top - self.size[0])
-            width = (left, self.grid[1] - left - self.size[1])
-            phases.setdefault((phase_h, phase_w), []).append(_pad(part, height, width))
-        graph, (n, _, _, c) = parts[0].graph, self.shape
-        zero = graph.constant(np.zeros((n, *self.grid, c)))
-        rows = []
-        for phase_h in range(self.stride[0]):
-            columns = [
-                _sum(phases[phase_h, w]) if (phase_h, w) in phases else zero for w in range(self.stride[1])
-            ]
-            rows.append(_concat(columns, 3).reshape(n, self.grid[0], 1, -1))
-        whole = _concat(rows, 2).reshape(n, self.grid[0] * self.stride[0], self.grid[1] * self.stride[1], c)
-        missing = [max(self.padding[i] + self.shape[1 + i] - whole.shape[1 + i], 0) for i in range(2)]
-        whole = _pad(whole, (0, missing[0]), (0, missing[1]))
-        for i in range(2):
-            whole = whole.narrow(1 + i, self.padding[i], self.padding[i] + self.shape[1 + i])
-        return whole
-
-    def _sum_shifted(self, parts: Sequence[Value]) -> Value:
-        """Stride 1: the parts of each kernel row shifted along the width and summed, then the rows along the height."""
-        kernel_h, kernel_w = self.kernel
-        rows = []
-        for i in range(kernel_h):
-            row = [
-                _shift(parts[i * kernel_w + j], 2, j * self.dilation[1] - self.padding[1], self.shape[2])
-                for j in range(kernel_w)
-            ]
-            row = [part for part in row if part is not None]
-            offset = i * self.dilation[0] - self.padding[0]
-            rows.append(_shift(_sum(row), 1, offset, self.shape[1]) if row else None)
-        rows = [row for row in rows if row is not None]
-        return _sum(rows) if rows else parts[0].graph.constant(np.zeros(self.shape))
-
-
-def _shift(x: Value, axis: int, offset: int, size: int) -> Value | None:
-    """x moved by `offset` along its height (axis 1) or width (2) into `size`: the outside is cut, the rest zero; None
-    where nothing is left inside."""
-    start, stop = max(0, -offset), min(x.shape[axis], size - offset)
-    if start >= stop:
-        return None
-    x = x.narrow(axis, start, stop)
-    edges = (offset + start, size - offset - stop)
-    return _pad(x, edges, (0, 0)) if axis == 1 else _pad(x, (0, 0), edges)
 
 
 def conv2d(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Backward]:
@@ -207,14 +90,14 @@ def _dense(x: Value, weight: Value, bias: Value | None, a: dict) -> tuple[Value,
     weights = [by_row.narrow(0, i, i + 1).reshape(wide, outputs) for i in range(kernel_h)]
     columns = _kernel_rows(x, windows)
     if channels < FEW_CHANNELS:
-        columns, weights_of = [_concat(columns, 1)], [by_row.reshape(kernel_h * wide, outputs)]
+        columns, weights_of = [concat(columns, 1)], [by_row.reshape(kernel_h * wide, outputs)]
     else:
         weights_of = list(weights)
     sizes = [part.shape[1] for part in columns]
     if bias is not None:
-        columns[0] = _concat([columns[0], x.graph.constant(np.ones((columns[0].shape[0], 1)))], 1)
-        weights_of[0] = _concat([weights_of[0], bias.reshape(1, outputs)], 0)
-    y = _sum([part @ w for part, w in zip(columns, weights_of, strict=True)]).reshape(
+        columns[0] = concat([columns[0], x.graph.constant(np.ones((columns[0].shape[0], 1)))], 1)
+        weights_of[0] = concat([weights_of[0], bias.reshape(1, outputs)], 0)
+    y = total([part @ w for part, w in zip(columns, weights_of, strict=True)]).reshape(
         n, height, width, outputs
     )
 
@@ -224,7 +107,7 @@ def _dense(x: Value, weight: Value, bias: Value | None, a: dict) -> tuple[Value,
         else:
             turned = _rows(dy).transpose(1, 0)
             products = [turned @ part for part in columns]
-        dw = _concat(
+        dw = concat(
             [
                 product.narrow(1, 0, size).reshape(outputs, -1, kernel_w, channels)
                 for product, size in zip(products, sizes, strict=True)
@@ -248,10 +131,10 @@ def _kernel_rows(x: Value, windows: Windows) -> list[Value]:
     kernel_h, kernel_w = windows.kernel
     if windows.stride != (1, 1):
         parts = windows.cut(x)
-        return [_rows(_concat(parts[i * kernel_w : (i + 1) * kernel_w], 3)) for i in range(kernel_h)]
+        return [_rows(concat(parts[i * kernel_w : (i + 1) * kernel_w], 3)) for i in range(kernel_h)]
     (pad_h, pad_w), (step_h, step_w), (height, width) = windows.padding, windows.dilation, windows.size
-    x = _pad(x, (pad_h, pad_h), (pad_w, pad_w))
-    wide = _concat([x.narrow(2, j * step_w, j * step_w + width) for j in range(kernel_w)], 3)
+    x = pad(x, (pad_h, pad_h), (pad_w, pad_w))
+    wide = concat([x.narrow(2, j * step_w, j * step_w + width) for j in range(kernel_w)], 3)
     return [_rows(wide.narrow(1, i * step_h, i * step_h + height)) for i in range(kernel_h)]
 
 
@@ -266,12 +149,12 @@ def _input_gradient(
         columns = _kernel_rows(dy, back)
         by_row = weight.transpose(2, 3, 0, 1).reshape(kernel_h * kernel_w, outputs, channels)
         taps = [by_row.narrow(0, k, k + 1) for k in reversed(range(kernel_h * kernel_w))]
-        turned = _concat(taps, 0).reshape(kernel_h, kernel_w * outputs, channels)
+        turned = concat(taps, 0).reshape(kernel_h, kernel_w * outputs, channels)
         parts = [
             columns[i] @ turned.narrow(0, i, i + 1).reshape(kernel_w * outputs, channels)
             for i in range(kernel_h)
         ]
-        return _sum(parts).reshape(*shape)
+        return total(parts).reshape(*shape)
     parts = []
     for w in weights:
         columns = (_rows(dy) @ w.transpose(1, 0)).reshape(*dy.shape[:3], -1)
@@ -284,10 +167,10 @@ def _depthwise(x: Value, weight: Value, a: dict) -> tuple[Value, Backward]:
     parts = windows.cut(x)
     taps = weight.transpose(2, 3, 1, 0).reshape(len(parts), -1)
     factors = [taps.narrow(0, k, k + 1).reshape(1, 1, 1, -1) for k in range(len(parts))]
-    y = _sum([part * factor for part, factor in zip(parts, factors, strict=True)])
+    y = total([part * factor for part, factor in zip(parts, factors, strict=True)])
 
     def backward(dy: Value) -> Gradients:
-        dw = _concat([_column_sum(_rows(part * dy)) for part in parts], 0)
+        dw = concat([_column_sum(_rows(part * dy)) for part in parts], 0)
         dw = dw.reshape(*a["kernel"], 1, -1).transpose(3, 2, 0, 1)
         return (windows.sum_back([dy * factor for factor in factors]),), {"weight": dw}
 
@@ -308,10 +191,10 @@ def _grouped(x: Value, weight: Value, a: dict) -> tuple[Value, Backward]:
 
     def backward(dy: Value) -> Gradients:
         parts = [piece(dy.narrow(3, g * outputs, (g + 1) * outputs)) for g, (_, piece) in enumerate(pieces)]
-        dx = _concat([of_inputs[0] for of_inputs, _ in parts], 3)
-        return (dx,), {"weight": _concat([of_own["weight"] for _, of_own in parts], 0)}
+        dx = concat([of_inputs[0] for of_inputs, _ in parts], 3)
+        return (dx,), {"weight": concat([of_own["weight"] for _, of_own in parts], 0)}
 
-    return _concat([y for y, _ in pieces], 3), backward
+    return concat([y for y, _ in pieces], 3), backward
 
 
 def batch_norm(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Backward]:
@@ -347,6 +230,37 @@ def batch_norm(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, 
 
     ctx_uses_batch = ctx.batch_statistics
     return y, backward
+
+
+def pooled_batch_norm(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Backward]:
+    """BatchNorm, then maximum pooling: the weight, the bias and the sums of their gradients on the pooled size, because
+    max(w·x̂ + b) = |w|·max(sign(w)·x̂) + b."""
+    (x,) = inputs
+    graph, rows = ctx.graph, _rows(x)
+    weight, bias = (ctx.parameter(layer, name).reshape(1, -1) for name in ("weight", "bias"))
+    own_shape, count = ctx.parameter(layer, "weight").shape, rows.shape[0]
+    mean = _column_sum(rows) * (1 / count)
+    centred = rows - mean
+    variance = _column_sum(centred * centred) * (1 / count)
+    ctx.update_statistics(layer, mean, variance, count)
+    inverse = graph.apply("rsqrt", variance + layer.attributes["eps"])
+    sign = 1.0 - _positive(-weight) * 2.0
+    pooled, unpool = max_pool2d(
+        ctx, layer.attributes["pool"], [(centred * (sign * inverse)).reshape(*x.shape)]
+    )
+    y = _rows(pooled) * (weight * sign) + bias
+
+    def backward(dy: Value) -> Gradients:
+        dy = _rows(dy)
+        db, dw = _column_sum(dy), _column_sum(dy * _rows(pooled)) * sign
+        scale = weight * inverse
+        ((dx,), _) = unpool((dy * scale).reshape(*pooled.shape))
+        slope = scale * inverse * dw * (-1 / count)
+        offset = scale * db * (-1 / count)
+        dx = _rows(dx) + (centred * slope + offset)
+        return (dx.reshape(*x.shape),), {"weight": dw.reshape(*own_shape), "bias": db.reshape(*own_shape)}
+
+    return y.reshape(*pooled.shape), backward
 
 
 def _group_members(graph: Graph, channels: int, groups: int) -> Value:
@@ -414,7 +328,6 @@ def _max_pool_halves(x: Value) -> tuple[Value, Backward]:
     def backward(dy: Value) -> Gradients:
         of_rows = share(dy.reshape(*y.shape), upper, lower)
         dx = share(of_rows.reshape(*wider.shape), left, right).reshape(*x.shape)
-        graph.equal_sums[dx.name] = dy
         return (dx,), {}
 
     return y.reshape(n, height // 2, width // 2, channels), backward
@@ -454,7 +367,7 @@ def avg_pool2d(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, 
         return y.reshape(n, 1, 1, channels), backward_global
     windows = Windows(x.shape, a["kernel"], a["stride"], a["padding"])
     parts = windows.cut(x)
-    return _sum(parts) * share, lambda dy: ((windows.sum_back([dy * share] * len(parts)),), {})
+    return total(parts) * share, lambda dy: ((windows.sum_back([dy * share] * len(parts)),), {})
 
 
 def global_mean(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Backward]:
@@ -476,6 +389,7 @@ CHANNELS_LAST = Layout(
         "batch_norm": batch_norm,
         "group_norm": group_norm,
         "max_pool2d": max_pool2d,
+        "pooled_batch_norm": pooled_batch_norm,
         "avg_pool2d": avg_pool2d,
         "global_mean": global_mean,
         "flatten": flatten,

@@ -8,8 +8,9 @@ graph afterwards, so formulations never decide what to leave out.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from export.lowering.capture import Layer, LoweringError
 from export.lowering.graph import Graph, Value
@@ -117,6 +118,29 @@ def add(ctx: Context, layer: Layer, inputs: list[Value], layout: Layout) -> tupl
 SHARED = {"linear": linear, "relu": relu, "clipped_relu": clipped_relu, "hardswish": hardswish, "add": add}
 
 
+def _pooled_norms(layers: tuple[Layer, ...], frozen: frozenset[str]) -> tuple[Layer, ...]:
+    """The layers, each BatchNorm that only a maximum pooling reads joined with it into one `pooled_batch_norm`."""
+    readers = Counter(name for layer in layers for name in layer.inputs)
+    norms = {
+        layer.output: layer
+        for layer in layers
+        if layer.kind == "batch_norm" and layer.output not in frozen and readers[layer.output] == 1
+    }
+    joined = []
+    for layer in layers:
+        if layer.kind == "max_pool2d" and (norm := norms.get(layer.inputs[0])):
+            joined.remove(norm)
+            layer = replace(
+                norm,
+                kind="pooled_batch_norm",
+                output=layer.output,
+                output_shape=layer.output_shape,
+                attributes=norm.attributes | {"pool": layer},
+            )
+        joined.append(layer)
+    return tuple(joined)
+
+
 def run_forward(
     ctx: Context, layout: Layout, layers: tuple[Layer, ...], values: dict[str, Value], frozen: frozenset[str]
 ) -> list[tuple[Layer, Backward]]:
@@ -126,6 +150,8 @@ def run_forward(
     """
     tape = []
     training = ctx.batch_statistics
+    if training and "pooled_batch_norm" in layout.formulations:
+        layers = _pooled_norms(layers, frozen)
     for layer in layers:
         ctx.batch_statistics = training and layer.output not in frozen
         inputs = [values[name] for name in layer.inputs]

@@ -90,8 +90,6 @@ class Graph:
     inputs: list[Value] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     outputs: dict[str, Value] = field(default_factory=dict)
-    equal_sums: dict[str, Value] = field(default_factory=dict)
-    """Values whose sum over all but the channels is known to be that of a smaller value (a pooling's gradient)."""
     _seen: dict[tuple, Any] = field(default_factory=dict)
 
     def input(self, name: str, shape: tuple[int, ...], dtype: str = "float32") -> Value:
