@@ -16,6 +16,8 @@ from export.lowering.capture import Layer
 from export.lowering.formulations import Backward, Context, Gradients, Layout
 from export.lowering.graph import Graph, Value
 
+SMALL_AREA = 64
+SMALL_CHANNELS = 16
 CACHE_BYTES = 2 * 2**20
 
 
@@ -38,15 +40,8 @@ def _columns(x: Value, kernel, stride, padding, dilation=(1, 1)) -> Value:
     n, channels = x.shape[:2]
     if kernel == (1, 1) and stride == (1, 1) and padding == (0, 0):
         return x.reshape(n, channels, 1, -1)
-    cut = x.graph.apply(
-        "conv2d",
-        x,
-        _one_hot_kernels(x.graph, channels, kernel),
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=channels,
-    )
+    kernels = _one_hot_kernels(x.graph, channels, kernel)
+    cut = _convolve(x, kernels, None, stride, padding, dilation, channels)
     return cut.reshape(n, channels, kernel[0] * kernel[1], -1)
 
 
@@ -76,18 +71,22 @@ def _transposed(dy: Value, weight: Value, size, stride, padding, dilation, group
 
 
 def conv2d(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Backward]:
-    """The engine's own convolution."""
+    """The engine's own convolution; of a small image it makes products too small to share among threads, so there a
+    product with the columns, which the weight gradient needs anyway, takes its place."""
     (x,) = inputs
     a = layer.attributes
     weight, bias = ctx.parameter(layer, "weight"), ctx.parameter(layer, "bias")
-    y = ctx.graph.apply(
-        "conv2d",
-        *(x, weight) if bias is None else (x, weight, bias),
-        stride=a["stride"],
-        padding=a["padding"],
-        dilation=a["dilation"],
-        groups=a["groups"],
-    )
+    size = layer.output_shape[2:]
+    small = a["groups"] == 1 and np.prod(size) <= SMALL_AREA and x.shape[1] >= SMALL_CHANNELS
+    if small and ctx.batch_statistics:  # inference has no weight gradient that would share the columns
+        flat = weight.reshape(weight.shape[0], -1, 1, 1)
+        parts = [
+            _convolve(columns.reshape(columns.shape[0], -1, *size), flat, bias)
+            for columns in _column_parts(x, a, size)
+        ]
+        y = parts[0] if len(parts) == 1 else ctx.graph.apply("concat", *parts, axis=0)
+    else:
+        y = _convolve(x, weight, bias, a["stride"], a["padding"], a["dilation"], a["groups"])
 
     def backward(dy: Value) -> Gradients:
         dx = _transposed(dy, weight, x.shape[2:], a["stride"], a["padding"], a["dilation"], a["groups"])
@@ -97,26 +96,43 @@ def conv2d(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Back
     return y, backward
 
 
-def _weight_gradient(x: Value, weight: Value, a: dict, dy: Value) -> Value:
-    """A product of gradient and columns for each image, summed; a few images at a time, so that their columns are still
-    in the cache when the product reads them."""
-    n, groups = x.shape[0], a["groups"]
-    column_bytes = 4 * int(np.prod(dy.shape[2:])) * x.shape[1] * int(np.prod(a["kernel"]))
-    images = max(
-        size
-        for size in range(1, n + 1)
-        if n % size == 0 and (size == 1 or size * column_bytes <= CACHE_BYTES)
+def _convolve(
+    x: Value, weight: Value, bias: Value | None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1
+) -> Value:
+    operands = (x, weight) if bias is None else (x, weight, bias)
+    return x.graph.apply(
+        "conv2d", *operands, stride=stride, padding=padding, dilation=dilation, groups=groups
     )
-    parts = []
-    for start in range(0, n, images):
-        of_x, of_dy = x.narrow(0, start, start + images), dy.narrow(0, start, start + images)
-        columns = _columns(of_x, a["kernel"], a["stride"], a["padding"], a["dilation"])
-        area = columns.shape[3]
+
+
+def _column_parts(x: Value, a: dict, size: tuple[int, int]) -> list[Value]:
+    """The columns [images, C, kh·kw, oh·ow] of a few images at a time: few enough that they are still in the cache when
+    a product reads them."""
+    n = x.shape[0]
+    column_bytes = 4 * int(np.prod(size)) * x.shape[1] * int(np.prod(a["kernel"]))
+    images = max(
+        count
+        for count in range(1, n + 1)
+        if n % count == 0 and (count == 1 or count * column_bytes <= CACHE_BYTES)
+    )
+    return [
+        _columns(x.narrow(0, start, start + images), a["kernel"], a["stride"], a["padding"], a["dilation"])
+        for start in range(0, n, images)
+    ]
+
+
+def _weight_gradient(x: Value, weight: Value, a: dict, dy: Value) -> Value:
+    """A product of gradient and columns for each image, summed."""
+    groups, start, parts = a["groups"], 0, []
+    for columns in _column_parts(x, a, dy.shape[2:]):
+        images, area = columns.shape[0], columns.shape[3]
+        of_dy = dy.narrow(0, start, start + images)
         shape = (images, -1, area) if groups == 1 else (images, groups, -1, area)
         by_image = x.graph.apply("matmul", of_dy.reshape(*shape), columns.reshape(*shape), transpose_b=True)
         # A product with ones: unlike the engine's sum over the first axis it uses every thread.
         ones = x.graph.constant(np.ones((1, images)))
         parts.append(ones @ by_image.reshape(images, -1))
+        start += images
     return reduce(operator.add, parts).reshape(*weight.shape)
 
 
@@ -186,11 +202,8 @@ def pooled_batch_norm(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[
 
 
 def _affine(x: Value, scale: Value, offset: Value) -> Value:
-    """x·scale + offset a channel, in one pass over memory: inference normalization with mean 0 and variance 1."""
-    zeros, ones = np.zeros(scale.shape, np.float32), np.ones(scale.shape, np.float32)
-    return x.graph.apply(
-        "normalize", x, scale, offset, x.graph.constant(zeros), x.graph.constant(ones), eps=0.0
-    )
+    """x·scale + offset a channel, in one pass over memory: a depthwise convolution of one pixel."""
+    return _convolve(x, scale.reshape(-1, 1, 1, 1), offset, groups=x.shape[1])
 
 
 def group_norm(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Backward]:
