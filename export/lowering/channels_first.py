@@ -41,7 +41,7 @@ def _columns(x: Value, kernel, stride, padding, dilation=(1, 1)) -> Value:
     if kernel == (1, 1) and stride == (1, 1) and padding == (0, 0):
         return x.reshape(n, channels, 1, -1)
     kernels = _one_hot_kernels(x.graph, channels, kernel)
-    cut = _convolve(x, kernels, None, stride, padding, dilation, channels)
+    cut = convolve(x, kernels, None, stride, padding, dilation, channels)
     return cut.reshape(n, channels, kernel[0] * kernel[1], -1)
 
 
@@ -81,12 +81,12 @@ def conv2d(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Back
     if small and ctx.batch_statistics:  # inference has no weight gradient that would share the columns
         flat = weight.reshape(weight.shape[0], -1, 1, 1)
         parts = [
-            _convolve(columns.reshape(columns.shape[0], -1, *size), flat, bias)
+            convolve(columns.reshape(columns.shape[0], -1, *size), flat, bias)
             for columns in _column_parts(x, a, size)
         ]
         y = parts[0] if len(parts) == 1 else ctx.graph.apply("concat", *parts, axis=0)
     else:
-        y = _convolve(x, weight, bias, a["stride"], a["padding"], a["dilation"], a["groups"])
+        y = convolve(x, weight, bias, a["stride"], a["padding"], a["dilation"], a["groups"])
 
     def backward(dy: Value) -> Gradients:
         dx = _transposed(dy, weight, x.shape[2:], a["stride"], a["padding"], a["dilation"], a["groups"])
@@ -96,7 +96,7 @@ def conv2d(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Back
     return y, backward
 
 
-def _convolve(
+def convolve(
     x: Value, weight: Value, bias: Value | None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1
 ) -> Value:
     operands = (x, weight) if bias is None else (x, weight, bias)
@@ -203,7 +203,7 @@ def pooled_batch_norm(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[
 
 def _affine(x: Value, scale: Value, offset: Value) -> Value:
     """x·scale + offset a channel, in one pass over memory: a depthwise convolution of one pixel."""
-    return _convolve(x, scale.reshape(-1, 1, 1, 1), offset, groups=x.shape[1])
+    return convolve(x, scale.reshape(-1, 1, 1, 1), offset, groups=x.shape[1])
 
 
 def group_norm(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Backward]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import NoReturn
 
 from export.lowering.capture import Layer
-from export.lowering.channels_first import CHANNELS_FIRST, batch_norm
+from export.lowering.channels_first import CHANNELS_FIRST, batch_norm, convolve
 from export.lowering.formulations import Backward, Context
 from export.lowering.graph import Graph, Value
 from export.objectives import loss_and_gradients
@@ -54,6 +54,12 @@ def _no_backward(dy: Value) -> NoReturn:
     raise AssertionError("the gradient builder differentiates this graph")
 
 
+def _conv2d(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Backward]:
+    weight, bias, a = ctx.parameter(layer, "weight"), ctx.parameter(layer, "bias"), layer.attributes
+    y = convolve(inputs[0], weight, bias, a["stride"], a["padding"], a["dilation"], a["groups"])
+    return y, _no_backward
+
+
 def _max_pool2d(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Backward]:
     return ctx.graph.apply("max_pool2d", inputs[0], **layer.attributes), _no_backward
 
@@ -75,6 +81,6 @@ NATIVE = replace(
     CHANNELS_FIRST,
     name="native",
     formulations={k: f for k, f in CHANNELS_FIRST.formulations.items() if k != "pooled_batch_norm"}
-    | {"max_pool2d": _max_pool2d, "batch_norm": _batch_norm},
+    | {"conv2d": _conv2d, "max_pool2d": _max_pool2d, "batch_norm": _batch_norm},
 )
 """Channels first, with pooling and normalization as single operators."""
