@@ -168,7 +168,8 @@ def randomise(student: nn.Module, seed: int) -> None:
 
 def is_well_posed(student: nn.Module, spec: StepSpec, images: np.ndarray) -> bool:
     """Whether float32 is enough for the gradients: no activation lies so near a ReLU's zero or a tie of a pooling
-    window that rounding decides, and no normalization blows up a channel that is all but constant."""
+    window that rounding decides, no normalization blows up a channel that is all but constant, and no pooling window
+    holds padding alone, of which PyTorch makes minus infinity."""
     bundle = SimpleNamespace(
         optimizer=spec.optimizer,
         input=spec.input,
@@ -186,8 +187,10 @@ def is_well_posed(student: nn.Module, spec: StepSpec, images: np.ndarray) -> boo
     norms = [m for m in student.modules() if isinstance(m, nn.BatchNorm2d | nn.GroupNorm)]
     hooks = [module.register_forward_pre_hook(watch) for module in norms]
     try:
-        kinks = find_near_kinks(ReferenceStep(bundle, student, NUMBERS), images)
+        step = ReferenceStep(bundle, student, NUMBERS)
+        kinks = find_near_kinks(step, images)
+        finite = all(np.isfinite(values).all() for values in step.encode(images))
     finally:
         for hook in hooks:
             hook.remove()
-    return not kinks and not any(((std > 0) & (std < 0.02)).any() for std in spreads)
+    return finite and not kinks and not any(((std > 0) & (std < 0.02)).any() for std in spreads)

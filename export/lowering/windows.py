@@ -88,12 +88,15 @@ class Windows:
             phases.setdefault((phase_h, phase_w), []).append(pad(part, height, width))
         graph, (n, _, _, c) = parts[0].graph, self.shape
         zero = graph.constant(np.zeros((n, *self.grid, c)))
+        # A row of phases that no window reaches is one constant: engines do not delegate a concatenation of constants.
+        zero_row = graph.constant(np.zeros((n, self.grid[0], 1, self.grid[1] * self.stride[1] * c)))
         rows = []
         for phase_h in range(self.stride[0]):
             columns = [
                 total(phases[phase_h, w]) if (phase_h, w) in phases else zero for w in range(self.stride[1])
             ]
-            rows.append(concat(columns, 3).reshape(n, self.grid[0], 1, -1))
+            reached = any(column is not zero for column in columns)
+            rows.append(concat(columns, 3).reshape(n, self.grid[0], 1, -1) if reached else zero_row)
         whole = concat(rows, 2).reshape(n, self.grid[0] * self.stride[0], self.grid[1] * self.stride[1], c)
         missing = [max(self.padding[i] + self.shape[1 + i] - whole.shape[1 + i], 0) for i in range(2)]
         whole = pad(whole, (0, missing[0]), (0, missing[1]))
