@@ -33,7 +33,7 @@ def read_image_folder(
         )
     roots = {"train": path / "train", "test": path / "test"} if (path / "train").is_dir() else {"train": path}
     roots = {name: root for name, root in roots.items() if root.is_dir()}
-    names = tuple(sorted(child.name for child in roots["train"].iterdir() if child.is_dir()))
+    names = tuple(sorted(_class_folders(roots["train"])))
     if not names:
         raise DataError(
             f"{roots['train']}: no subfolders", "put the images of each class into a folder of its own"
@@ -41,7 +41,7 @@ def read_image_folder(
     pillow = _import_pillow()
     parts = {}
     for split, root in roots.items():
-        strangers = {child.name for child in root.iterdir() if child.is_dir()} - set(names)
+        strangers = _class_folders(root) - set(names)
         if strangers:
             raise DataError(f"{root}: class {min(strangers)!r} is not among the training classes")
         files = [(file, label) for label, name in enumerate(names) for file in _image_files(root / name)]
@@ -52,6 +52,13 @@ def read_image_folder(
             images[index] = _read_image(pillow, file, form, resize)
         parts[split] = (images, np.array([label for _, label in files], np.int64))
     return parts, names
+
+
+def _class_folders(root: Path) -> set[str]:
+    """Names of the subfolders, without those that systems and archives add (.git, __MACOSX)."""
+    return {
+        child.name for child in root.iterdir() if child.is_dir() and not child.name.startswith((".", "__"))
+    }
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -66,12 +73,13 @@ def _read_image(pillow: ModuleType, file: Path, form: InputSpec, resize: bool) -
     channels, height, width = form.shape
     try:
         with pillow.open(file) as image:
+            image = image.convert(_MODES[channels])  # before scaling: a palette's numbers cannot be mixed
             if image.size != (width, height):
                 if not resize:
                     raise DataError(f"{file}: {image.size[0]}x{image.size[1]} pixels, the bundle takes "
                                     f"{width}x{height}", "scale the images, or pass --resize")  # fmt: skip
                 image = image.resize((width, height), pillow.Resampling.BILINEAR)
-            return np.asarray(image.convert(_MODES[channels])).reshape(height, width, channels)
+            return np.asarray(image).reshape(height, width, channels)
     except DataError:
         raise
     except Exception as error:  # Pillow raises whatever its decoders raise

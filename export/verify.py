@@ -15,7 +15,7 @@ from edge_runtime.bundle import Bundle
 from edge_runtime.data import load_splits
 from edge_runtime.engines import open_engine
 from edge_runtime.engines.protocol import Engine
-from edge_runtime.errors import DataError, UsageError
+from edge_runtime.errors import DataError, EngineError, UsageError
 from export.exporter import publish, write_manifest
 from export.kinks import move_off_kinks
 from export.reference import ReferenceStep, rebuild_student
@@ -55,8 +55,9 @@ def verify_bundle(
 
     Returns for each engine `ok`, `steps`, `loss_max_abs`, `state_max_abs`, `state_max_rel` (largest difference of a
     tensor over the largest entry of that tensor), `latents_max_abs`, `same_class` (share of images with the same
-    class in evaluation after the last step), and `tensors`: [max_abs, max_rel] of each state tensor.
-    Errors: BundleError for a damaged bundle, UsageError, EngineError, DataError.
+    class in evaluation after the last step), and `tensors`: [max_abs, max_rel] of each state tensor; for an engine
+    that cannot be opened `ok` (false), `error` and `hint`, and its record in the manifest stays as it was.
+    Errors: BundleError for a damaged bundle, UsageError, EngineError of an engine that fails, DataError.
     """
     path = Path(path)
     with Bundle.open(path) as bundle:
@@ -83,12 +84,16 @@ def verify_bundle(
         report = {}
         for name in chosen:
             progress(f"{name}: {steps} steps")
-            engine = open_engine(bundle, name, threads)
+            try:
+                engine = open_engine(bundle, name, threads)
+            except EngineError as error:  # the others are worth their report
+                report[name] = {"ok": False, "error": error.message, "hint": error.hint}
+                continue
             try:
                 report[name] = _compare(name, engine, batches, expected, held_out, expected_outputs)
             finally:
                 engine.close()
-    _record(path, report)
+    _record(path, {name: entry for name, entry in report.items() if "error" not in entry})
     return report
 
 
@@ -186,13 +191,17 @@ def _record(path: Path, report: dict[str, dict]) -> None:
 
 def print_report(report: dict[str, dict]) -> None:
     """A table a tensor and a line an engine, for people."""
-    for name, entry in report.items():
+    compared = {name: entry for name, entry in report.items() if "error" not in entry}
+    for name, entry in compared.items():
         width = max(map(len, entry["tensors"]))
         print(f"{name}: largest difference from eager PyTorch over {entry['steps']} steps")
         print(f"  {'tensor':{width}}  {'absolute':>9}  {'relative':>9}")
         for tensor, (absolute, relative) in entry["tensors"].items():
             print(f"  {tensor:{width}}  {absolute:9.1e}  {relative:9.1e}")
     for name, entry in report.items():
+        if "error" in entry:
+            print(f"FAIL {name}: not compared: {entry['error']}\n     hint: {entry['hint']}")
+            continue
         print(
             f"{'ok  ' if entry['ok'] else 'FAIL'} {name}: losses {entry['loss_max_abs']:.1e} (≤ {LOSS_TOLERANCE:.0e}), "
             f"state {entry['state_max_rel']:.1e} of a tensor's largest entry (≤ {STATE_TOLERANCE[name]:.0e}), "

@@ -15,7 +15,7 @@ from onnx import numpy_helper
 
 from edge_runtime.bundle import Bundle
 from edge_runtime.cli import main
-from edge_runtime.errors import UsageError
+from edge_runtime.errors import EngineError, UsageError
 from export.exporter import ExportOptions, export_bundle, publish, write_manifest
 from export.objectives import Objective
 from export.optimizers import Optimizer
@@ -62,6 +62,23 @@ def test_the_table_for_people(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert "onnxruntime: largest difference from eager PyTorch over 5 steps" in out
     assert "ok   onnxruntime" in out and "optimizer.momentum.output.weight" in out
     assert "eager PyTorch: 5 steps" in err
+
+
+def test_an_engine_that_cannot_be_opened_keeps_no_other_from_its_report(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(bundle: Bundle, name: str, threads: int):
+        raise EngineError(f"{name} is not installed", "pip install it")
+
+    assert verify(folder) == 0
+    before = json.loads((folder / "manifest.json").read_text())["parity"]
+    monkeypatch.setattr("export.verify.open_engine", refuse)
+    capsys.readouterr()
+    assert verify(folder, "--json") == 1
+    entry = json.loads(capsys.readouterr().out)["engines"]["onnxruntime"]
+    assert entry == {"ok": False, "error": "onnxruntime is not installed", "hint": "pip install it"}
+    assert json.loads((folder / "manifest.json").read_text())["parity"] == before
+    assert verify(folder) == 1 and "not compared: onnxruntime is not installed" in capsys.readouterr().out
 
 
 def test_a_zipped_bundle_is_verified_and_packed_again(folder: Path, tmp_path: Path) -> None:

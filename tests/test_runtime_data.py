@@ -229,6 +229,22 @@ def test_images_of_another_size_are_named_or_resized(tmp_path: Path) -> None:
         load_splits(tmp_path, SMALL, 1, resize=True)
 
 
+def test_folders_that_systems_add_are_no_classes(tmp_path: Path) -> None:
+    write_images(tmp_path, {".git": 1, "__MACOSX": 1, "cat": 1})
+    assert load_splits(tmp_path, SMALL, 1).train.class_names == ("cat",)
+
+
+def test_a_palette_image_is_scaled_by_its_colours(tmp_path: Path) -> None:
+    """Scaled as numbers, half of colour 0 and half of colour 2 would be colour 1."""
+    (tmp_path / "cat").mkdir()
+    image = Image.new("P", (10, 8))
+    image.putpalette([0, 0, 0, 255, 0, 0, 0, 0, 200])
+    image.putdata([0, 2] * 40)
+    image.save(tmp_path / "cat/0.png")
+    pixels = load_splits(tmp_path, SMALL, 1, resize=True).train.images
+    assert not pixels[0, 0].any() and 0 < pixels[0, 2].mean() < 200
+
+
 def plan(count: int, batch: int = 8, **more: object) -> BatchPlan:
     x = np.arange(count, dtype=np.uint8)[:, None, None, None] * np.ones((1, 3, 8, 8), np.uint8)
     return BatchPlan(Dataset(x, np.arange(count), ()), batch, seed=3, **more)

@@ -50,7 +50,7 @@ class Wheel:
     version: str
 
     @property
-    def library_folder(self) -> Path:
+    def lib_folder(self) -> Path:
         return self.folder / "lib"
 
 
@@ -151,14 +151,14 @@ def _arguments(wheel: Wheel) -> list[str]:
         *FLAGS,
         *(f"-isystem{folder}" for folder in headers),
         str(_SOURCE_FOLDER / "runner.cpp"),
-        f"-L{wheel.library_folder}",
+        f"-L{wheel.lib_folder}",
         # Kernels and delegates register themselves when their library is loaded; the runner names no symbol
         # of theirs, so the linker would leave them out.
         "-Wl,--no-as-needed",
         *(f"-l{name}" for name in LIBRARIES),
         "-Wl,-z,defs",
         # Beside the runner first, so that runner and libraries can be copied to a device as one folder.
-        f"-Wl,--enable-new-dtags,-rpath,$ORIGIN,-rpath,{wheel.library_folder}",
+        f"-Wl,--enable-new-dtags,-rpath,$ORIGIN,-rpath,{wheel.lib_folder}",
     ]
 
 
