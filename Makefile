@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
 ORT_VENV := .venv-ort-training
-EXTRAS := onnxruntime,executorch,export,plots,images,dev
+EXTRAS := onnxruntime,executorch,export,plots,images,device,discovery,coordinator,postgresql,dev
 WORKERS ?= 2
 PYTEST := $(PY) -m pytest -n $(WORKERS)
 BENCH_OPTIONS ?= --students cnn3 --batches 32 --threads 1 --steps 40
@@ -56,6 +56,8 @@ $(STAMPS)/torch: $(STAMPS)/venv
 $(STAMPS)/packages: constraints.txt pyproject.toml $(STAMPS)/torch
 	$(PIP) install -c constraints.txt setuptools
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
+	# It declares an older attrs than the exporter of ExecuTorch needs, and works with the newer one.
+	$(PIP) install -c constraints.txt --no-deps dp-accounting
 	touch $@
 
 $(STAMPS)/native: $(NATIVE_SOURCES) $(STAMPS)/packages
