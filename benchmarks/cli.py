@@ -82,6 +82,14 @@ def add_parser(subparsers: Any) -> None:
     )
     add("--plot", type=Path, metavar="FILE.png", help="draw time and memory")
     step.set_defaults(run=run_step)
+    _add_coordinator(benches)
+
+
+def _add_coordinator(benches: Any) -> None:
+    """`bench coordinator`, where what a coordinator needs is installed."""
+    from benchmarks.coordinator_load import add_parser as add_coordinator
+
+    add_coordinator(benches)
 
 
 def run_step(arguments: argparse.Namespace) -> int:

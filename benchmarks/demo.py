@@ -1,237 +1,348 @@
-"""`make demo`: a teacher, a student, a proof, and the student trained with and without the teacher.
+"""`make demo`: a coordinator, its global student, and four devices with three students on two engines, on this machine.
 
-Every step is an `edgestill` command, printed as one would type it; figures are read from what commands print.
+Every step is an `edgestill` command, printed as one would type it. Coordinator and devices are processes of their
+own that talk HTTP; figures are read from what they report.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import shlex
 import shutil
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from benchmarks.report import align
+from benchmarks.demo_commands import Background, Commands, DemoFailed
+from benchmarks.demo_page import DeviceResult, Results, summary_table, write_page
 
-DATA = "cifar10-mini"
-PLAIN_PROGRESS_EVERY_S = 10.0
-LIVE_PROGRESS_EVERY_S = 0.2
+DATA, TRANSFER, TASK = "cifar10-mini", "cifar100-transfer-mini", "demo"
+START_TIMEOUT_S = 60.0
+LATENT_SIZE = 64
+
+
+@dataclass(frozen=True)
+class DemoStudent:
+    """A student, narrow enough that four of them train beside each other on two cores."""
+
+    name: str
+    widths: str
+    engines: tuple[str, ...]
+
+
+STUDENTS = (
+    DemoStudent("cnn3", "16,32,64", ("onnxruntime",)),
+    DemoStudent("cnn4", "16,32,64,64", ("executorch",)),
+    DemoStudent("cnn5", "16,32,64,64,128", ("onnxruntime",)),
+)
+GLOBAL_STUDENT = "cnn5"
+
+
+@dataclass(frozen=True)
+class DemoDevice:
+    """A device with one engine; `memory_mb` is what it offers for training, None all."""
+
+    name: str
+    engine: str
+    memory_mb: int | None = None
+
+
+# The coordinator gives each the largest student that fits its engine and memory: cnn5, cnn4, cnn3 and cnn4.
+SMALL_MB = 14
+DEVICES = (
+    DemoDevice("phone", "onnxruntime"),
+    DemoDevice("tablet", "executorch"),
+    DemoDevice("camera", "onnxruntime", SMALL_MB),
+    DemoDevice("watch", "executorch"),
+)
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Sizes that show the idea in under three minutes on two cores.
-
-    The student sees few samples, as a device does; the teacher saw the whole training split. Both students
-    make the same number of steps from the same weights on the same samples.
-    """
+    """Sizes that show the idea in under four minutes on two cores."""
 
     output: Path = Path("demo")
-    engines: tuple[str, ...] = ("onnxruntime", "executorch")
-    teacher_epochs: int = 8
-    student_epochs: int = 15
-    samples: int = 400
-    verify_steps: int = 20
+    gamma: float = 0.5
+    rounds: int = 3
+    local_epochs: int = 4
+    distil_epochs: int = 24
+    transfer_count: int = 500
     seed: int = 0
+    port: int = 0
+    keep: bool = False
 
 
-@dataclass(frozen=True)
-class TrainedStudent:
-    """One student's summary as `edgestill train` printed it."""
-
-    engine: str
-    objective: str
-    accuracy: float
-    step_ms: float
-    peak_rss_bytes: int
-
-
-class DemoFailed(Exception):
-    """A command failed; it has already said why."""
-
-
-def run_demo(settings: DemoSettings, screen: TextIO) -> bool:
-    """Runs all commands and prints the table; False when an engine differs from eager PyTorch.
-
-    Errors: DemoFailed.
-    """
+def run_demo(settings: DemoSettings, screen: TextIO) -> None:
+    """Runs all commands, prints the table and writes the page. Errors: DemoFailed."""
     started_s = time.monotonic()
     show = Commands(screen)
-    folder, engines = settings.output, ",".join(settings.engines)
+    folder = settings.output
+    for stale in ("coordinator", *(f"device-{device.name}" for device in DEVICES)):
+        shutil.rmtree(folder / stale, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    teacher, teacher_state = folder / "teacher", folder / "teacher.safetensors"
 
-    show.heading("1. A teacher: export its training step for one engine, then train it, without PyTorch")
-    words: list[object] = ["--student", "cnn4", "--objective", "ce", "--optimizer", "adamw"]
-    show.run("export", *words, "--engines", settings.engines[0], "--output", teacher, "--overwrite")
-    words = ["--augment", "flip,crop", "--schedule", "cosine", "--lr", 0.002, "--seed", settings.seed]
-    words += ["--engine", settings.engines[0], "--state", teacher_state]
-    summary = show.train(teacher, settings.teacher_epochs, *words)
-    show.say(f"the teacher's accuracy on the test split: {summary['accuracy']:.1%}")
+    show.heading(f"1. Three students of different architecture, exported for their engines in {folder}/")
+    show.run_beside([export_words(student, settings) for student in STUDENTS])
 
-    show.heading("2. A student, once without and once with latent distillation")
-    for objective in ("ce", "lkd"):
-        words = ["--student", "cnn3", "--objective", objective, "--engines", engines]
-        show.run("export", *words, "--output", folder / f"student-{objective}", "--overwrite")
-
-    show.heading("3. Do the engines compute what PyTorch computes?")
-    verified = show.verify(folder / "student-lkd", settings.verify_steps)
-
-    show.heading(f"4. The student on {settings.samples} samples, alone and with the teacher's latents")
-    trained = []
-    for engine in settings.engines:
-        for objective in ("ce", "lkd"):
-            words = ["--limit", settings.samples, "--schedule", "cosine", "--engine", engine]
-            if objective == "lkd":
-                words += ["--teacher", f"{teacher}:{teacher_state}", "--alpha", 0.9]
-            state = folder / f"student-{objective}-{engine}.safetensors"
-            words += ["--seed", settings.seed, "--state", state]
-            summary = show.train(folder / f"student-{objective}", settings.student_epochs, *words)
-            figures = (summary[key] for key in ("accuracy", "ms_per_step_median", "peak_rss_bytes"))
-            trained.append(TrainedStudent(engine, objective, *figures))
-    show.heading(f"Done in {time.monotonic() - started_s:.0f} s; everything is in {folder}/")
-    print(summary_table(trained))
-    return verified
-
-
-def summary_table(trained: Sequence[TrainedStudent]) -> str:
-    """Accuracy on the test split, time and memory of every student, and the gain on each engine."""
-    rows = [("engine", "objective", "accuracy", "ms a step", "peak MB")]
-    rows += [
-        (s.engine, s.objective, f"{s.accuracy:.1%}", f"{s.step_ms:.1f}", f"{s.peak_rss_bytes / 1e6:.0f}")
-        for s in trained
-    ]
-    gains = []
-    for engine in dict.fromkeys(student.engine for student in trained):
-        accuracy = {s.objective: s.accuracy for s in trained if s.engine == engine}
-        gains.append(f"{engine}: lkd − ce = {100 * (accuracy['lkd'] - accuracy['ce']):+.1f} points")
-    return "\n".join([align(rows, texts=2), "", *gains])
-
-
-class Commands:
-    """Runs `edgestill` commands, each printed before it runs; `screen` gets what is for people."""
-
-    def __init__(self, screen: TextIO) -> None:
-        self._screen = screen
-        self._live = screen.isatty()
-        self._program = edgestill_program()
-
-    def say(self, text: str) -> None:
-        print(text, file=self._screen, flush=True)
-
-    def heading(self, text: str) -> None:
-        self.say(f"\n{text}")
-
-    def run(
-        self, *words: object, on_line: Callable[[str], None] | None = None, may_fail: bool = False
-    ) -> str:
-        """Standard output of one command; its standard error is shown if it fails. Errors: DemoFailed."""
-        texts = [str(word) for word in words]
-        self.say("$ " + shlex.join([*self._program, *texts]))
-        started_s = time.monotonic()
-        process = subprocess.Popen([*self._program, *texts], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                   stdin=subprocess.DEVNULL, text=True)  # fmt: skip
-        assert process.stdout is not None and process.stderr is not None
-        complaints: list[str] = []
-        # read beside stdout, or a command that says much on stderr would wait forever
-        reader = threading.Thread(target=lambda: complaints.extend(process.stderr or ()))
-        reader.start()
-        lines = []
-        try:
-            for line in process.stdout:
-                lines.append(line)
-                if on_line is not None:
-                    on_line(line)
-            code = process.wait()
-        except BaseException:
-            process.terminate()  # a training run keeps its checkpoint
-            process.wait()
-            raise
-        finally:
-            reader.join()
-            process.stdout.close()
-            process.stderr.close()
-        self._clear()
-        if code and not may_fail:
-            self.say("".join(complaints[-12:]).rstrip())
-            raise DemoFailed(f"`edgestill {texts[0]}` ended with exit code {code}")
-        self.say(f"  {time.monotonic() - started_s:.1f} s")
-        return "".join(lines)
-
-    def train(self, bundle: Path, epochs: int, *words: object) -> dict[str, Any]:
-        """Trains with live progress; gives the run's summary."""
-        last_shown_s = time.monotonic()
-
-        def show_progress(line: str) -> None:
-            nonlocal last_shown_s
-            record = json.loads(line)
-            every_s = LIVE_PROGRESS_EVERY_S if self._live else PLAIN_PROGRESS_EVERY_S
-            if "step" in record and time.monotonic() - last_shown_s >= every_s:
-                last_shown_s = time.monotonic()
-                self._progress(f"  epoch {record['epoch']} of {epochs}, step {record['step']}, "
-                               f"loss {record['loss']:.3f}")  # fmt: skip
-
-        printed = self.run("train", bundle, "--data", DATA, "--epochs", epochs, *words, "--restart", "--json",
-                           on_line=show_progress)  # fmt: skip
-        summary: dict[str, Any] = json.loads(printed.splitlines()[-1])["summary"]
-        return summary
-
-    def verify(self, bundle: Path, steps: int) -> bool:
-        """Whether every engine agrees with eager PyTorch; says by how much they differ."""
-        printed = self.run("verify", bundle, "--steps", steps, "--json", may_fail=True)
-        try:
-            report = json.loads(printed)["engines"]
-        except ValueError as error:
-            raise DemoFailed("`edgestill verify` could not compare the engines") from error
-        for engine, entry in report.items():
-            verdict = "agrees" if entry["ok"] else "DIFFERS"
-            self.say(
-                f"  {engine} {verdict} in {entry['steps']} steps: loss within {entry['loss_max_abs']:.1e}, "
-                f"every tensor within {entry['state_max_rel']:.1e} of its largest entry"
+    show.heading("2. A coordinator, a task with a global student, and a code for each device")
+    data_dir = folder / "coordinator"
+    show.run("task", "create", *task_words(settings, data_dir), "--json")
+    printed = show.run("enrol", "--data-dir", data_dir, "--task", TASK, "--count", len(DEVICES), "--json")
+    codes = json.loads(printed)["codes"]
+    server, url = start_coordinator(show, data_dir, settings.port)
+    running: list[Background] = [server]
+    try:
+        show.say(f"  dashboard: {url}")
+        show.heading(
+            f"3. {len(DEVICES)} devices join, each with its own skewed share of {DATA} (gamma {settings.gamma:g})"
+        )
+        board = Board(show)
+        joined = [
+            show.start(
+                "join", url, "--code", code, *join_words(settings, number), on_line=board.listener(number)
             )
-        return all(entry["ok"] for entry in report.values())
+            for number, code in enumerate(codes)
+        ]
+        running += joined
+        board.follow(joined, server)
+        show.heading("4. The same devices, each alone on the same data")
+        task = json.loads(show.run("task", "show", TASK, "--data-dir", data_dir, "--json"))
+        results = collect(settings, task, board, train_alone(settings, data_dir, task, board))
+        page = write_page(results, folder)
+        show.heading(f"Done in {time.monotonic() - started_s:.0f} s; the page is {page}")
+        print(summary_table(results))
+        if settings.keep:
+            show.say(f"the coordinator goes on at {url} until Ctrl-C")
+            while server.poll() is None:
+                time.sleep(0.5)
+    finally:
+        for process in reversed(running):
+            process.stop()
 
-    def _progress(self, text: str) -> None:
-        if self._live:
-            width = shutil.get_terminal_size().columns - 1
-            print(f"\r{text[:width]:<{width}}", end="", file=self._screen, flush=True)
-        else:
-            self.say(text)
 
-    def _clear(self) -> None:
-        if self._live:
-            print("\r\x1b[K", end="", file=self._screen, flush=True)
+def export_words(student: DemoStudent, settings: DemoSettings) -> list[object]:
+    """The command that exports one student."""
+    return [
+        "export", "--student", student.name, "--widths", student.widths, "--latent-size", LATENT_SIZE,
+        "--objective", "both", "--seed", settings.seed, "--engines", ",".join(student.engines),
+        "--output", settings.output / student.name, "--overwrite",
+    ]  # fmt: skip
 
 
-def edgestill_program() -> list[str]:
-    """The installed command as one would type it here, or the module where it is not installed."""
-    script = Path(sys.executable).parent / "edgestill"
-    if not script.exists():
-        return [sys.executable, "-m", "edge_runtime.cli"]
-    return [os.path.relpath(script) if script.is_relative_to(Path.cwd()) else str(script)]
+def task_words(settings: DemoSettings, data_dir: Path) -> list[object]:
+    """What follows `edgestill task create`."""
+    bundles = [word for student in STUDENTS for word in ("--bundle", settings.output / student.name)]
+    return [
+        "--data-dir", data_dir, "--name", TASK, *bundles,
+        "--global-bundle", settings.output / GLOBAL_STUDENT, "--exchange", "both",
+        "--transfer", TRANSFER, "--transfer-count", settings.transfer_count, "--test", DATA,
+        "--rounds", settings.rounds, "--goal", len(DEVICES), "--minimum", 2, "--over-selection", 1,
+        "--deadline", 300, "--local-epochs", settings.local_epochs,
+        "--distil-epochs", settings.distil_epochs, "--seed", settings.seed,
+    ]  # fmt: skip
+
+
+def join_words(settings: DemoSettings, number: int) -> list[object]:
+    """What follows the code of device `number`, counted from 0."""
+    device = DEVICES[number]
+    memory = [] if device.memory_mb is None else ["--memory", device.memory_mb]
+    return [
+        "--name", device.name, "--engine", device.engine, *memory, "--threads", 1,
+        "--data", DATA, "--share", f"{number + 1}/{len(DEVICES)}", "--gamma", settings.gamma,
+        "--seed", settings.seed, "--work-dir", settings.output / f"device-{device.name}",
+        "--ignore-conditions", "--json",
+    ]  # fmt: skip
+
+
+def start_coordinator(show: Commands, data_dir: Path, port: int) -> tuple[Background, str]:
+    """The running server and its address. Errors: DemoFailed when it does not come up."""
+    urls: list[str] = []
+    ready = threading.Event()
+
+    def listen(line: str) -> None:
+        urls.append(json.loads(line)["url"])
+        ready.set()
+
+    server = show.start("serve", "--data-dir", data_dir, "--port", port, "--json", on_line=listen)
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while not ready.wait(0.1):
+        if server.poll() is not None:
+            server.check()
+        if server.poll() is not None or time.monotonic() > deadline_s:
+            server.stop()
+            raise DemoFailed("the coordinator did not come up")
+    return server, urls[0]
+
+
+@dataclass
+class Seen:
+    """What one device has said so far."""
+
+    device: str = ""
+    student: str = ""
+    samples: int = 0
+    round: int = 0
+    doing: str = "starting"
+    reports: list[dict[str, Any]] = field(default_factory=list)
+    news: list[str] = field(default_factory=list)
+
+
+class Board:
+    """Turns the events of all devices into lines for people, and keeps their reports."""
+
+    def __init__(self, show: Commands) -> None:
+        self._show = show
+        self._lock = threading.Lock()
+        self.seen = [Seen() for _ in DEVICES]
+
+    def listener(self, number: int) -> Any:
+        """What takes the lines of device `number`, in a thread of its own."""
+
+        def listen(line: str) -> None:
+            event = json.loads(line)
+            with self._lock:
+                note(self.seen[number], event)
+
+        return listen
+
+    def follow(self, joined: Sequence[Background], server: Background) -> None:
+        """Shows what happens until every device has left. Errors: DemoFailed when a process fails."""
+        while any(process.poll() is None for process in joined):
+            if server.poll() is not None:
+                server.check()
+                raise DemoFailed("the coordinator ended before the devices")
+            for process in joined:
+                if process.poll():
+                    process.check()
+            self._show_news()
+            time.sleep(0.2)
+        for process in joined:
+            process.check()
+        self._show_news()
+
+    def _show_news(self) -> None:
+        with self._lock:
+            for device, seen in zip(DEVICES, self.seen, strict=True):
+                for text in seen.news:
+                    self._show.say_once(f"  {device.name:<7} {text}")
+                seen.news.clear()
+            pairs = zip(DEVICES, self.seen, strict=True)
+            doing = [f"{device.name} {seen.doing}" for device, seen in pairs]
+        self._show.progress("  " + " | ".join(doing))
+
+
+def note(seen: Seen, event: dict[str, Any]) -> None:
+    """Changes what is known of a device by one event of `edgestill join --json`."""
+    match event.get("event"):
+        case "assigned":
+            seen.device, seen.student = event["device"], event["student"]
+            seen.samples = event["samples"]
+            seen.news.append(f"has {seen.student} on {event['engine']} and {seen.samples} private samples")
+        case "round":
+            seen.round = event["number"]
+        case "step":
+            seen.doing = f"round {seen.round} step {event['step']}"
+        case "settled":
+            report = event["report"]
+            seen.reports.append(report)
+            seen.doing = f"round {seen.round} uploaded"
+            before, after = report["before"], report["after"]
+            seen.news.append(
+                f"round {seen.round}: T_priv {before['t_priv']:.1%} to {after['t_priv']:.1%}, "
+                f"T_uni {before['t_uni']:.1%} to {after['t_uni']:.1%}, "
+                f"{report['bytes_up'] / 1e3:.0f} kB up"
+            )
+        case "given up":
+            seen.news.append(f"gave up {event['round']}: {event['reason']}")
+        case "finished":
+            seen.doing = "finished"
+
+
+def train_alone(
+    settings: DemoSettings, data_dir: Path, task: dict[str, Any], board: Board
+) -> list[dict[str, float | None]]:
+    """Accuracies of every device's student after as many epochs on its own data alone."""
+    from benchmarks.simulation.pool import open_pool
+    from benchmarks.simulation.virtual_device import AloneJob, Setup, train_alone
+
+    setup = Setup(str(data_dir), str(settings.output / STUDENTS[0].name), DATA, len(DEVICES), settings.gamma,
+                  settings.seed)  # fmt: skip
+    bundles = {device["name"]: device["bundle"] for device in task["devices"]}
+    entries = {entry["bundle"]: entry for entry in task["task"]["students"]}
+    jobs = [
+        AloneJob(
+            setup,
+            number,
+            {"task": task["task"], "student": entries[bundles[seen.device]]},
+            len(seen.reports),
+            DEVICES[number].engine,
+        )
+        for number, seen in enumerate(board.seen)
+    ]
+    with open_pool(2, ray=False) as pool:
+        return list(pool.map(train_alone, jobs))
+
+
+def collect(
+    settings: DemoSettings, task: dict[str, Any], board: Board, alone: list[dict[str, float | None]]
+) -> Results:
+    """The figures of the page."""
+    devices = []
+    for device, seen, own in zip(DEVICES, board.seen, alone, strict=True):
+        first, last = seen.reports[0], seen.reports[-1]
+        devices.append(
+            DeviceResult(
+                name=device.name,
+                student=seen.student,
+                engine=device.engine,
+                samples=seen.samples,
+                class_counts=tuple(last["class_counts"]),
+                before=first["before"],
+                after=[report["after"] for report in seen.reports],
+                alone=own,
+                step_ms=last["step_ms"],
+                bytes_up=[report["bytes_up"] for report in seen.reports],
+                bytes_down=[report["bytes_down"] for report in seen.reports],
+                peak_rss_bytes=last["peak_rss_bytes"],
+            )
+        )
+    rounds = [(one["number"], one["phase"], one["metrics"].get("t_uni")) for one in task["rounds"]]
+    return Results(
+        gamma=settings.gamma,
+        local_epochs=settings.local_epochs,
+        global_student=GLOBAL_STUDENT,
+        transfer_samples=task["task"]["transfer"]["samples"],
+        devices=tuple(devices),
+        rounds=tuple(rounds),
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code of the demo: 0 when every command worked and the engines agree with PyTorch."""
+    """Exit code of the demo: 0 when every command worked."""
     default = DemoSettings()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__)
-    parser.add_argument("--output", type=Path, default=default.output, help="default: %(default)s")
-    parser.add_argument("--engines", default=",".join(default.engines), help="default: %(default)s")
-    for name in ("teacher_epochs", "student_epochs", "samples", "verify_steps", "seed"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(default, name),
-                            help="default: %(default)s")  # fmt: skip
-    given = vars(parser.parse_args(arguments))
-    settings = DemoSettings(**{**given, "engines": tuple(given["engines"].split(","))})
+    for name in (
+        "output",
+        "gamma",
+        "rounds",
+        "local_epochs",
+        "distil_epochs",
+        "transfer_count",
+        "seed",
+        "port",
+    ):
+        value = getattr(default, name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value) if name != "output" else Path,
+                            default=value, help="default: %(default)s")  # fmt: skip
+    parser.add_argument("--keep", action="store_true", help="leave the coordinator and its dashboard running")
+    settings = replace(default, **vars(parser.parse_args(arguments)))
     try:
-        return 0 if run_demo(settings, sys.stderr) else 1
+        run_demo(settings, sys.stderr)
+        return 0
     except DemoFailed as error:
         print(f"demo: error: {error}", file=sys.stderr)
         print("hint: `edgestill doctor` says what works on this machine", file=sys.stderr)

@@ -68,8 +68,16 @@ class EagerStep:
         return {"loss": loss.item()}
 
     def _distillation(self, inputs: Arrays, latents: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        if self._objective["name"] == "lkd":
-            return F.mse_loss(latents, torch.from_numpy(inputs["teacher_latents"]))
+        name = self._objective["name"]
+        if name == "kd":
+            return self._of_logits(inputs, logits)
+        of_latents = F.mse_loss(latents, torch.from_numpy(inputs["teacher_latents"]))
+        if name == "lkd":
+            return of_latents
+        share = self._values["logit_share"]
+        return (1 - share) * of_latents + share * self._of_logits(inputs, logits)
+
+    def _of_logits(self, inputs: Arrays, logits: torch.Tensor) -> torch.Tensor:
         teacher = torch.from_numpy(inputs["teacher_logits"])
         if self._objective["kd_loss"] == "mse":
             return F.mse_loss(logits, teacher)

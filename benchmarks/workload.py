@@ -18,7 +18,7 @@ ADAMW_HYPERPARAMETERS = {
     "epsilon": 1e-8,
     "weight_decay": 0.01,
 }
-DISTILLATION_HYPERPARAMETERS = {"alpha": 0.5, "temperature": 4.0}
+DISTILLATION_HYPERPARAMETERS = {"alpha": 0.5, "temperature": 4.0, "logit_share": 0.5}
 BATCHES = 4
 
 

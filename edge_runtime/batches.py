@@ -25,8 +25,9 @@ class TransferSet:
 class BatchPlan:
     """How batches of `batch` samples are made: `transfer_count` from the transfer set, the rest private.
 
-    An epoch is one pass over the private samples in an order of its own; its last batch is filled up from
-    the start of that order, never with zeros, which BatchNorm would see.
+    Private samples have labels, and a teacher's outputs where there is one; transfer samples have outputs alone. What
+    a sample lacks has a weight of zero. An epoch is one pass over the private samples in an order of its own; its last
+    batch is filled up from the start of that order, never with zeros, which BatchNorm would see.
     """
 
     dataset: Dataset
@@ -36,6 +37,10 @@ class BatchPlan:
     teacher: TeacherOutputs | None = None
     transfer: TransferSet | None = None
     transfer_count: int = 0
+    teacher_sizes: tuple[int, int] | None = None
+    """Latent size and classes of a step that takes a teacher, where the private samples have none."""
+    labelled: bool = True
+    """Whether the labels of `dataset` count."""
 
     @property
     def private_count(self) -> int:
@@ -54,8 +59,12 @@ class BatchPlan:
         order = _order(self.seed, ORDER, epoch, len(self.dataset))
         chosen = _wrapped(order, position * self.private_count, self.private_count)
         images, labels = self.dataset.images[chosen], self.dataset.labels[chosen]
-        label_weights = np.ones(self.batch, np.float32)
+        label_weights = np.full(self.batch, self.labelled, np.float32)
+        teacher_weights = np.ones(self.batch, np.float32)
         outputs = None if self.teacher is None else self.teacher.take(chosen)
+        if outputs is None and self.teacher_sizes is not None:
+            outputs = TeacherOutputs.zeros(self.private_count, *self.teacher_sizes)
+            teacher_weights[: self.private_count] = 0
         if self.transfer is not None and self.transfer_count:
             others = self._transfer_indices(step)
             images = np.concatenate([images, self.transfer.images[others]])
@@ -70,7 +79,7 @@ class BatchPlan:
         }
         if outputs is not None:
             inputs["teacher_latents"], inputs["teacher_logits"] = outputs.latents, outputs.logits
-            inputs["teacher_weights"] = np.ones(self.batch, np.float32)
+            inputs["teacher_weights"] = teacher_weights
         return inputs
 
     def _transfer_indices(self, step: int) -> np.ndarray:

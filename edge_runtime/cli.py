@@ -21,6 +21,15 @@ COMMANDS = {
     "evaluate": ("edge_runtime.commands.evaluate", "accuracy and confusion matrix of a state", "edgestill"),
     "inspect": ("edge_runtime.inspect_bundle", "what is in a bundle", "edgestill"),
     "doctor": ("edge_runtime.doctor", "which engines work here, and what to install", "edgestill"),
+    "serve": ("coordinator.commands.serve", "run the coordinator", "edgestill[coordinator]"),
+    "task": ("coordinator.commands.task", "create, list and show tasks", "edgestill[coordinator]"),
+    "enrol": (
+        "coordinator.commands.enrol",
+        "print codes for devices to join a task",
+        "edgestill[coordinator]",
+    ),
+    "join": ("edge_runtime.commands.join", "take part in a task as a device", "edgestill[device]"),
+    "simulate": ("benchmarks.simulate", "a federation of virtual devices", "edgestill[export]"),
     "bench": ("benchmarks.cli", "measure engines side by side", "edgestill[export]"),
 }
 

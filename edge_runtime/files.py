@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
-def write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+def write_atomically(path: Path, chunks: Iterable[bytes | memoryview], mode: int = 0o666) -> None:
     """Replaces `path` by the chunks: temporary file in the same folder, fsync, rename, fsync of the folder.
 
-    Errors: OSError; the temporary file is gone then, and `path` is as it was.
+    `mode`, less the umask, are its rights. Errors: OSError; the temporary file is gone then, and `path` is as it was.
     """
     folder = path.parent
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=folder)
@@ -22,13 +22,13 @@ def write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
                 file.write(chunk)
             file.flush()
             # mkstemp makes the file private; a checkpoint gets the rights of any new file.
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
+            os.fchmod(file.fileno(), mode & ~_umask())
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def sha256_of_file(path: Path) -> str:
@@ -43,7 +43,8 @@ def _umask() -> int:
     return mask
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Makes the folder's names durable, such as those that `os.replace` has just changed."""
     if os.name != "posix":  # Windows cannot open a folder; its rename is durable on its own journal
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -19,7 +19,7 @@ from edge_runtime.errors import BundleError
 
 FORMAT = "edgestill-bundle"
 FORMAT_VERSION = 1
-OBJECTIVES = ("ce", "kd", "lkd")
+OBJECTIVES = ("ce", "kd", "lkd", "both")
 KD_LOSSES = ("mse", "kl")
 OPTIMIZERS = ("sgd", "adamw")
 GRAPHS = ("train_step", "encode")
@@ -87,6 +87,14 @@ class Objective:
     @property
     def needs_teacher(self) -> bool:
         return self.name != "ce"
+
+    @property
+    def takes_latents(self) -> bool:
+        return self.name in ("lkd", "both")
+
+    @property
+    def takes_logits(self) -> bool:
+        return self.name in ("kd", "both")
 
 
 @dataclass(frozen=True)
@@ -247,8 +255,10 @@ def _check_consistency(manifest: Manifest) -> None:
                 raise BundleError(f"{where}.file: {graph.file!r} is not listed in files")
     if manifest.state_file not in manifest.files:
         raise BundleError(f"manifest.json: state.file: {manifest.state_file!r} is not listed in files")
-    if manifest.objective.name == "kd" and manifest.objective.kd_loss is None:
-        raise BundleError("manifest.json: objective.kd_loss is missing for objective kd")
+    if manifest.objective.takes_logits and manifest.objective.kd_loss is None:
+        raise BundleError(
+            f"manifest.json: objective.kd_loss is missing for objective {manifest.objective.name}"
+        )
 
 
 def _check_names(where: str, names: tuple[str, ...], known: set[str]) -> None:

@@ -24,6 +24,13 @@ class TeacherOutputs:
         return TeacherOutputs(self.latents[chosen], self.logits[chosen])
 
     @staticmethod
+    def zeros(samples: int, latent_size: int, classes: int) -> TeacherOutputs:
+        """What stands where there are no outputs and a weight of zero says so."""
+        return TeacherOutputs(
+            np.zeros((samples, latent_size), np.float32), np.zeros((samples, classes), np.float32)
+        )
+
+    @staticmethod
     def joined(first: TeacherOutputs, second: TeacherOutputs) -> TeacherOutputs:
         return TeacherOutputs(
             np.concatenate([first.latents, second.latents]), np.concatenate([first.logits, second.logits])
@@ -108,12 +115,12 @@ def _check_fits(teacher: Bundle, student: Bundle) -> None:
             f"{student.source}: objective {student.objective.name} takes no teacher",
             "leave --teacher out, or export the student with --objective lkd",
         )
-    if student.objective.name == "lkd" and teacher.latent_size != student.latent_size:
+    if student.objective.takes_latents and teacher.latent_size != student.latent_size:
         raise BundleError(
             f"{teacher.source}: latents of {teacher.latent_size}, the student's are of {student.latent_size}",
             f"export the teacher with --latent-size {student.latent_size}",
         )
-    if student.objective.name == "kd" and teacher.classes != student.classes:
+    if student.objective.takes_logits and teacher.classes != student.classes:
         raise BundleError(
             f"{teacher.source}: {teacher.classes} classes, the student has {student.classes}",
             "use a teacher of the same task",

@@ -24,7 +24,7 @@ DEFAULTS: dict[str, dict[str, float]] = {
     "sgd": {"learning_rate": 0.01, "momentum": 0.9, "weight_decay": 0.0},
     "adamw": {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "weight_decay": 1e-2},
 }
-OBJECTIVE_DEFAULTS = {"alpha": 0.5, "temperature": 4.0}
+OBJECTIVE_DEFAULTS = {"alpha": 0.5, "temperature": 4.0, "logit_share": 0.5}
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,17 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one step did; step counts from 1, losses and accuracy are of its batch before the update."""
+    """What one step did; step counts from 1, losses and accuracy are of its batch before the update.
+
+    `accuracy` is None for a batch without labels.
+    """
 
     step: int
     epoch: int
     loss: float
     ce_loss: float
     distillation_loss: float | None
-    accuracy: float
+    accuracy: float | None
     learning_rate: float
     ms: float
 
@@ -179,6 +182,7 @@ def resolve_hyperparameters(bundle: Bundle, given: Mapping[str, float]) -> dict[
 
 _RANGES = {
     "alpha": (0.0, 1.0, False),
+    "logit_share": (0.0, 1.0, False),
     "temperature": (0.0, float("inf"), True),
     "momentum": (0.0, 1.0, False),
     "beta1": (0.0, 1.0, False),
@@ -186,12 +190,12 @@ _RANGES = {
 }
 
 
-def prepare(engine: Engine, run: Run, state_path: Path, restart: bool = False) -> int:
+def prepare(engine: Engine, run: Run, state_path: Path | None, restart: bool = False) -> int:
     """Loads the state that the run goes on from into the engine; returns how many steps it has made already.
 
     Errors: StateError when the file holds a run with other settings.
     """
-    if state_path.exists() and not restart:
+    if state_path is not None and state_path.exists() and not restart:
         saved = load_checkpoint(state_path, run.bundle)
         check_same_run(state_path, saved, run.description())
         engine.load_state(saved.state)
@@ -203,20 +207,20 @@ def prepare(engine: Engine, run: Run, state_path: Path, restart: bool = False) -
 def train(
     engine: Engine,
     run: Run,
-    state_path: Path,
+    state_path: Path | None,
     *,
     first_step: int = 0,
     checkpoint_every: int = 50,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[StepRecord]:
-    """Makes the steps from `first_step` on and yields a record of each; checkpoints on the way.
+    """Makes the steps from `first_step` on and yields a record of each; checkpoints on the way, none without a path.
 
     `should_stop` is asked after every step. Errors: Interrupted after a last checkpoint when it says so;
     TrainingError for a loss that is not finite, with the last checkpoint untouched.
     """
     if checkpoint_every < 1:
         raise UsageError(f"a checkpoint every {checkpoint_every} steps", "give --checkpoint-every 1 or more")
-    description, total = run.description(), run.total_steps
+    description, total = {} if state_path is None else run.description(), run.total_steps
     for step in range(first_step, total):
         inputs = run.inputs(step)
         started = time.perf_counter()
@@ -225,17 +229,20 @@ def train(
         record = _record(run, step, inputs, metrics, elapsed_ms)
         if not np.isfinite(record.loss):
             raise TrainingError(
-                f"the loss of step {record.step} is {record.loss}; {state_path} keeps the last checkpoint",
+                f"the loss of step {record.step} is {record.loss}"
+                + ("" if state_path is None else f"; {state_path} keeps the last checkpoint"),
                 "train with a smaller --lr, or with --warmup-steps",
             )
         stopping = should_stop()
-        if stopping or record.step == total or record.step % checkpoint_every == 0:
+        due = stopping or record.step == total or record.step % checkpoint_every == 0
+        if due and state_path is not None:
             save_checkpoint(state_path, Checkpoint(engine.state(), record.step, total, description))
         yield record
         if stopping and record.step < total:
             raise Interrupted(
-                f"stopped after step {record.step} of {total}; {state_path} holds the state",
-                "run the same command again to go on",
+                f"stopped after step {record.step} of {total}"
+                + ("" if state_path is None else f"; {state_path} holds the state"),
+                None if state_path is None else "run the same command again to go on",
             )
 
 
@@ -255,7 +262,7 @@ def _record(
         loss=float(metrics["loss"][0]),
         ce_loss=float(metrics["ce_loss"][0]),
         distillation_loss=None if distillation is None else float(distillation[0]),
-        accuracy=float(right[labelled].mean()),
+        accuracy=float(right[labelled].mean()) if labelled.any() else None,
         learning_rate=run.learning_rate(step),
         ms=round(elapsed_ms, 3),
     )

@@ -72,12 +72,14 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
         help="a channel, of values 0-1 (default: CIFAR-10's for 3 channels)",
     )
     p.add_argument("--std", type=_numbers, metavar="S,…", help="a channel, of values 0-1")
-    p.add_argument("--objective", choices=("ce", "kd", "lkd"), default="lkd", help="default: %(default)s")
+    p.add_argument(
+        "--objective", choices=("ce", "kd", "lkd", "both"), default="lkd", help="default: %(default)s"
+    )
     p.add_argument(
         "--kd-loss",
         choices=("mse", "kl"),
         default=None,
-        help="for kd: squared error of logits, or KL divergence at the temperature (default: mse)",
+        help="for kd and both: squared error of logits, or KL divergence at the temperature (default: mse)",
     )
     p.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd", help="default: %(default)s")
     p.add_argument("--nesterov", action="store_true", help="Nesterov momentum (sgd)")
@@ -101,8 +103,9 @@ def run_export(args: argparse.Namespace) -> int:
     from export.step import InputOptions
     from export.targets import ENGINES
 
-    if args.kd_loss and args.objective != "kd":
-        raise UsageError(f"--kd-loss is for --objective kd, not {args.objective}")
+    of_logits = args.objective in ("kd", "both")
+    if args.kd_loss and not of_logits:
+        raise UsageError(f"--kd-loss is for --objective kd or both, not {args.objective}")
     if args.nesterov and args.optimizer != "sgd":
         raise UsageError(f"--nesterov is for --optimizer sgd, not {args.optimizer}")
     if len(args.input_shape) != 3:
@@ -110,7 +113,7 @@ def run_export(args: argparse.Namespace) -> int:
             f"--input-shape needs channels,height,width, not {args.input_shape}",
             hint="a window of 9 sensors and 128 samples is --input-shape 9,1,128",
         )
-    kd_loss = (args.kd_loss or "mse") if args.objective == "kd" else None
+    kd_loss = (args.kd_loss or "mse") if of_logits else None
     engines = (
         ENGINES if args.engines == "all" else tuple(dict.fromkeys(filter(None, args.engines.split(","))))
     )

@@ -2,7 +2,7 @@
 
 loss = (1 − α)·CE + α·D (CE alone for `ce`), each term a weighted mean over the batch; docs/bundle.md has the formulas.
 Sources: kd, Hinton et al. 2015 (KL at temperature T) and its form with the mean squared error of logits (Ba and Caruana
-2014); lkd, the mean squared error of latents.
+2014); lkd, the mean squared error of latents; both, their mixture.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from export.lowering.graph import Value
 
 @dataclass(frozen=True)
 class Objective:
-    """`ce`, `kd` (with `kd_loss` mse or kl) or `lkd`."""
+    """`ce`, `lkd`, or with `kd_loss` mse or kl `kd` or `both`."""
 
     name: str = "lkd"
     kd_loss: str | None = None
@@ -23,6 +23,14 @@ class Objective:
     @property
     def distills(self) -> bool:
         return self.name != "ce"
+
+    @property
+    def takes_latents(self) -> bool:
+        return self.name in ("lkd", "both")
+
+    @property
+    def takes_logits(self) -> bool:
+        return self.name in ("kd", "both")
 
 
 def batch_inputs(
@@ -40,13 +48,15 @@ def batch_inputs(
         _spec("labels", (batch,), "class index", "int64"),
         _spec("label_weights", (batch,), "weight of a sample in the cross-entropy"),
     ]
-    if objective.name == "lkd":
+    if objective.takes_latents:
         specs.append(_spec("teacher_latents", (batch, latent_size), "latent units"))
-    if objective.name == "kd":
+    if objective.takes_logits:
         specs.append(_spec("teacher_logits", (batch, classes), "nat"))
     if objective.distills:
         specs.append(_spec("teacher_weights", (batch,), "weight of a sample in the distillation term"))
         specs.append(_spec("alpha", (1,), "share of the distillation term, 0-1"))
+    if objective.name == "both":
+        specs.append(_spec("logit_share", (1,), "share of the logits in the distillation term, 0-1"))
     if objective.kd_loss == "kl":
         specs.append(_spec("temperature", (1,), "softmax temperature"))
     return specs
@@ -87,26 +97,43 @@ def loss_and_gradients(
     alpha_column = alpha.reshape(1, 1)
     d_ce = d_ce * (1.0 - alpha_column)
     share = weights * alpha_column
-    if objective.kd_loss == "kl":
-        temperature = inputs["temperature"].reshape(1, 1)
-        log_teacher = layout.log_softmax(inputs["teacher_logits"] / temperature)
-        teacher = graph.apply("softmax", inputs["teacher_logits"] / temperature)
-        student = graph.apply("softmax", logits / temperature)
-        log_student = layout.log_softmax(logits / temperature)
-        rows = layout.row_sum(teacher * (log_teacher - log_student)) * (temperature * temperature)
-        d_logits, d_latents = d_ce + (student - teacher) * (share * temperature), None
+    if objective.name == "lkd":
+        rows, d_latents = _squared_error(layout, latents, inputs["teacher_latents"], share)
+        d_logits = d_ce
+    elif objective.name == "kd":
+        rows, gradient = _of_logits(objective, layout, inputs, logits, share)
+        d_logits, d_latents = d_ce + gradient, None
     else:
-        of_latents = objective.name == "lkd"
-        target, ours = (
-            (inputs["teacher_latents"], latents) if of_latents else (inputs["teacher_logits"], logits)
-        )
-        difference = ours - target
-        rows = layout.row_sum(difference * difference) * (1 / difference.shape[1])
-        gradient = difference * (share * (2 / difference.shape[1]))
-        d_logits, d_latents = (d_ce, gradient) if of_latents else (d_ce + gradient, None)
+        beta = inputs["logit_share"].reshape(1, 1)
+        rest = 1.0 - beta
+        latent_rows, d_latents = _squared_error(layout, latents, inputs["teacher_latents"], share * rest)
+        logit_rows, gradient = _of_logits(objective, layout, inputs, logits, share * beta)
+        rows, d_logits = latent_rows * rest + logit_rows * beta, d_ce + gradient
     distillation_loss = total(rows * weights)
     loss = ce_loss * (1.0 - alpha) + distillation_loss * alpha
     return LossAndGradients(loss, ce_loss, distillation_loss, d_latents, d_logits)
+
+
+def _of_logits(
+    objective: Objective, layout: Layout, inputs: dict[str, Value], logits: Value, share: Value
+) -> tuple[Value, Value]:
+    """The loss of each row [B, 1] by `kd_loss`, and the gradient in the logits of their sum weighted by `share`."""
+    if objective.kd_loss == "mse":
+        return _squared_error(layout, logits, inputs["teacher_logits"], share)
+    graph, temperature = logits.graph, inputs["temperature"].reshape(1, 1)
+    log_teacher = layout.log_softmax(inputs["teacher_logits"] / temperature)
+    teacher = graph.apply("softmax", inputs["teacher_logits"] / temperature)
+    student = graph.apply("softmax", logits / temperature)
+    log_student = layout.log_softmax(logits / temperature)
+    rows = layout.row_sum(teacher * (log_teacher - log_student)) * (temperature * temperature)
+    return rows, (student - teacher) * (share * temperature)
+
+
+def _squared_error(layout: Layout, ours: Value, target: Value, share: Value) -> tuple[Value, Value]:
+    """The mean squared error of each row [B, 1], and the gradient in `ours` of their sum weighted by `share`."""
+    difference = ours - target
+    rows = layout.row_sum(difference * difference) * (1 / difference.shape[1])
+    return rows, difference * (share * (2 / difference.shape[1]))
 
 
 def _normalised(weights: Value, layout: Layout) -> Value:

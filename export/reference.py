@@ -147,18 +147,23 @@ class ReferenceStep:
         objective = self.bundle.objective
         if objective.name == "ce":
             return {"loss": ce, "ce_loss": ce}
-        if objective.name == "lkd":
-            rows = F.mse_loss(latents, given["teacher_latents"], reduction="none").mean(1)
-        elif objective.kd_loss == "mse":
-            rows = F.mse_loss(logits, given["teacher_logits"], reduction="none").mean(1)
-        else:
+        rows = 0.0
+        logit_share = given["logit_share"][0] if objective.name == "both" else float(objective.takes_logits)
+        if objective.takes_latents:
+            of_latents = F.mse_loss(latents, given["teacher_latents"], reduction="none").mean(1)
+            rows = rows + (1 - logit_share) * of_latents
+        if objective.kd_loss == "mse":
+            of_logits = F.mse_loss(logits, given["teacher_logits"], reduction="none").mean(1)
+            rows = rows + logit_share * of_logits
+        elif objective.kd_loss == "kl":
             t = given["temperature"]
-            rows = t**2 * F.kl_div(
+            of_logits = t**2 * F.kl_div(
                 F.log_softmax(logits / t, 1),
                 F.log_softmax(given["teacher_logits"] / t, 1),
                 reduction="none",
                 log_target=True,
             ).sum(1)
+            rows = rows + logit_share * of_logits
         distillation = weighted(rows, given["teacher_weights"])
         alpha = given["alpha"][0]
         return {

@@ -38,6 +38,7 @@ HYPERPARAMETERS = {
     "epsilon": 1e-3,
     "alpha": 0.5,
     "temperature": 4.0,
+    "logit_share": 0.4,
 }
 
 

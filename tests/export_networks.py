@@ -18,7 +18,14 @@ from export.step import InputOptions, StepSpec
 from export.student import Residual, Student
 from tests.export_oracle import NUMBERS
 
-OBJECTIVES = (Objective("ce"), Objective("kd", "mse"), Objective("kd", "kl"), Objective("lkd"))
+OBJECTIVES = (
+    Objective("ce"),
+    Objective("kd", "mse"),
+    Objective("kd", "kl"),
+    Objective("lkd"),
+    Objective("both", "mse"),
+    Objective("both", "kl"),
+)
 LATENT_SIZE, CLASSES = 5, 4
 
 

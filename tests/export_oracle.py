@@ -30,6 +30,7 @@ NUMBERS = {
     "epsilon": 1e-3,  # with 1e-8 a weight's first step is ± the rate, even where its gradient is noise
     "alpha": 0.3,
     "temperature": 3.0,
+    "logit_share": 0.4,
 }
 Arrays = dict[str, np.ndarray]
 
@@ -178,8 +179,15 @@ class Eager:
         return latents, self.student.output(latents)
 
     def _distances(self, given: dict[str, torch.Tensor], latents, logits) -> torch.Tensor:
+        if self.spec.objective.name == "both":
+            share = given["logit_share"][0]
+            of_latents = (latents - given["teacher_latents"]).square().mean(1)
+            return (1 - share) * of_latents + share * self._logit_distances(given, logits)
         if self.spec.objective.name == "lkd":
             return (latents - given["teacher_latents"]).square().mean(1)
+        return self._logit_distances(given, logits)
+
+    def _logit_distances(self, given: dict[str, torch.Tensor], logits) -> torch.Tensor:
         if self.spec.objective.kd_loss == "mse":
             return (logits - given["teacher_logits"]).square().mean(1)
         t = given["temperature"][0]

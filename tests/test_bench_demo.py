@@ -1,4 +1,4 @@
-"""The demo's commands and table; the whole of it, small, in the long tier."""
+"""The demo's commands, its board of events and its page; the whole of it, small, in the long tier."""
 
 from __future__ import annotations
 
@@ -6,26 +6,35 @@ import io
 import json
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from benchmarks import demo, processes
-from benchmarks.demo import Commands, DemoFailed, TrainedStudent, summary_table
+from benchmarks import demo_commands, processes
+from benchmarks.demo import (
+    DEVICES,
+    STUDENTS,
+    DemoSettings,
+    Seen,
+    join_words,
+    note,
+    start_coordinator,
+    task_words,
+)
+from benchmarks.demo_commands import Commands, DemoFailed
+from benchmarks.demo_page import DeviceResult, Results, gains, page_html, summary_table, write_page
 
 # Stands for `edgestill`: says its words on stderr, more than a pipe holds, and answers as the real one does.
 FAKE = """
-import json, sys
+import json, sys, time
 words = sys.argv[1:]
 print("said on stderr " * 10000, file=sys.stderr)
-if words[0] == "train":
-    for step in (1, 2):
-        print(json.dumps({"step": step, "epoch": 1, "loss": 2.0 / step}), flush=True)
-    print(json.dumps({"summary": {"accuracy": 0.5, "words": words}}))
-elif words[0] == "verify":
-    entry = {"ok": False, "steps": 3, "loss_max_abs": 1e-7, "state_max_rel": 0.5}
-    print(json.dumps({"engines": {"onnxruntime": {**entry, "ok": True}, "executorch": entry}}))
-    sys.exit(1)
+if words[0] == "enrol":
+    print(json.dumps({"codes": words}))
+elif words[0] == "serve":
+    print(json.dumps({"url": "http://127.0.0.1:1"}), flush=True)
+    time.sleep(60)
 else:
     print("edgestill: error: no such student", file=sys.stderr)
     sys.exit(2)
@@ -41,21 +50,13 @@ def screen() -> io.StringIO:
 def commands(screen: io.StringIO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Commands:
     script = tmp_path / "fake edgestill.py"
     script.write_text(FAKE)
-    monkeypatch.setattr(demo, "edgestill_program", lambda: [sys.executable, str(script)])
-    monkeypatch.setattr(demo, "PLAIN_PROGRESS_EVERY_S", 0.0)
+    monkeypatch.setattr(demo_commands, "edgestill_program", lambda: [sys.executable, str(script)])
     return Commands(screen)
 
 
-def test_training_shows_the_command_and_progress_and_gives_the_summary(
-    commands: Commands, screen: io.StringIO
-) -> None:
-    summary = commands.train(Path("demo/student"), 4, "--limit", 400)
-    assert summary["accuracy"] == 0.5
-    assert summary["words"][:6] == ["train", "demo/student", "--data", "cifar10-mini", "--epochs", "4"]
-    shown = screen.getvalue()
-    assert "train demo/student --data cifar10-mini --epochs 4 --limit 400" in shown
-    assert "fake edgestill.py' train" in shown, "a path with a space must be quoted as a shell needs it"
-    assert "epoch 1 of 4, step 2, loss 1.000" in shown
+def test_a_command_is_shown_as_one_would_type_it(commands: Commands, screen: io.StringIO) -> None:
+    assert json.loads(commands.run("enrol", "--count", 4))["codes"] == ["enrol", "--count", "4"]
+    assert "fake edgestill.py' enrol --count 4" in screen.getvalue(), "a path with a space must be quoted"
 
 
 def test_a_failing_command_ends_the_demo_with_what_it_said(commands: Commands, screen: io.StringIO) -> None:
@@ -64,39 +65,140 @@ def test_a_failing_command_ends_the_demo_with_what_it_said(commands: Commands, s
     assert "no such student" in screen.getvalue()
 
 
-def test_engines_that_differ_are_told_apart_from_those_that_agree(
-    commands: Commands, screen: io.StringIO
+def test_of_commands_side_by_side_a_failing_one_is_noticed(commands: Commands, screen: io.StringIO) -> None:
+    commands.run_beside([["enrol", str(number)] for number in range(3)])
+    with pytest.raises(DemoFailed, match="export"):
+        commands.run_beside([["enrol"], ["export"]])
+    assert "no such student" in screen.getvalue()
+
+
+def test_the_coordinator_is_up_when_it_says_where(commands: Commands, tmp_path: Path) -> None:
+    server, url = start_coordinator(commands, tmp_path, 0)
+    assert url == "http://127.0.0.1:1" and server.poll() is None
+    server.stop()
+    assert server.poll() is not None
+
+
+def test_a_coordinator_that_ends_at_once_fails_the_demo(
+    commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert commands.verify(Path("demo/student"), 3) is False
-    assert "onnxruntime agrees" in screen.getvalue() and "executorch DIFFERS" in screen.getvalue()
+    monkeypatch.setattr(commands, "_program", [sys.executable, "-c", "raise SystemExit(3)"])
+    with pytest.raises(DemoFailed, match="exit code 3"):
+        start_coordinator(commands, tmp_path, 0)
 
 
-def test_table_has_the_gain_of_each_engine() -> None:
-    students = [
-        TrainedStudent("onnxruntime", "ce", 0.437, 45.9, 141_000_000),
-        TrainedStudent("onnxruntime", "lkd", 0.497, 44.7, 151_000_000),
-        TrainedStudent("executorch", "ce", 0.428, 81.6, 165_000_000),
-        TrainedStudent("executorch", "lkd", 0.418, 82.6, 216_000_000),
-    ]
-    table = summary_table(students)
+def test_the_commands_are_ones_that_edgestill_takes() -> None:
+    import argparse
+
+    from coordinator.commands import task
+    from edge_runtime.commands import join
+
+    parser = argparse.ArgumentParser()
+    subparsers = parser.add_subparsers()
+    task.add_parser(subparsers)
+    join.add_parser(subparsers)
+    settings = DemoSettings()
+    words = list(map(str, task_words(settings, Path("data"))))
+    parsed = parser.parse_args(["task", "create", *words])
+    assert len(parsed.bundle) == len({student.name for student in STUDENTS}) == 3
+    for number, device in enumerate(DEVICES):
+        words = list(map(str, join_words(settings, number)))
+        parsed = parser.parse_args(["join", "http://127.0.0.1:1", "--code", "X", *words])
+        assert parsed.share == f"{number + 1}/4" and parsed.engine == device.engine
+    assert len({device.engine for device in DEVICES}) == 2
+
+
+SCORES = {"t_priv": 0.2, "t_uni": 0.1, "loss": 2.3}
+
+
+def settled(number: int, accuracy: float) -> dict:
+    report = {"before": SCORES, "after": {**SCORES, "t_priv": accuracy}, "bytes_up": 64000}
+    return {"event": "settled", "round": f"demo.{number}", "report": report}
+
+
+def test_events_become_news_and_reports() -> None:
+    seen = Seen()
+    for event in (
+        {"event": "assigned", "device": "d-x", "student": "cnn3", "engine": "executorch", "samples": 600},
+        {"event": "round", "round": "demo.1", "number": 1, "seconds_left": 10},
+        {"event": "step", "step": 3, "loss": 1.0},
+        settled(1, 0.5),
+        {"event": "given up", "round": "demo.2", "reason": "its deadline passed"},
+        {"event": "finished"},
+        {"summary": {}},
+    ):
+        note(seen, event)
+    assert (seen.device, seen.student, len(seen.reports)) == ("d-x", "cnn3", 1)
+    assert seen.news[1] == "round 1: T_priv 20.0% to 50.0%, T_uni 10.0% to 10.0%, 64 kB up"
+    assert "its deadline passed" in seen.news[2] and seen.doing == "finished"
+
+
+def results() -> Results:
+    def device(name: str, after: float, alone: float) -> DeviceResult:
+        return DeviceResult(
+            name=name, student="cnn3", engine="onnxruntime", samples=600, class_counts=(1, 2, 3), before=SCORES,
+            after=[SCORES, {**SCORES, "t_priv": after, "t_uni": 0.3}],
+            alone={**SCORES, "t_priv": alone, "t_uni": 0.25},
+            step_ms=12.34, bytes_up=[60000, 64000], bytes_down=[900000, 128000], peak_rss_bytes=10**8,
+        )  # fmt: skip
+
+    devices = (device("phone", 0.6, 0.5), device("<watch>", 0.5, 0.6))
+    return Results(0.5, 4, "cnn5", 500, devices, ((1, "completed", 0.2), (2, "completed", 0.33)))
+
+
+def test_the_table_has_devices_means_and_gains() -> None:
+    table = summary_table(results())
     rows = [line.split() for line in table.splitlines()]
-    assert ["onnxruntime", "lkd", "49.7%", "44.7", "151"] in rows
-    assert "onnxruntime: lkd − ce = +6.0 points" in table
-    assert "executorch: lkd − ce = -1.0 points" in table
+    assert ["phone", "cnn3", "onnxruntime", "20.0%", "60.0%", "50.0%", "10.0%", "30.0%", "25.0%", "62", "128",
+            "12.3"] in rows  # fmt: skip
+    assert ["mean", "20.0%", "55.0%", "55.0%", "10.0%", "30.0%", "25.0%"] in rows
+    assert gains(results()) == pytest.approx({"t_priv": 0.0, "t_uni": 0.05})
+    assert "T_uni +5.0 points" in table and "T_uni 33.0%" in table
+
+
+class _Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.images: list[dict] = []
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.append(tag)
+        if tag == "img":
+            self.images.append(dict(attrs))
+
+
+def test_the_page_has_the_table_and_pictures_with_words(tmp_path: Path) -> None:
+    path = write_page(results(), tmp_path)
+    page = _Page()
+    page.feed(path.read_text(encoding="utf-8"))
+    assert page.tags.count("tr") == 4 and len(page.images) == 2
+    for image in page.images:
+        assert len(image["alt"]) > 20 and (tmp_path / image["src"]).read_bytes().startswith(b"\x89PNG")
+    text = page_html(results(), [])
+    assert "&lt;watch&gt;" in text and "<watch>" not in text
 
 
 @pytest.mark.long
-def test_the_whole_demo_on_one_engine(tmp_path: Path) -> None:
-    words = ["--engines", "onnxruntime", "--output", str(tmp_path / "demo"), "--teacher-epochs", "1"]
-    words += ["--student-epochs", "1", "--samples", "64", "--verify-steps", "2"]
+def test_the_whole_demo(tmp_path: Path) -> None:
+    words = [
+        "--output",
+        str(tmp_path / "demo"),
+        "--rounds",
+        "2",
+        "--local-epochs",
+        "1",
+        "--distil-epochs",
+        "1",
+    ]
     ran = subprocess.run(
-        [sys.executable, "-m", "benchmarks.demo", *words],
+        [sys.executable, "-m", "benchmarks.demo", *words, "--transfer-count", "64"],
         env=processes.worker_environment(2),
         capture_output=True,
         text=True,
         timeout=1200,
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
-    assert ran.stdout.count("onnxruntime") == 3 and "lkd − ce" in ran.stdout
-    manifest = json.loads((tmp_path / "demo" / "student-lkd" / "manifest.json").read_text())
-    assert manifest["parity"]["onnxruntime"]["ok"] is True
+    assert "together − alone" in ran.stdout and "dashboard: http://" in ran.stderr
+    assert (tmp_path / "demo" / "index.html").stat().st_size > 1000
+    assert ran.stdout.count("executorch") == 2 and ran.stdout.count("onnxruntime") == 2

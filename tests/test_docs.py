@@ -119,7 +119,7 @@ def test_inline_commands_exist_and_have_the_options(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     for code in re.findall(r"`(edgestill [^`]+)`", text):
         words = code.split()[1:]
-        path = " ".join(words[: 2 if words[0] == "bench" else 1])
+        path = " ".join(words[: 2 if words[0] in ("bench", "task") else 1])
         if path.startswith("--"):
             path = ""
         assert path in PARSERS, f"{code}: no such command"

@@ -93,6 +93,15 @@ def test_every_input_of_the_step_stands_in_the_manifest_as_documented(tmp_path: 
         Objective("lkd"): [*batch, rows["lkd"], *teacher],
         Objective("kd", "mse"): [*batch, rows["mse"], *teacher],
         Objective("kd", "kl"): [*batch, rows["kl"], *teacher, ("temperature", [1])],
+        Objective("both", "mse"): [*batch, rows["lkd"], rows["mse"], *teacher, ("logit_share", [1])],
+        Objective("both", "kl"): [
+            *batch,
+            rows["lkd"],
+            rows["kl"],
+            *teacher,
+            ("logit_share", [1]),
+            ("temperature", [1]),
+        ],
     }.items():
         for optimizer, numbers in (("sgd", sgd), ("adamw", adamw)):
             options = replace(SMALL, objective=objective, optimizer=Optimizer(optimizer))

@@ -51,6 +51,7 @@ def options(student: str, objective: Objective, optimizer: Optimizer, **changed:
 
 
 CONFIGURATIONS = {
+    "cnn3-both-kl": options("cnn3", Objective("both", "kl"), Optimizer("sgd")),
     "cnn3-lkd-sgd": options("cnn3", Objective("lkd"), Optimizer("sgd")),
     "resnet8-kd-adamw": options("resnet8", Objective("kd", "mse"), Optimizer("adamw")),
     "mobilenet-tiny-ce-nesterov": options("mobilenet-tiny", Objective("ce"), Optimizer("sgd", nesterov=True)),
@@ -71,10 +72,16 @@ def batch(configuration: ExportOptions, seed: int) -> dict[str, np.ndarray]:
     numbers = SGD if configuration.optimizer.name == "sgd" else ADAMW
     objective = configuration.objective
     if objective.distills:
-        name, size = ("latents", LATENT) if objective.name == "lkd" else ("logits", CLASSES)
-        inputs[f"teacher_{name}"] = random.standard_normal((BATCH, size)).astype(np.float32)
+        for taken, name, size in (
+            (objective.takes_latents, "latents", LATENT),
+            (objective.takes_logits, "logits", CLASSES),
+        ):
+            if taken:
+                inputs[f"teacher_{name}"] = random.standard_normal((BATCH, size)).astype(np.float32)
         inputs["teacher_weights"] = np.array([1, 1, 0, 2, 0.25, 1], np.float32)
         numbers = numbers | {"alpha": 0.3}
+    if objective.name == "both":
+        numbers = numbers | {"logit_share": 0.7}
     if objective.kd_loss == "kl":
         numbers = numbers | {"temperature": 4.0}
     return inputs | {name: np.array([number], np.float32) for name, number in numbers.items()}
@@ -99,6 +106,9 @@ def eager_losses(student: nn.Module, configuration: ExportOptions, inputs: dict[
         t = inputs["temperature"]
         teacher = F.softmax(inputs["teacher_logits"] / t, 1)
         rows = F.kl_div(F.log_softmax(logits / t, 1), teacher, reduction="none").sum(1) * t * t
+    if objective.name == "both":
+        of_latents = F.mse_loss(latents, inputs["teacher_latents"], reduction="none").mean(1)
+        rows = (1 - inputs["logit_share"]) * of_latents + inputs["logit_share"] * rows
     v = inputs["teacher_weights"]
     distillation = (rows * v).sum() / v.sum()
     return (1 - inputs["alpha"]) * ce + inputs["alpha"] * distillation, ce, distillation, latents, logits

@@ -33,6 +33,7 @@ HYPERPARAMETERS = {
     "beta2": "beta2",
     "epsilon": "epsilon",
     "alpha": "alpha",
+    "logit-share": "logit_share",
     "temperature": "temperature",
 }
 

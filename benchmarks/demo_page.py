@@ -1,0 +1,245 @@
+"""The demo's page: one table for the terminal, and the same with two pictures as HTML."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.report import align
+
+PRIVATE, UNIFORM, GLOBAL, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
+Scores = Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class DeviceResult:
+    """One device: accuracies before its first training, after each round, and had it trained alone."""
+
+    name: str
+    student: str
+    engine: str
+    samples: int
+    class_counts: tuple[int, ...]
+    before: Scores
+    after: list[Scores]
+    alone: Scores
+    step_ms: float
+    bytes_up: list[int]
+    bytes_down: list[int]
+    peak_rss_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that the page shows; `rounds` are (number, phase, T_uni of the global student)."""
+
+    gamma: float
+    local_epochs: int
+    global_student: str
+    transfer_samples: int
+    devices: tuple[DeviceResult, ...]
+    rounds: tuple[tuple[int, str, float | None], ...]
+
+
+def table_rows(results: Results) -> list[tuple[str, ...]]:
+    """A heading, a row a device, and the means."""
+    rows = [
+        ("device", "student", "engine", "T_priv before", "after", "alone", "T_uni before", "after", "alone",
+         "kB up", "kB down", "ms a step")
+    ]  # fmt: skip
+    for device in results.devices:
+        last = device.after[-1]
+        rows.append(
+            (
+                device.name,
+                device.student,
+                device.engine,
+                *(_share(one["t_priv"]) for one in (device.before, last, device.alone)),
+                *(_share(one["t_uni"]) for one in (device.before, last, device.alone)),
+                _kilobytes(device.bytes_up),
+                _kilobytes(device.bytes_down[1:]),
+                f"{device.step_ms:.1f}",
+            )
+        )
+    triples = [(device.before, device.after[-1], device.alone) for device in results.devices]
+    means = [_mean([triple[i][name] for triple in triples]) for name in ("t_priv", "t_uni") for i in range(3)]
+    rows.append(("mean", "", "", *map(_share, means), "", "", ""))
+    return rows
+
+
+def gains(results: Results) -> dict[str, float]:
+    """Mean accuracy after the last round minus that of training alone, by T_priv and T_uni."""
+    found = {}
+    for name in ("t_priv", "t_uni"):
+        differences = [
+            after - alone
+            for device in results.devices
+            if (after := device.after[-1][name]) is not None and (alone := device.alone[name]) is not None
+        ]
+        found[name] = sum(differences) / len(differences) if differences else 0.0
+    return found
+
+
+def summary_table(results: Results) -> str:
+    """The table for the terminal."""
+    gain = gains(results)
+    last = [accuracy for _, _, accuracy in results.rounds if accuracy is not None]
+    lines = [
+        align(table_rows(results), texts=3),
+        "",
+        f"together − alone: T_priv {100 * gain['t_priv']:+.1f} points, T_uni {100 * gain['t_uni']:+.1f} points",
+    ]
+    if last:
+        lines.append(
+            f"the global student ({results.global_student}): T_uni {last[-1]:.1%}, from the devices' outputs alone"
+        )
+    return "\n".join(lines)
+
+
+def write_page(results: Results, folder: Path) -> Path:
+    """Writes index.html and its pictures, where matplotlib is installed; returns the page's path."""
+    pictures = draw(results, folder)
+    path = folder / "index.html"
+    path.write_text(page_html(results, pictures), encoding="utf-8")
+    return path
+
+
+def page_html(results: Results, pictures: Sequence[tuple[str, str]]) -> str:
+    """The page; `pictures` are (file name, text for who cannot see it)."""
+    head, *body, means = table_rows(results)
+    gain = gains(results)
+
+    def cells(row: Sequence[str], tag: str) -> str:
+        first = f'<th scope="row">{html.escape(row[0])}</th>' if tag == "td" else ""
+        rest = row[1:] if tag == "td" else row
+        scope = ' scope="col"' if tag == "th" else ""
+        return first + "".join(f"<{tag}{scope}>{html.escape(cell)}</{tag}>" for cell in rest)
+
+    rows = "\n".join(f"<tr>{cells(row, 'td')}</tr>" for row in body)
+    rounds = "".join(
+        f"<li>round {number}: {html.escape(phase)}"
+        + (f", global student T_uni {accuracy:.1%}" if accuracy is not None else "")
+        + "</li>"
+        for number, phase, accuracy in results.rounds
+    )
+    figures = "\n".join(
+        f'<figure><img src="{html.escape(name)}" alt="{html.escape(text)}"></figure>'
+        for name, text in pictures
+    )
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>edgestill demo</title><style>{_STYLE}</style></head><body><main>
+<h1>Four devices, three students, two engines</h1>
+<p>Each device trained {results.local_epochs} epochs a round on its own share (Dirichlet, gamma {results.gamma:g})
+and exchanged nothing but its latents and logits on {results.transfer_samples} transfer images.</p>
+<p class="gain">Together against alone: <strong>T_priv {100 * gain["t_priv"]:+.1f}</strong> points,
+<strong>T_uni {100 * gain["t_uni"]:+.1f}</strong> points</p>
+{figures}
+<h2>Every device</h2>
+<div class="scroll"><table><thead><tr>{cells(head, "th")}</tr></thead><tbody>
+{rows}
+</tbody><tfoot><tr>{cells(means, "td")}</tr></tfoot></table></div>
+<p>T_priv: test images of the device's own class distribution. T_uni: all classes alike. Alone: the same student, as
+many epochs on the same data, no exchange. kB: a round's mean upload, and its mean download of global outputs; in the
+first round a device downloads its student and the transfer set instead.</p>
+<h2>Rounds</h2><ul>{rounds}</ul>
+</main></body></html>
+"""
+
+
+def draw(results: Results, folder: Path) -> list[tuple[str, str]]:
+    """Two PNGs and what they show in words; none without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return []
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2, sharey=True)
+    names = [f"{device.name}\n{device.student}" for device in results.devices]
+    for panel, key, title, colour in zip(
+        panels,
+        ("t_priv", "t_uni"),
+        ("T_priv: own classes", "T_uni: all classes"),
+        (PRIVATE, UNIFORM),
+        strict=True,
+    ):
+        for shift, label, tint, values in (
+            (-0.27, "before", "#DDDDDD", [device.before[key] for device in results.devices]),
+            (0.0, "alone", GREY, [device.alone[key] for device in results.devices]),
+            (0.27, "together", colour, [device.after[-1][key] for device in results.devices]),
+        ):
+            heights = [100 * (value or 0.0) for value in values]
+            places = [index + shift for index in range(len(heights))]
+            bars = panel.bar(places, heights, 0.25, color=tint, label=label)
+            panel.bar_label(bars, [f"{height:.0f}" for height in heights], padding=1, fontsize=7)
+        panel.set_xticks(range(len(names)), names, fontsize=8)
+        panel.set_title(title, loc="left", fontsize=10, fontweight="bold")
+        panel.legend(fontsize=8, frameon=False, ncols=3, loc="upper left")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("accuracy in %")
+    panels[0].set_ylim(0, min(100, 1.25 * panels[0].get_ylim()[1]))
+    figure.savefig(folder / "accuracy.png", dpi=130)
+
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    curves, classes = figure.subplots(1, 2)
+    for device, marker in zip(results.devices, "osD^v<>p" * len(results.devices), strict=False):
+        shares = [100 * (one["t_uni"] or 0.0) for one in (device.before, *device.after)]
+        curves.plot(range(len(shares)), shares, marker=marker, markersize=4, linewidth=1, color=GREY,
+                    label=f"{device.name} ({device.student})")  # fmt: skip
+    points = [(number, 100 * accuracy) for number, _, accuracy in results.rounds if accuracy is not None]
+    if points:
+        curves.plot(*zip(*points, strict=True), marker="*", color=GLOBAL, linewidth=2,
+                    label=f"global ({results.global_student})")  # fmt: skip
+    curves.set(xlabel="round", ylabel="T_uni in %")
+    curves.set_ylim(bottom=0)
+    curves.xaxis.get_major_locator().set_params(integer=True)
+    curves.legend(fontsize=7, frameon=False)
+    curves.spines[["top", "right"]].set_visible(False)
+    counts = [list(device.class_counts) for device in results.devices]
+    picture = classes.imshow(counts, cmap="Blues", aspect="auto", vmin=0)
+    figure.colorbar(picture, ax=classes, shrink=0.8, label="private samples")
+    classes.set_xlabel("class")
+    classes.set_xticks(range(len(counts[0])))
+    classes.set_yticks(range(len(counts)), [device.name for device in results.devices])
+    figure.savefig(folder / "rounds.png", dpi=130)
+    return [
+        (
+            "accuracy.png",
+            "Bars of each device's accuracy before, alone and together; the table has the numbers",
+        ),
+        ("rounds.png", "T_uni over the rounds, and how many samples of each class every device has"),
+    ]
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
+def _kilobytes(values: Sequence[int]) -> str:
+    known = [value for value in values if value]
+    return f"{sum(known) / len(known) / 1e3:.0f}" if known else "0"
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #c8ccd0; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0; }
+main { max-width: 64rem; margin: 0 auto; padding: 1rem; }
+.gain { font-size: 1.2rem; }
+figure { margin: 1rem 0; background: white; border: 1px solid var(--line); border-radius: 6px; padding: .5rem; }
+img { display: block; width: 100%; height: auto; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+th, td { border-bottom: 1px solid var(--line); padding: .3rem .6rem; text-align: right; white-space: nowrap; }
+th:first-child, td:nth-child(2), td:nth-child(3), thead th:nth-child(-n+3) { text-align: left; }
+tfoot { font-weight: 600; }
+"""

@@ -1,0 +1,152 @@
+"""What a simulation is asked to do, checked before anything starts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_runtime.errors import UsageError
+
+EXCHANGES = ("latents", "logits", "both", "parameters")
+MODES = ("global", "consensus")
+RULES = ("mean", "class_mean", "median", "trimmed_mean", "krum")
+ATTACKS = ("scale", "shuffle", "random")
+# What a student must be trained with, so that what is exchanged can be its teacher.
+OBJECTIVES = {"latents": "lkd", "logits": "kd", "both": "both", "parameters": "ce"}
+
+
+@dataclass(frozen=True)
+class Poison:
+    """A share of the devices that always upload spoiled outputs."""
+
+    share: float
+    attack: str
+
+    @classmethod
+    def parse(cls, text: str) -> Poison:
+        """`0.2:scale` as 20 % of the devices with attack `scale`. Errors: UsageError."""
+        share, _, attack = text.partition(":")
+        try:
+            value = float(share)
+        except ValueError:
+            value = math.nan
+        if not 0 <= value <= 1 or attack not in ATTACKS:
+            raise UsageError(
+                f"--poison {text!r}", f"give a share and an attack, one of {', '.join(ATTACKS)}: 0.2:scale"
+            )
+        return cls(value, attack)
+
+
+@dataclass(frozen=True)
+class SimulationSettings:
+    """One simulation; together with the data and the bundles these values decide every result.
+
+    `workers`, `ray` and `work_dir` alone change nothing but how long it takes.
+    """
+
+    devices: int = 8
+    rounds: int = 3
+    gamma: float = 0.5
+    students: tuple[str, ...] = ("cnn3",)
+    global_student: str | None = None
+    """None: the last of `students`."""
+    bundles: tuple[Path, ...] = ()
+    """Exported bundles to use instead of exporting `students`."""
+    global_bundle: Path | None = None
+    width_divisor: int = 4
+    latent_size: int = 128
+    batch: int = 32
+    exchange: str = "latents"
+    mode: str = "global"
+    aggregation: str = "mean"
+    align: bool = False
+    clip: float | None = None
+    trim: float = 0.2
+    byzantine: float = 0.2
+    precision: str = "fp16"
+    goal: int | None = None
+    """None: as many as are expected to come through, from availability and dropout."""
+    minimum: int | None = None
+    """None: half of the goal."""
+    deadline_s: float = 600.0
+    availability: float = 1.0
+    dropout: float = 0.0
+    poison: Poison | None = None
+    data: str = "cifar10-mini"
+    transfer: str = "cifar100-transfer-mini"
+    transfer_count: int = 500
+    local_epochs: int = 1
+    learning_rate: float = 0.01
+    alpha: float = 0.5
+    transfer_fraction: float = 0.5
+    augment: str = ""
+    distil_epochs: int = 2
+    distil_learning_rate: float = 0.01
+    local_only: bool = True
+    seed: int = 0
+    workers: int = 1
+    ray: bool = False
+
+    def __post_init__(self) -> None:
+        counts = ("devices", "rounds", "width_divisor", "latent_size", "batch", "local_epochs",
+                  "distil_epochs", "transfer_count", "workers")  # fmt: skip
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise UsageError(f"{_option(name)} {getattr(self, name)}", "give 1 or more")
+        for name in ("availability", "trim", "byzantine", "transfer_fraction", "alpha"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"{_option(name)} {getattr(self, name)}", "give a share between 0 and 1")
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"--dropout {self.dropout}", "give a share of at least 0, below 1")
+        if self.availability == 0:
+            raise UsageError("--availability 0", "some devices must be there")
+        for name, known in (("exchange", EXCHANGES), ("mode", MODES), ("aggregation", RULES)):
+            if getattr(self, name) not in known:
+                raise UsageError(
+                    f"{_option(name)} {getattr(self, name)!r}", f"give one of {', '.join(known)}"
+                )
+        if self.exchange == "parameters" and self.number_of_students != 1:
+            raise UsageError(
+                f"--exchange parameters with {self.number_of_students} different students",
+                "parameters can be averaged between equal students only: give one",
+            )
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"--seed {self.seed}", "give 0 or more, below 2^63")
+        if not 1 <= self.minimum_uploads <= self.goal_uploads:
+            raise UsageError(
+                f"--minimum {self.minimum_uploads} with a goal of {self.goal_uploads} uploads",
+                "give a minimum of at least 1 and at most the goal",
+            )
+
+    @property
+    def number_of_students(self) -> int:
+        return len(self.bundles) or len(self.students)
+
+    @property
+    def objective(self) -> str:
+        return OBJECTIVES[self.exchange]
+
+    @property
+    def distils(self) -> bool:
+        """Whether the coordinator trains a global student of its own."""
+        return self.mode == "global" and self.exchange != "parameters"
+
+    @property
+    def goal_uploads(self) -> int:
+        if self.goal is not None:
+            return self.goal
+        return max(1, math.floor(self.devices * self.availability * (1 - self.dropout)))
+
+    @property
+    def minimum_uploads(self) -> int:
+        return max(1, self.goal_uploads // 2) if self.minimum is None else self.minimum
+
+    @property
+    def over_selection(self) -> float:
+        """As many more than the goal as are expected to drop out."""
+        return 1 / (1 - self.dropout)
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")

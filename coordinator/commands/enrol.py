@@ -1,0 +1,48 @@
+"""`edgestill enrol`: prints one-time codes with which devices join a task."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from coordinator.opening import check_shared, open_service
+from coordinator.settings import STORE_SETTINGS, add_flags, settings_from
+from edge_runtime.errors import UsageError
+
+_MOST_CODES = 100_000
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "enrol", help="print codes for devices to join a task", description=__doc__, allow_abbrev=False
+    )
+    parser.add_argument("--task", required=True, metavar="TASK")
+    parser.add_argument("--count", type=int, default=1, metavar="N", help="how many codes (1)")
+    parser.add_argument("--hours", type=float, default=24.0, metavar="X", help="how long they are valid (24)")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    add_flags(parser, STORE_SETTINGS)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints a code a line; a code is shown this once and stored as its SHA-256."""
+    if not 1 <= arguments.count <= _MOST_CODES:
+        raise UsageError(f"--count {arguments.count}", f"give 1 to {_MOST_CODES}")
+    if not 0 < arguments.hours <= 24 * 366:
+        raise UsageError(f"--hours {arguments.hours:g}", "give more than 0 and at most a year")
+    settings = settings_from(arguments)
+    check_shared(settings)
+    service = open_service(settings)
+    lifetime_s = arguments.hours * 3600
+    codes = [service.issue_code(arguments.task, lifetime_s) for _ in range(arguments.count)]
+    if arguments.json:
+        print(json.dumps({"task": arguments.task, "codes": codes, "lifetime_s": lifetime_s}))
+    else:
+        print("\n".join(codes))
+        print(
+            f"edgestill: on the device: edgestill join URL --code {'CODE' if len(codes) > 1 else codes[0]} "
+            "--data PATH (each code works once)",
+            file=sys.stderr,
+        )
+    return 0

@@ -1,0 +1,139 @@
+"""`edgestill serve`: runs the coordinator."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import socket
+import sys
+from contextlib import ExitStack
+from typing import Any
+
+import uvicorn
+
+from coordinator.announcement import announce
+from coordinator.app import make_app
+from coordinator.context import Context
+from coordinator.opening import open_service
+from coordinator.settings import Settings, add_flags, settings_from
+from edge_runtime.errors import EdgestillError, UsageError
+
+_GRACE_S = 5
+_BACKLOG = 2048
+_MAX_HEAD_BYTES = 32 << 10
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "serve", help="run the coordinator", description=__doc__, allow_abbrev=False
+    )
+    add_flags(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON object when it is ready")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serves until a signal; says where once it listens."""
+    settings = settings_from(arguments)
+    logging.basicConfig(
+        level=settings.log_level.upper(),
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    with ExitStack() as stack:
+        listener = stack.enter_context(listen(settings))
+        service = open_service(settings)
+        url = url_of(settings, listener.getsockname()[1])
+        if settings.mdns:
+            stack.enter_context(announce(url, settings.host, listener.getsockname()[1]))
+        app = make_app(service, settings)
+        server = Server(server_config(app, settings), app.state.context, lambda: _say(url, arguments.json))
+        asyncio.run(server.serve(sockets=[listener]))
+    return 0
+
+
+def server_config(app: Any, settings: Settings) -> uvicorn.Config:
+    """How uvicorn runs: no access log (addresses may hold a token), small heads, and an end that comes."""
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="on",
+        backlog=_BACKLOG,
+        h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=_GRACE_S,
+        proxy_headers=True,
+        forwarded_allow_ips=settings.trusted_proxies,
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
+    )
+
+
+class Server(uvicorn.Server):
+    """Says when it is ready, and lets go of waiting devices as soon as it is told to stop."""
+
+    def __init__(self, config: uvicorn.Config, context: Context, on_ready: Any) -> None:
+        super().__init__(config)
+        self._context, self._on_ready = context, on_ready
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets=sockets)
+        if self.started:
+            self._on_ready()
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self._context.stopping = True
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._context.waiting.wake_all)
+        super().handle_exit(sig, frame)
+
+
+def listen(settings: Settings) -> socket.socket:
+    """A socket that is bound before anything else is opened. Errors: UsageError, EdgestillError."""
+    for path in (settings.tls_cert, settings.tls_key):
+        if path is not None and not path.is_file():
+            raise UsageError(f"{path}: no such file", "give PEM files with --tls-cert and --tls-key")
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except socket.gaierror as error:
+        raise UsageError(
+            f"host {settings.host!r}: {error.strerror}", "give an address of this machine"
+        ) from error
+    listener = socket.socket(family, kind)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise EdgestillError(
+            f"cannot listen on {settings.host}:{settings.port}: {error.strerror}",
+            "stop what listens there, or give another --port (0: any free one)",
+        ) from error
+    return listener
+
+
+def url_of(settings: Settings, port: int) -> str:
+    """The address for devices and browsers."""
+    if settings.public_url:
+        return settings.public_url.rstrip("/")
+    host = settings.host
+    if host in ("0.0.0.0", "::", ""):
+        host = socket.gethostname()
+    host = f"[{host}]" if ":" in host else host
+    return f"{'https' if settings.tls_cert else 'http'}://{host}:{port}"
+
+
+def _say(url: str, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"url": url}), flush=True)
+    print(
+        f"edgestill: coordinator on {url} (dashboard there, API at {url}/docs)", file=sys.stderr, flush=True
+    )

@@ -1,0 +1,221 @@
+"""`edgestill task create`, `list` and `show`: works on the store, whether or not a coordinator runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from coordinator.creation import SOURCES, make_task
+from coordinator.opening import check_shared, open_service
+from coordinator.settings import STORE_SETTINGS, add_flags, settings_from
+from coordinator.task import EXCHANGES, MODES, PRECISIONS, RULES, TASK_NAME, Task
+from edge_runtime.errors import UsageError
+
+
+class _Option(NamedTuple):
+    """A flag of `task create`: where its value stands in the description, its type or choices, its help."""
+
+    field: str
+    kind: Callable[[str], Any] | tuple[str, ...]
+    help: str
+
+
+OPTIONS: dict[str, _Option] = {
+    "name": _Option("name", str, "1-40 of a-z, 0-9 and -, beginning with a letter"),
+    "global-bundle": _Option("global_bundle", str, "bundle of the global student; without: mode consensus"),
+    "transfer": _Option("transfer", str, "transfer set: as --data of `edgestill train`, or a .safetensors file"),
+    "transfer-count": _Option("transfer_count", int, "take this many of its samples, drawn by --seed"),
+    "test": _Option("test", str, "labelled data that the global student is evaluated on"),
+    "test-count": _Option("test_count", int, "take this many of its samples, drawn by --seed"),
+    "seed": _Option("seed", int, "of the draw of samples (0)"),
+    "exchange": _Option("exchange", EXCHANGES, "what devices upload (latents)"),
+    "mode": _Option("mode", MODES, "default: global with --global-bundle, else consensus"),
+    "precision": _Option("precision", PRECISIONS, "of what is exchanged (fp16; parameters: fp32)"),
+    "rounds": _Option("rounds", int, "how many rounds (10)"),
+    "goal": _Option("goal", int, "accepted uploads that end a round's collection (2)"),
+    "over-selection": _Option("over_selection", float, "devices selected for each that is needed (1.3)"),
+    "minimum": _Option("minimum", int, "accepted uploads that are enough at the deadline (half of the goal)"),
+    "deadline": _Option("deadline_s", float, "seconds for a round's collection (3600)"),
+    "aggregation": _Option("aggregation.rule", RULES, "how uploads become one (mean)"),
+    "clip": _Option("aggregation.clip", float, "largest norm of an upload's rows; longer ones are scaled"),
+    "trim": _Option("aggregation.trim", float, "trimmed_mean: share cut at either end (0.2)"),
+    "byzantine": _Option("aggregation.byzantine", float, "krum: share of hostile devices to stand (0.2)"),
+    "local-epochs": _Option("local.epochs", int, "epochs of a device's training a round (1)"),
+    "learning-rate": _Option("local.learning_rate", float, "of devices (0.01)"),
+    "momentum": _Option("local.momentum", float, "of devices (0.9)"),
+    "weight-decay": _Option("local.weight_decay", float, "of devices (0)"),
+    "alpha": _Option("local.alpha", float, "share of distillation in the devices' loss (0.5)"),
+    "temperature": _Option("local.temperature", float, "of the distillation of logits (4)"),
+    "transfer-fraction": _Option("local.transfer_fraction", float, "share of transfer samples in a batch (0.5)"),
+    "augment": _Option("local.augment", str, "augmentations of private samples, separated by commas"),
+    "distil-epochs": _Option("distil.epochs", int, "epochs of step 5 (1)"),
+    "distil-learning-rate": _Option("distil.learning_rate", float, "of step 5 (0.01)"),
+    "distil-alpha": _Option("distil.alpha", float, "share of distillation in step 5's loss (1)"),
+    "distil-deadline": _Option("distil.deadline_s", float, "seconds for step 5 (600)"),
+}  # fmt: skip
+_SWITCHES = {
+    "transfer-labels": _Option("transfer_labels", bool, "publish the transfer set's labels, too"),
+    "align": _Option("aggregation.align", bool, "rotate each device's latents to the global ones first"),
+}
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser("task", help="create, list and show tasks", description=__doc__)
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    create = actions.add_parser("create", help="make a task from bundles and data", allow_abbrev=False)
+    create.add_argument("--file", type=Path, metavar="TASK.toml", help="the task as TOML; flags win over it")
+    create.add_argument(
+        "--bundle", action="append", metavar="DIR_OR_ZIP", help="a student's bundle; repeat it"
+    )
+    for name, option in OPTIONS.items():
+        choices = option.kind if isinstance(option.kind, tuple) else None
+        create.add_argument(
+            f"--{name}", dest=option.field, help=option.help, choices=choices,
+            type=str if isinstance(option.kind, tuple) else option.kind,
+            metavar=None if choices else {int: "N", float: "X"}.get(option.kind, "TEXT"),
+        )  # fmt: skip
+    for name, option in _SWITCHES.items():
+        create.add_argument(
+            f"--{name}", dest=option.field, action=argparse.BooleanOptionalAction, help=option.help
+        )
+    show = actions.add_parser("show", help="a task with its rounds and devices", allow_abbrev=False)
+    show.add_argument("name", metavar="TASK")
+    listing = actions.add_parser("list", help="all tasks", allow_abbrev=False)
+    for action, run in ((create, run_create), (listing, run_list), (show, run_show)):
+        action.add_argument("--json", action="store_true", help="one JSON object")
+        add_flags(action, STORE_SETTINGS)
+        action.set_defaults(run=run)
+
+
+def run_create(arguments: argparse.Namespace) -> int:
+    """Stores the bundles and the data, then the task."""
+    description = describe(arguments)
+    settings = settings_from(arguments)
+    check_shared(settings)
+    name = description.get("name")
+    if not isinstance(name, str) or not TASK_NAME.fullmatch(name):
+        raise UsageError(
+            "the task needs a name", "--name with 1-40 of a-z, 0-9 and -, beginning with a letter"
+        )
+    service = open_service(settings)
+    if any(record.name == name for record in service.tasks()):
+        raise UsageError(f"there is a task {name} already", "choose another --name; a task never changes")
+    task = service.create_task(make_task(description, service.add_blob))
+    if arguments.json:
+        print(json.dumps(task.as_json()))
+    else:
+        print(f"{task.name}: {_in_words(task)}")
+        print(f"edgestill: next: edgestill enrol --task {task.name}", file=sys.stderr)
+    return 0
+
+
+def run_list(arguments: argparse.Namespace) -> int:
+    """A line a task."""
+    service = open_service(settings_from(arguments))
+    rows = []
+    for record in service.tasks():
+        rounds, devices = service.rounds(record.name), service.devices(record.name)
+        completed = sum(one.phase == "completed" for one in rounds)
+        rows.append(
+            {"name": record.name, "exchange": record.task.exchange, "mode": record.task.mode,
+             "rounds": record.task.rounds, "completed": completed, "devices": len(devices),
+             "finished": record.finished}
+        )  # fmt: skip
+    if arguments.json:
+        print(json.dumps({"tasks": rows}))
+    elif rows:
+        for row in rows:
+            print(
+                f"{row['name']:<20}  {row['exchange']:<10}  {row['completed']}/{row['rounds']} rounds  "
+                f"{row['devices']} devices{'  finished' if row['finished'] else ''}"
+            )
+    else:
+        print("edgestill: no task yet; make one with `edgestill task create`", file=sys.stderr)
+    return 0
+
+
+def run_show(arguments: argparse.Namespace) -> int:
+    """The task, its rounds, its devices and what was refused."""
+    service = open_service(settings_from(arguments))
+    name = arguments.name
+    records = {record.name: record for record in service.tasks()}
+    if name not in records:
+        raise UsageError(
+            f"no task {name!r}", f"there are: {', '.join(records) or 'none'}; edgestill task list"
+        )
+    task, rounds, devices = records[name].task, service.rounds(name), service.devices(name)
+    if arguments.json:
+        shown = {
+            "task": task.as_json(),
+            "finished": records[name].finished,
+            "rounds": [one.as_json() for one in rounds],
+            "devices": [one.as_json() for one in devices],
+            "refusals": [one.as_json() for one in service.refusals(name)],
+        }
+        print(json.dumps(shown))
+        return 0
+    print(f"{name}: {_in_words(task)}")
+    for one in rounds:
+        reason = f"  {one.reason}" if one.reason else ""
+        print(
+            f"round {one.number:<4} {one.phase:<12} {len(one.accepted)} of {len(one.selected)} uploads{reason}"
+        )
+    for device in devices:
+        print(f"{device.name}  {device.student or 'no student yet'}  {device.info.get('name', '')}")
+    return 0
+
+
+def describe(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The task's description from `--file` and flags. Errors: UsageError."""
+    description = {} if arguments.file is None else read_file(arguments.file)
+    if arguments.bundle:
+        description["bundles"] = arguments.bundle
+    for option in (*OPTIONS.values(), *_SWITCHES.values()):
+        value = getattr(arguments, option.field)
+        if value is None:
+            continue
+        *parents, last = option.field.split(".")
+        place = description
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise UsageError(f"{arguments.file}: {parent} is not a table", f"write [{parent}]")
+        place[last] = value
+    return description
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """A description in TOML; paths in it are relative to the file. Errors: UsageError."""
+    try:
+        with path.open("rb") as file:
+            description = tomllib.load(file)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}", "give a TOML file that can be read") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not TOML: {error}", "see docs/coordinator.md for an example") from error
+
+    def located(value: Any) -> Any:
+        return (
+            str(path.parent / value) if isinstance(value, str) and (path.parent / value).exists() else value
+        )
+
+    for name in SOURCES:
+        if isinstance(description.get(name), list):
+            description[name] = [located(value) for value in description[name]]
+        elif name in description:
+            description[name] = located(description[name])
+    return description
+
+
+def _in_words(task: Task) -> str:
+    students = ", ".join(entry.student for entry in task.students)
+    whole = f", global student {task.global_student.student}" if task.global_student else ""
+    return (
+        f"{task.rounds} rounds of {task.goal} uploads, exchanging {task.exchange} on {task.transfer.samples} samples "
+        f"in {task.precision}; students {students}{whole}; {task.aggregation.rule}"
+    )

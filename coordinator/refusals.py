@@ -1,0 +1,47 @@
+"""Counts of what was refused, gathered in memory and written now and then."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+
+from coordinator.admission import parse_round_name
+from coordinator.problems import Problem
+from coordinator.store import Store
+from edge_runtime.errors import EdgestillError
+
+
+class RefusalCounts:
+    """Refusing must cost less than being refused: no disk flush each. A crash may lose the last second's counts."""
+
+    def __init__(self, store: Store, clock: Callable[[], float]) -> None:
+        self._store, self._clock = store, clock
+        self._counts: Counter[tuple[str, int, str]] = Counter()
+        self._lock = threading.Lock()
+
+    def add(self, task: str, round_name: str, kind: str) -> None:
+        """Counts one; under round 0 when the task has no round of the name."""
+        try:
+            number = parse_round_name(round_name, task)
+        except Problem:
+            number = 0
+        with self._lock:
+            self._counts[task, number, kind] += 1
+
+    def write(self) -> None:
+        """Adds what was counted to the store. Errors: StoreError; the counts are kept for the next time then."""
+        with self._lock:
+            counts, self._counts = self._counts, Counter()
+        if not counts:
+            return
+        try:
+            with self._store.write() as transaction:
+                for (task, number, kind), count in sorted(counts.items()):
+                    transaction.count_refusals(task, number, kind, count)
+                for task in sorted({task for task, _, _ in counts}):
+                    transaction.note(task, "refusal", self._clock())
+        except EdgestillError:
+            with self._lock:
+                self._counts.update(counts)
+            raise

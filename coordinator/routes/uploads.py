@@ -1,0 +1,62 @@
+"""Uploads of outputs: refused on their head wherever possible, then read with a bound and checked."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Header, Request, Response
+
+from coordinator.answers import problems
+from coordinator.auth import device_of
+from coordinator.context import Context, context_of
+from coordinator.problems import Problem
+from coordinator.routes.bodies import content_length, read_bounded, sha256_of_content_digest
+
+router = APIRouter(prefix="/v1", tags=["devices"])
+
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "description": "a safetensors file, as sent in the Content-Encoding",
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+
+
+@router.put(
+    "/rounds/{round}/devices/{device}/outputs", status_code=201, openapi_extra=_BODY,
+    responses={
+        200: {"description": "the same outputs were there already"},
+        201: {"description": "the outputs are on disk and count"},
+        **problems(
+            "malformed", "digest_mismatch", "unauthorised", "foreign_device", "no_such_round", "not_selected",
+            "other_digest", "late", "length_required", "too_large", "encoding", "wrong_outputs", "quota",
+            "unavailable",
+        ),
+    },
+)  # fmt: skip
+async def upload(
+    request: Request,
+    context: Annotated[Context, Depends(context_of)],
+    caller: Annotated[Any, Depends(device_of)],
+    round: str,
+    device: str,
+    content_digest: Annotated[str | None, Header(description="`sha-256=:BASE64:` (RFC 9530)")] = None,
+    content_encoding: Annotated[str, Header(description="`zstd` or `identity`")] = "identity",
+) -> Response:
+    """Takes a device's outputs of a round; sending the same again is harmless."""
+    service, settings = context.service, context.settings
+    length = content_length(request)
+    digest = None if content_digest is None else sha256_of_content_digest(content_digest)
+    encoding = content_encoding.strip().lower() or "identity"
+    await context.call(service.check_upload, caller, round, device, length, digest, encoding)
+    if length is None or digest is None:  # the service has refused both; this is for its reader's peace
+        raise Problem("length_required" if length is None else "malformed")
+    context.upload_memory.take(length)
+    try:
+        body = await read_bounded(request, length, settings.upload_timeout_s)
+        result = await context.call(service.submit, caller, round, device, bytes(body), digest, encoding)
+    finally:
+        context.upload_memory.give_back(length)
+    context.metrics.uploads.labels(result).inc()
+    return Response(status_code=201 if result == "created" else 200)

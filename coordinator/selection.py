@@ -1,0 +1,83 @@
+"""Which device trains what, and when: its student, whether it may be selected, its work, its status."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from coordinator import credentials
+from coordinator.problems import Problem
+from coordinator.progress import collects, may_open
+from coordinator.records import DeviceRecord, RoundRecord
+from coordinator.rounds import Ask, step
+from coordinator.task import StudentEntry, Task
+from coordinator.transaction import Transaction
+
+_HEARD_S = 15.0
+"""How old the store's `seen_s` of a device may get: writing down every poll would cost a disk flush each."""
+_STATUS_S = 1.0
+
+
+class Hearing:
+    """What was last heard of each device, so that only news is written."""
+
+    def __init__(self) -> None:
+        self._heard: dict[str, tuple[float, dict[str, Any]]] = {}
+
+    def is_news(self, device: DeviceRecord, status: Mapping[str, Any], now_s: float) -> bool:
+        """Whether the status is worth writing down."""
+        heard_s, known = self._heard.get(device.name, (device.seen_s, dict(device.status)))
+        return now_s - heard_s >= (_HEARD_S if known == dict(status) else _STATUS_S)
+
+    def hear(
+        self, transaction: Transaction, device: DeviceRecord, status: Mapping[str, Any], now_s: float
+    ) -> None:
+        """Writes down that the device was heard of."""
+        transaction.set_device(device.name, status=dict(status), seen_s=now_s)
+        transaction.note(device.task, "device", now_s, device=device.name)
+        self._heard[device.name] = (now_s, dict(status))
+
+
+def student_of(task: Task, device: DeviceRecord) -> StudentEntry:
+    """The student that the device has, or the largest that fits it. Errors: Problem `no_fitting_student`."""
+    for entry in task.students:
+        if entry.bundle == device.bundle:
+            return entry
+    engines, memory_bytes = device.info.get("engines", ()), device.info.get("memory_bytes")
+    student = task.fitting_student(engines, memory_bytes)
+    if student is None:
+        raise Problem(
+            "no_fitting_student",
+            f"device {device.name} has engines {', '.join(engines) or 'none'} and "
+            f"{'unknown' if memory_bytes is None else memory_bytes} bytes of memory",
+        )
+    return student
+
+
+def may_select(task: Task, record: RoundRecord | None, device: DeviceRecord, now_s: float) -> bool:
+    """Whether asking could select the device, perhaps for a round still to be opened."""
+    if may_open(None if record is None else record.round, task):
+        return True
+    if record is None:
+        return False
+    _, effects = step(record.round, Ask(device.name), now_s, task.rules())
+    return bool(effects)
+
+
+def work_for(
+    transaction: Transaction, device: DeviceRecord, record: RoundRecord | None, now_s: float
+) -> dict[str, Any] | None:
+    """WORK for a device that is selected and has not uploaded."""
+    if record is None or not collects(record.round, now_s) or device.name in record.round.accepted:
+        return None
+    if device.name not in record.round.selected:
+        return None
+    digest, size_bytes = transaction.last_published(record.task, before=record.number) or (None, 0)
+    return {
+        "round": record.name,
+        "number": record.number,
+        "deadline_s": record.round.deadline_s - now_s,
+        "global_outputs": digest,
+        "size_bytes": size_bytes,
+        "seed": credentials.derive_seed(record.name, device.name),
+    }

@@ -1,0 +1,412 @@
+"""Everything that devices, the operator and the clock do to the federation, whoever calls: HTTP or a simulation.
+
+Order of durability: the blob, then the database's commit, then the answer. Recovery after a crash is no code of its
+own: `tick` finds in the store what is due, whether this process or a dead one left it there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from coordinator import credentials, step5
+from coordinator.admission import UploadTicket, check_digest, check_head, parse_round_name, read_upload
+from coordinator.blobs import Blobs
+from coordinator.overview import overview_of_rounds
+from coordinator.problems import Problem
+from coordinator.progress import Progress, may_open
+from coordinator.records import (
+    Change,
+    DeviceRecord,
+    RefusalCount,
+    ReportRecord,
+    RoundOverview,
+    TaskRecord,
+    UploadRecord,
+)
+from coordinator.refusals import RefusalCounts
+from coordinator.rounds import Ask, Failed, Offer, Published, Refusal, step
+from coordinator.schedule import Schedule
+from coordinator.selection import Hearing, may_select, student_of, work_for
+from coordinator.step5 import Step5
+from coordinator.store import Store
+from coordinator.task import Task
+from coordinator.transaction import Transaction
+from edge_runtime import wire
+from edge_runtime.errors import EdgestillError, UsageError
+from edge_runtime.outputs import largest_body
+
+__all__ = ["DeviceRecord", "Service", "Step5", "UploadTicket"]
+
+_LOG = logging.getLogger("coordinator")
+_LONGEST_REASON = 500
+
+
+class Service:
+    """The federation over a store and blobs; every method may be called from any thread, and on every replica.
+
+    `clock` gives seconds since the epoch, `entropy` random bytes; a simulation gives its own. The right to run a step
+    5 is held for `lease_s` and renewed by `tick`: if this replica dies, another takes over after that time.
+    `quota_bytes` is what one device may store in a task; `engine_threads` 0 leaves the number to the engine.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        blobs: Blobs,
+        clock: Callable[[], float] = time.time,
+        entropy: Callable[[int], bytes] = os.urandom,
+        *,
+        quota_bytes: int = 1 << 30,
+        max_body_bytes: int = 256 << 20,
+        lease_s: float = 15.0,
+        engine_threads: int = 0,
+    ) -> None:
+        self.store, self.blobs, self.clock = store, blobs, clock
+        self._entropy = entropy
+        self._quota_bytes, self._max_body_bytes = quota_bytes, max_body_bytes
+        self._engine_threads = engine_threads
+        self._progress = Progress()
+        self._schedule = Schedule(store, self._progress, clock, entropy(16).hex(), lease_s)
+        self._hearing = Hearing()
+        self._refused = RefusalCounts(store, clock)
+
+    # operator
+
+    def create_task(self, task: Task) -> Task:
+        """Adds a task whose blobs are stored already. Errors: Problem `task_exists`; UsageError for a missing blob."""
+        entries = [*task.students, *([task.global_student] if task.global_student else [])]
+        blobs = [(entry.student, entry.bundle, entry.size_bytes) for entry in entries]
+        blobs += [
+            (name, samples.blob, samples.size_bytes)
+            for name, samples in (("transfer", task.transfer), ("test", task.test))
+            if samples is not None
+        ]
+        for what, digest, size_bytes in blobs:
+            if self.blobs.size(digest) != size_bytes:
+                raise UsageError(
+                    f"task {task.name}: {what}: no blob {digest} of {size_bytes} bytes",
+                    "store its blobs first",
+                )
+        now_s = self.clock()
+        with self.store.write() as transaction:
+            if transaction.lock_task(task.name):
+                raise Problem("task_exists", f"there is a task {task.name} already")
+            transaction.add_task(task, now_s)
+            transaction.note(task.name, "task", now_s)
+        return task
+
+    def add_blob(self, path: str | Path) -> str:
+        """Stores a file and returns its digest. Errors: BlobError."""
+        return self.blobs.put_file(Path(path))
+
+    def issue_code(self, task_name: str, lifetime_s: float = 86_400.0) -> str:
+        """A code with which one device can enrol once. Errors: Problem `no_such_task`."""
+        code = credentials.enrolment_code(self._entropy(credentials.CODE_BYTES))
+        with self.store.write() as transaction:
+            self._lock(transaction, task_name)
+            transaction.add_code(credentials.hash_code(code), task_name, self.clock() + lifetime_s)
+        return code
+
+    # device
+
+    def enrol(self, code: str, info: Mapping[str, Any]) -> dict[str, str]:
+        """Uses a code up; `{"device", "token", "task"}`, the token said this once. Errors: Problem `code_refused`."""
+        name = credentials.device_name(self._entropy(credentials.DEVICE_BYTES))
+        token = credentials.access_token(self._entropy(credentials.TOKEN_BYTES))
+        now_s = self.clock()
+        with self.store.write() as transaction:
+            task = transaction.use_code(credentials.hash_code(code), name, now_s)
+            if task is None:
+                raise Problem("code_refused")
+            transaction.add_device(name, task, credentials.hash_token(token), info, now_s)
+            transaction.note(task, "device", now_s, device=name)
+        return {"device": name, "token": token, "task": task}
+
+    def authenticate(self, token: str) -> DeviceRecord:
+        """The device of a token. Errors: Problem `unauthorised`."""
+        with self.store.read() as transaction:
+            device = transaction.device_with_token(credentials.hash_token(token))
+        if device is None:
+            raise Problem("unauthorised", "the token is not known here")
+        return device
+
+    def assignment(self, device: DeviceRecord) -> dict[str, Any]:
+        """The device's task and student, which stays the same. Errors: Problem `no_fitting_student`."""
+        with self.store.read() as transaction:
+            task = self._progress.task(transaction, device.task)
+        student = student_of(task, device)
+        if device.bundle != student.bundle:
+            with self.store.write() as transaction:
+                transaction.set_device(device.name, student=student.student, bundle=student.bundle)
+                transaction.note(task.name, "device", self.clock(), device=device.name)
+        described = task.as_json()
+        chosen = described["students"][task.students.index(student)]
+        return {"task": {k: v for k, v in described.items() if k != "students"}, "student": chosen}
+
+    def ask(self, device: DeviceRecord, status: Mapping[str, Any]) -> dict[str, Any] | None:
+        """WORK if the device is selected for the present round, which this may open, else None.
+
+        Who asks first is selected. Errors: Problem `task_finished`, `no_fitting_student`.
+        """
+        now_s = self.clock()
+        with self.store.read() as transaction:
+            task = self._progress.task(transaction, device.task)
+            finished = transaction.is_finished(task.name)
+            record = self._progress.load(transaction, task.name)
+            work = work_for(transaction, device, record, now_s)
+        if finished:
+            raise Problem("task_finished", f"task {task.name} has no rounds left")
+        student_of(task, device)
+        if work is None and may_select(task, record, device, now_s):
+            with self.store.write() as transaction:
+                self._lock(transaction, task.name)
+                self._hearing.hear(transaction, device, status, now_s)
+                record = self._progress.load(transaction, task.name)
+                if may_open(None if record is None else record.round, task):
+                    record = self._progress.open_next(transaction, task, record, now_s)
+                assert record is not None
+                record, _ = self._progress.apply(transaction, task, record, Ask(device.name), now_s)
+                work = work_for(transaction, device, record, now_s)
+            self._progress.remember(record)
+        elif self._hearing.is_news(device, status, now_s):
+            with self.store.write() as transaction:
+                self._hearing.hear(transaction, device, status, now_s)
+        return work
+
+    def check_upload(
+        self,
+        device: DeviceRecord,
+        round_name: str,
+        device_name: str,
+        content_length: int | None,
+        content_digest: str | None,
+        content_encoding: str = "identity",
+    ) -> UploadTicket:
+        """Everything that can be refused before a body is read; `content_digest` in hexadecimal. Errors: Problem."""
+        with self._counting(device.task, round_name), self.store.read() as transaction:
+            return self._check_upload(
+                transaction, device, round_name, device_name, content_length, content_digest, content_encoding
+            )
+
+    def submit(
+        self,
+        device: DeviceRecord,
+        round_name: str,
+        device_name: str,
+        body: bytes,
+        content_digest: str,
+        content_encoding: str = "identity",
+    ) -> str:
+        """Accepts an upload: `created`, or `same` when it was accepted before; durable when this returns.
+
+        Errors: Problem; BlobError and StoreError when it could not be kept, so that the device tries again.
+        """
+        ticket = self.check_upload(
+            device, round_name, device_name, len(body), content_digest, content_encoding
+        )
+        with self._counting(device.task, round_name):
+            if ticket.already_there:
+                check_digest(body, content_digest)
+                return "same"
+            with self.store.read() as transaction:
+                task = self._progress.task(transaction, device.task)
+            upload = read_upload(ticket, task, body, content_digest, content_encoding, self.clock())
+            self.blobs.put(body)
+            return self._accept(task, ticket, upload)
+
+    def report(
+        self, device: DeviceRecord, round_name: str, device_name: str, report: Mapping[str, Any]
+    ) -> None:
+        """Keeps what a device says about a round; the last report wins. Errors: Problem."""
+        with self._counting(device.task, round_name):
+            _check_own(device, device_name)
+            number, now_s = parse_round_name(round_name, device.task), self.clock()
+            with self.store.write() as transaction:
+                if transaction.round_head(device.task, number) is None:
+                    raise Problem("no_such_round", f"round {round_name} has not been opened")
+                transaction.put_report(device.task, number, device.name, report, now_s)
+                transaction.note(device.task, "report", now_s, number, device.name)
+
+    def readable_blob(self, device: DeviceRecord, digest: str) -> int:
+        """Size of a blob that the device may read: its bundle, its task's transfer set and global outputs.
+
+        Errors: Problem `not_found`, whether there is no such blob or it is not for this device.
+        """
+        with self.store.read() as transaction:
+            task = self._progress.task(transaction, device.task)
+            allowed = digest == task.transfer.blob or transaction.was_published(task.name, digest)
+        if not allowed:
+            student = task.fitting_student(device.info.get("engines", ()), device.info.get("memory_bytes"))
+            allowed = digest == device.bundle or (student is not None and digest == student.bundle)
+        size_bytes = self.blobs.size(digest) if allowed else None
+        if size_bytes is None:
+            raise Problem("not_found", "there is no such blob for this device")
+        return size_bytes
+
+    # clockwork
+
+    def tick(self) -> list[Step5]:
+        """Applies deadlines, opens rounds, and gives the aggregations to run here: see `Schedule.tick`."""
+        self._refused.write()
+        return self._schedule.tick()
+
+    def run_step5(self, job: Step5, work_folder: str | Path) -> None:
+        """Runs an aggregation to its end: published, or abandoned with the reason when anything in it fails.
+
+        `work_folder` is for temporary files. Errors: StoreError when not even the failure can be written down.
+        """
+        try:
+            inputs = self._inputs(job)
+            result = step5.compute(
+                job, inputs, self.blobs, lambda: self.clock() >= job.deadline_s, self._engine_threads
+            )
+            self.finish_step5(job, result, Path(work_folder))
+        except Exception as error:
+            # whatever it is, one round's failure must not become every later round's
+            _LOG.exception("step 5 of %s failed", job.round_name)
+            message = (
+                error.message if isinstance(error, EdgestillError) else f"{type(error).__name__}: {error}"
+            )
+            self.fail_step5(job, message)
+
+    def finish_step5(self, job: Step5, result: step5.Result, work_folder: Path) -> bool:
+        """Stores and publishes a result; False when the job has lost its right or the round has ended meanwhile."""
+        published = self.blobs.put(result.body)
+        state = None
+        if result.state is not None:
+            path = work_folder / "student.safetensors"
+            wire.save(path, result.state)
+            state = self.blobs.put_file(path)
+        return self._schedule.end(job, Published(published), state, len(result.body), result.metrics)
+
+    def fail_step5(self, job: Step5, reason: str) -> bool:
+        """Abandons the round of a job that cannot be done; False when that no longer matters."""
+        return self._schedule.end(job, Failed(reason[:_LONGEST_REASON]))
+
+    # reading
+
+    def tasks(self) -> list[TaskRecord]:
+        """All tasks, oldest first."""
+        with self.store.read() as transaction:
+            return transaction.tasks()
+
+    def rounds(self, task: str) -> list[RoundOverview]:
+        """All rounds of a task, by number; none for an unknown task."""
+        with self.store.read() as transaction:
+            return overview_of_rounds(transaction, task)
+
+    def devices(self, task: str) -> list[DeviceRecord]:
+        """All devices of a task, in order of enrolment."""
+        with self.store.read() as transaction:
+            return transaction.devices(task)
+
+    def reports(self, task: str) -> list[ReportRecord]:
+        """All reports of a task, by round and device."""
+        with self.store.read() as transaction:
+            return transaction.reports(task)
+
+    def refusals(self, task: str) -> list[RefusalCount]:
+        """How often what was refused, by round (0: none in particular) and kind."""
+        self._refused.write()
+        with self.store.read() as transaction:
+            return transaction.refusals(task)
+
+    def changes(self, since: int, at_most: int = 1000) -> list[Change]:
+        """What changed after the sequence `since`, in order; only the newest thousands are kept."""
+        with self.store.read() as transaction:
+            return transaction.changes(since, at_most)
+
+    def last_change(self) -> int:
+        """The sequence of the newest change."""
+        with self.store.read() as transaction:
+            return transaction.last_change()
+
+    def count_refusal(self, task: str, round_name: str, kind: str) -> None:
+        """Counts a refusal; written down by the next tick, for refusing must cost less than being refused."""
+        self._refused.add(task, round_name, kind)
+
+    # inside
+
+    def _check_upload(
+        self,
+        transaction: Transaction,
+        device: DeviceRecord,
+        round_name: str,
+        device_name: str,
+        content_length: int | None,
+        content_digest: str | None,
+        content_encoding: str,
+    ) -> UploadTicket:
+        _check_own(device, device_name)
+        number = parse_round_name(round_name, device.task)
+        task = self._progress.task(transaction, device.task)
+        expected = task.expected_upload()
+        max_bytes = min(largest_body(expected), self._max_body_bytes)
+        check_head(content_length, content_digest, content_encoding, max_bytes)
+        assert content_length is not None and content_digest is not None
+        record = self._progress.load(transaction, task.name, number)
+        if record is None:
+            raise Problem("no_such_round", f"round {round_name} has not been opened")
+        # a rehearsal: the real step is taken under the lock, once the body is known to be good
+        _, effects = step(record.round, Offer(device.name, content_digest, 1), self.clock(), task.rules())
+        for effect in effects:
+            if isinstance(effect, Refusal):
+                raise Problem(effect.kind, f"round {round_name}, device {device.name}")
+        already_there = device.name in record.round.accepted
+        stored = transaction.device(device.name)
+        if not already_there and stored and stored.stored_bytes + content_length > self._quota_bytes:
+            raise Problem("quota", f"device {device.name} has stored {stored.stored_bytes} bytes", 3600.0)
+        return UploadTicket(task.name, number, device.name, max_bytes, expected, already_there)
+
+    def _accept(self, task: Task, ticket: UploadTicket, upload: UploadRecord) -> str:
+        now_s = self.clock()
+        with self.store.write() as transaction:
+            self._lock(transaction, task.name)
+            record = self._progress.load(transaction, task.name, ticket.number)
+            assert record is not None
+            known = upload.device in record.round.accepted
+            event = Offer(upload.device, upload.digest, upload.samples)
+            record, effects = self._progress.apply(transaction, task, record, event, now_s)
+            for effect in effects:
+                if isinstance(effect, Refusal):
+                    raise Problem(effect.kind, f"round {record.name}, device {upload.device}")
+            if not known:
+                transaction.add_upload(task.name, ticket.number, upload)
+                transaction.note(task.name, "upload", now_s, ticket.number, upload.device)
+        self._progress.remember(record)
+        return "same" if known else "created"
+
+    def _inputs(self, job: Step5) -> step5.Inputs:
+        with self.store.read() as transaction:
+            record = transaction.task(job.task)
+            if record is None:
+                raise UsageError(
+                    f"there is no task {job.task}", "check that job and database belong together"
+                )
+            previous = transaction.last_published(job.task, before=job.number)
+            uploads = transaction.uploads(job.task, job.number)
+        return step5.Inputs(record.task, uploads, previous and previous[0], record.student_state)
+
+    def _lock(self, transaction: Transaction, task: str) -> None:
+        if not transaction.lock_task(task):
+            raise Problem("no_such_task", f"there is no task {task}")
+
+    @contextmanager
+    def _counting(self, task: str, round_name: str) -> Iterator[None]:
+        """Counts the problem that the block raises."""
+        try:
+            yield
+        except Problem as problem:
+            self.count_refusal(task, round_name, problem.kind)
+            raise
+
+
+def _check_own(device: DeviceRecord, device_name: str) -> None:
+    if device_name != device.name:
+        raise Problem("foreign_device", f"the token belongs to {device.name}")

@@ -1,0 +1,317 @@
+"""What an operator asks for, as frozen dataclasses; JSON both ways. Form: docs/federation.md."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from coordinator.fields import Node, field_error
+from coordinator.rounds import Rules
+from edge_runtime.augmentation import AUGMENTATIONS
+from edge_runtime.outputs import PRECISIONS
+
+EXCHANGES = ("latents", "logits", "both", "parameters")
+MODES = ("global", "consensus")
+RULES = ("mean", "class_mean", "median", "trimmed_mean", "krum")
+TASK_NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
+_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_DAY_S = 86_400.0
+_MAX_BYTES = 4 * 2**30
+_MAX_GOAL = 100_000
+
+
+@dataclass(frozen=True)
+class StudentEntry:
+    """A student that devices may train, as a bundle in the blobs."""
+
+    student: str
+    bundle: str
+    size_bytes: int
+    engines: tuple[str, ...]
+    memory_bytes: int
+    """What training it needs at most."""
+    model_digest: str
+    parameters: int = 0
+    """How many it has; a device gets the largest that fits."""
+
+    def fits(self, engines: Collection[str], memory_bytes: int | None) -> bool:
+        """Whether a device with these engines and this much memory (None: unknown) can train it."""
+        return bool(set(self.engines) & set(engines)) and (
+            memory_bytes is None or self.memory_bytes <= memory_bytes
+        )
+
+
+@dataclass(frozen=True)
+class TransferEntry:
+    """Samples in the blobs: the transfer set, or what the global student is evaluated on."""
+
+    blob: str
+    samples: int
+    size_bytes: int
+    labelled: bool
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """How uploads become one: see `coordinator/aggregate.py`."""
+
+    rule: str = "mean"
+    clip: float | None = None
+    trim: float = 0.2
+    byzantine: float = 0.2
+    align: bool = False
+
+
+@dataclass(frozen=True)
+class Local:
+    """What devices train with."""
+
+    epochs: int = 1
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    alpha: float = 0.5
+    temperature: float = 4.0
+    logit_share: float = 0.5
+    transfer_fraction: float = 0.5
+    augment: str = ""
+    """Names of augmentations, separated by commas."""
+
+
+@dataclass(frozen=True)
+class Distil:
+    """What step 5 trains the global student with, and how long it may take."""
+
+    epochs: int = 1
+    learning_rate: float = 0.01
+    alpha: float = 1.0
+    deadline_s: float = 600.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """One federation: its students, its data, and the rules of its rounds."""
+
+    name: str
+    students: tuple[StudentEntry, ...]
+    transfer: TransferEntry
+    exchange: str = "latents"
+    mode: str = "consensus"
+    global_student: StudentEntry | None = None
+    test: TransferEntry | None = None
+    latent_size: int = 128
+    classes: int = 10
+    aggregation: Aggregation = Aggregation()
+    local: Local = Local()
+    distil: Distil = Distil()
+    precision: str = "fp16"
+    rounds: int = 10
+    goal: int = 2
+    over_selection: float = 1.3
+    minimum: int = 1
+    deadline_s: float = 3600.0
+    parameter_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Of every parameter and statistic, with the exchange `parameters`."""
+
+    def as_json(self) -> dict[str, Any]:
+        """What `parse_task` reads; lists for tuples, every field present."""
+        return _as_json(self)
+
+    def rules(self) -> Rules:
+        return Rules(self.goal, self.minimum, self.over_selection, self.deadline_s, self.distil.deadline_s)
+
+    def expected_upload(self, student: StudentEntry | None = None) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor of an upload, and of the published outputs, by name.
+
+        The same for every student: what is exchanged does not depend on the perception module.
+        """
+        if self.exchange == "parameters":
+            return dict(self.parameter_shapes)
+        widths = {"latents": self.latent_size, "logits": self.classes}
+        names = widths if self.exchange == "both" else (self.exchange,)
+        return {name: (self.transfer.samples, widths[name]) for name in names}
+
+    def fitting_student(self, engines: Collection[str], memory_bytes: int | None) -> StudentEntry | None:
+        """The largest student that a device can train, by parameters, then memory; None where none fits."""
+        fitting = [entry for entry in self.students if entry.fits(engines, memory_bytes)]
+        return max(fitting, key=lambda e: (e.parameters, e.memory_bytes, e.student, e.bundle), default=None)
+
+
+def parse_task(data: Any) -> Task:
+    """A task from JSON, with defaults for what is left out; an unknown field is an error, not a surprise.
+
+    `mode` is `global` where a global student is given, else `consensus`; `minimum` is half of `goal`;
+    `precision` is fp16 for outputs and fp32 for parameters; `distil.alpha` is 1 where the transfer set has no labels.
+    Errors: UsageError naming the field, its value, and what is allowed.
+    """
+    node = Node(data, "")
+    node.check_fields(Task)
+    exchange = node.get("exchange", "latents").one_of(EXCHANGES)
+    global_student = node.optional("global_student", _parse_student)
+    goal = node.get("goal", 2).integer(1, _MAX_GOAL)
+    transfer = _parse_transfer(node.get("transfer"))
+    task = Task(
+        name=node.get("name").matching(TASK_NAME, "1 to 40 of a-z, 0-9 and -, beginning with a letter"),
+        students=tuple(_parse_student(entry) for entry in node.get("students").items(1, 64)),
+        transfer=transfer,
+        exchange=exchange,
+        mode=node.get("mode", "consensus" if global_student is None else "global").one_of(MODES),
+        global_student=global_student,
+        test=node.optional("test", _parse_transfer),
+        latent_size=node.get("latent_size", 128).integer(1, 65_536),
+        classes=node.get("classes", 10).integer(2, 100_000),
+        aggregation=_parse_aggregation(node.get("aggregation", {})),
+        local=_parse_local(node.get("local", {})),
+        distil=_parse_distil(node.get("distil", {}), transfer.labelled),
+        precision=node.get("precision", "fp32" if exchange == "parameters" else "fp16").one_of(PRECISIONS),
+        rounds=node.get("rounds", 10).integer(1, 1_000_000),
+        goal=goal,
+        over_selection=node.get("over_selection", 1.3).number(1.0, 100.0),
+        minimum=node.get("minimum", math.ceil(goal / 2)).integer(1, _MAX_GOAL),
+        deadline_s=node.get("deadline_s", 3600.0).number(0.001, 30 * _DAY_S),
+        parameter_shapes=_parse_shapes(node.get("parameter_shapes", {})),
+    )
+    _check_consistency(task)
+    return task
+
+
+def _parse_student(node: Node) -> StudentEntry:
+    node.check_fields(StudentEntry)
+    engines = tuple(entry.matching(_WORD, "an engine's name") for entry in node.get("engines").items(1, 16))
+    if len(set(engines)) != len(engines):
+        raise node.get("engines").error("each engine once")
+    return StudentEntry(
+        student=node.get("student").matching(_WORD, "a student's name"),
+        bundle=node.get("bundle").digest(),
+        size_bytes=node.get("size_bytes").integer(1, _MAX_BYTES),
+        engines=engines,
+        memory_bytes=node.get("memory_bytes").integer(0, 2**50),
+        model_digest=node.get("model_digest").digest(),
+        parameters=node.get("parameters", 0).integer(0, 2**40),
+    )
+
+
+def _parse_transfer(node: Node) -> TransferEntry:
+    node.check_fields(TransferEntry)
+    return TransferEntry(
+        blob=node.get("blob").digest(),
+        samples=node.get("samples").integer(1, 10_000_000),
+        size_bytes=node.get("size_bytes").integer(1, _MAX_BYTES),
+        labelled=node.get("labelled").flag(),
+    )
+
+
+def _parse_aggregation(node: Node) -> Aggregation:
+    node.check_fields(Aggregation)
+    return Aggregation(
+        rule=node.get("rule", "mean").one_of(RULES),
+        clip=node.optional("clip", lambda clip: clip.number(1e-9, 1e30)),
+        trim=node.get("trim", 0.2).number(0.0, 0.5, below=True),
+        byzantine=node.get("byzantine", 0.2).number(0.0, 0.5, below=True),
+        align=node.get("align", False).flag(),
+    )
+
+
+def _parse_local(node: Node) -> Local:
+    node.check_fields(Local)
+    augment = node.get("augment", "").text()
+    if set(augment.split(",")) - {"", *AUGMENTATIONS}:
+        raise node.get("augment").error(f"some of {', '.join(AUGMENTATIONS)}, separated by commas")
+    return Local(
+        epochs=node.get("epochs", 1).integer(1, 10_000),
+        learning_rate=node.get("learning_rate", 0.01).number(0.0, 1e3),
+        momentum=node.get("momentum", 0.9).number(0.0, 1.0, below=True),
+        weight_decay=node.get("weight_decay", 0.0).number(0.0, 1e3),
+        alpha=node.get("alpha", 0.5).number(0.0, 1.0),
+        temperature=node.get("temperature", 4.0).number(1e-3, 1e3),
+        logit_share=node.get("logit_share", 0.5).number(0.0, 1.0),
+        transfer_fraction=node.get("transfer_fraction", 0.5).number(0.0, 1.0, below=True),
+        augment=augment,
+    )
+
+
+def _parse_distil(node: Node, labelled: bool) -> Distil:
+    node.check_fields(Distil)
+    return Distil(
+        epochs=node.get("epochs", 1).integer(1, 10_000),
+        learning_rate=node.get("learning_rate", 0.01).number(0.0, 1e3),
+        alpha=node.get("alpha", 0.5 if labelled else 1.0).number(0.0, 1.0),
+        deadline_s=node.get("deadline_s", 600.0).number(0.001, 30 * _DAY_S),
+    )
+
+
+def _parse_shapes(node: Node) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for name in node.mapping():
+        entry = node.get(name)
+        shapes[name] = tuple(size.integer(0, 2**31) for size in entry.items(0, 8))
+    return shapes
+
+
+def _check_consistency(task: Task) -> None:
+    """Errors: UsageError for fields that are right alone and wrong together."""
+    spec = task.aggregation
+    if task.minimum > task.goal:
+        raise field_error("minimum", task.minimum, f"at most goal, which is {task.goal}")
+    if math.ceil(round(task.goal * task.over_selection, 9)) > _MAX_GOAL:
+        raise field_error("over_selection", task.over_selection, f"at most {_MAX_GOAL} devices selected")
+    if len({entry.bundle for entry in task.students}) != len(task.students):
+        raise field_error("students", [entry.student for entry in task.students], "each bundle once")
+    if task.exchange == "parameters":
+        _check_parameters(task)
+    elif task.parameter_shapes:
+        raise field_error(
+            "parameter_shapes", sorted(task.parameter_shapes)[:3], "empty unless parameters are exchanged"
+        )
+    if task.mode == "global" and task.global_student is None:
+        raise field_error("global_student", None, "a student in mode global; or choose mode consensus")
+    if task.mode == "consensus" and task.global_student is not None:
+        raise field_error("global_student", task.global_student.student, "null in mode consensus")
+    if task.test is not None and not task.test.labelled:
+        raise field_error("test.labelled", False, "true: accuracy needs labels")
+    if spec.rule == "class_mean" and (task.exchange == "parameters" or not task.transfer.labelled):
+        raise field_error(
+            "aggregation.rule", spec.rule, "class_mean only for outputs on a labelled transfer set"
+        )
+    if spec.align and task.exchange not in ("latents", "both"):
+        raise field_error("aggregation.align", True, "true only where latents are exchanged")
+    if spec.rule == "krum":
+        for uploads in range(task.minimum, task.goal + 1):
+            hostile = share_of(uploads, spec.byzantine)
+            if uploads <= 2 * hostile + 2:
+                raise field_error(
+                    "aggregation.byzantine",
+                    spec.byzantine,
+                    f"such that Krum has more than 2 * {hostile} + 2 uploads wherever a round may end, "
+                    f"from minimum {task.minimum} to goal {task.goal}; with {uploads} it has not",
+                )
+
+
+def _check_parameters(task: Task) -> None:
+    if task.mode != "consensus":
+        raise field_error("mode", task.mode, "consensus with exchange parameters: nothing is distilled")
+    if len({entry.model_digest for entry in task.students}) != 1:
+        raise field_error(
+            "students", [e.student for e in task.students], "of one model_digest to exchange parameters"
+        )
+    if task.precision == "int8":
+        # every device starts from what is published: rounding would add up over the rounds
+        raise field_error("precision", task.precision, "fp32 or fp16 with exchange parameters")
+
+
+def share_of(uploads: int, share: float) -> int:
+    """How many of `uploads` a share of them is, rounded down; exact where the product is a whole number."""
+    return math.floor(round(uploads * share, 9))
+
+
+def _as_json(value: Any) -> Any:
+    if hasattr(value, "__dataclass_fields__"):
+        return {entry.name: _as_json(getattr(value, entry.name)) for entry in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _as_json(entry) for key, entry in value.items()}
+    if isinstance(value, tuple):
+        return [_as_json(entry) for entry in value]
+    return value

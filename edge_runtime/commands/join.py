@@ -1,0 +1,391 @@
+"""Take part in a federation: train on this device's own data, exchange outputs with a coordinator, round by round."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.bundle import Bundle
+from edge_runtime.client import Coordinator, HttpCoordinator, check_url
+from edge_runtime.conditions import Conditions, read_status
+from edge_runtime.data import Dataset, load_splits
+from edge_runtime.device import Device, fetch_assignment
+from edge_runtime.engines import ENGINES, available_engines, open_engine
+from edge_runtime.errors import DataError, EngineError, Interrupted, UsageError
+from edge_runtime.federated_data import deal, draw_tests, parse_share, select, share_of
+from edge_runtime.journal import WorkFolder
+from edge_runtime.local_round import Equipment, Options, Privacy
+from edge_runtime.local_training import Transfer
+from edge_runtime.machine import memory_bytes, peak_rss_bytes, processor
+from edge_runtime.outputs import PRECISIONS
+
+_MEGABYTE = 10**6
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser("join", help="take part in a coordinator's rounds", description=__doc__)
+    parser.add_argument(
+        "url", nargs="?", metavar="URL", help="the coordinator, http://HOST:PORT; known to an enrolled device"
+    )
+    parser.add_argument(
+        "--discover", action="store_true", help="look for the coordinator on the local network instead (mDNS)"
+    )
+    parser.add_argument("--code", metavar="CODE", help="from `edgestill enrol`; needed once for a --work-dir")
+    parser.add_argument(
+        "--work-dir",
+        type=Path,
+        default=Path("edgestill-device"),
+        metavar="DIR",
+        help="token, journal, student and downloads (edgestill-device)",
+    )
+    parser.add_argument("--name", default=platform.node(), help="shown to the coordinator (the host's name)")
+    parser.add_argument("--ca-cert", type=Path, metavar="FILE", help="certificates to trust instead, PEM")
+
+    data = parser.add_argument_group("private data")
+    data.add_argument(
+        "--data",
+        required=True,
+        metavar="NAME_OR_PATH",
+        help="cifar10-mini, a CIFAR archive, an .npz, or a folder of images a class",
+    )
+    data.add_argument("--resize", action="store_true", help="scale images of another size")
+    data.add_argument(
+        "--share", metavar="K/N", help="only device K's Dirichlet share of the data among N devices"
+    )
+    data.add_argument("--gamma", type=float, metavar="G", help="concentration of that share (0.5)")
+    data.add_argument("--seed", type=int, default=0, metavar="N", help="of share and tests")
+    data.add_argument(
+        "--test",
+        metavar="NAME_OR_PATH",
+        help="labelled samples that nobody trains on; default: the data's test split, else a fifth of the share",
+    )
+
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--engine", choices=tuple(ENGINES), help="default: the first that works here and is in the bundle"
+    )
+    training.add_argument("--threads", type=int, default=0, metavar="N", help="default: the engine's choice")
+    training.add_argument(
+        "--memory", type=int, metavar="MB", help="what training may take; decides the student (default: all)"
+    )
+    training.add_argument("--precision", choices=PRECISIONS, help="of uploads; default: the task's")
+
+    privacy = parser.add_argument_group("privacy (docs/privacy.md)")
+    privacy.add_argument(
+        "--privacy-clip", type=float, metavar="C", help="largest L2 norm of a sample's outputs"
+    )
+    privacy.add_argument(
+        "--noise-multiplier", type=float, metavar="Z", help="Gaussian noise in units of the sensitivity"
+    )
+    privacy.add_argument("--delta", type=float, default=1e-5, metavar="D", help="for epsilon (1e-5)")
+    privacy.add_argument(
+        "--share-class-counts",
+        action=argparse.BooleanOptionalAction,
+        help="tell how many samples of each class there are (default: unless there is noise)",
+    )
+
+    defaults = Conditions()
+    gate = parser.add_argument_group("conditions for training")
+    gate.add_argument(
+        "--min-battery",
+        type=float,
+        default=defaults.minimum_battery,
+        metavar="SHARE",
+        help=f"charge, 0 to 1, unless charging ({defaults.minimum_battery})",
+    )
+    gate.add_argument(
+        "--max-temperature",
+        type=float,
+        default=defaults.maximum_temperature_c,
+        metavar="C",
+        help=f"of the hottest sensor, in degrees Celsius ({defaults.maximum_temperature_c:g})",
+    )
+    gate.add_argument(
+        "--min-memory",
+        type=float,
+        default=defaults.minimum_memory_bytes / _MEGABYTE,
+        metavar="MB",
+        help=f"free memory ({defaults.minimum_memory_bytes / _MEGABYTE:.0f})",
+    )
+    gate.add_argument("--allow-metered", action="store_true", help="take part over a metered network, too")
+    gate.add_argument("--ignore-conditions", action="store_true", help="train whatever the device says")
+
+    parser.add_argument("--once", action="store_true", help="leave after one round")
+    parser.add_argument("--json", action="store_true", help="events as JSON lines on stdout")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Takes part until the task is finished, a signal comes, or with --once one round is over.
+
+    1 with --once when that round was not uploaded.
+    """
+    options, conditions = options_from(arguments), conditions_from(arguments)
+    output = _Output(arguments.json)
+    with ExitStack() as stack:
+        keep = WorkFolder(arguments.work_dir)
+        stack.callback(keep.close)
+        identity = keep.identity()
+        url = _address(arguments, None if identity is None else identity["url"], output)
+        coordinator = HttpCoordinator(url, ca_cert=arguments.ca_cert)
+        stack.callback(coordinator.close)
+        if identity is None:
+            identity = _enrol(arguments, url, coordinator, keep)
+            output("enrolled", device=identity["device"], task=identity["task"])
+        coordinator.use_token(identity["token"])
+        assignment = fetch_assignment(coordinator, keep)
+        bundle = stack.enter_context(Bundle.open(assignment.bundle_path))
+        engine = open_engine(bundle, arguments.engine, arguments.threads)
+        stack.callback(engine.close)
+        private, tests = load_private(arguments, bundle)
+        transfer = None if assignment.transfer_path is None else Transfer.load(assignment.transfer_path)
+        device = Device(
+            name=identity["device"],
+            coordinator=coordinator,
+            keep=keep,
+            equipment=Equipment(assignment.task, bundle, engine, private, transfer, tests, options),
+            conditions=conditions,
+            read_status=read_status,
+            peak_rss_bytes=peak_rss_bytes,
+            watch=output,
+            bytes_down=assignment.bytes_down,
+            needed_blobs=assignment.digests,
+        )
+        output(
+            "assigned",
+            task=identity["task"],
+            device=identity["device"],
+            student=bundle.student.name,
+            engine=engine.name,
+            samples=len(private),
+            tests={name: len(dataset) for name, dataset in tests.items()},
+        )
+        with stop_requests(lambda: device.training) as requests:
+            device.stop_requested = lambda: bool(requests)
+            try:
+                uploaded = device.run(1 if arguments.once else None)
+            except KeyboardInterrupt as error:
+                raise Interrupted(
+                    f"stopped; {arguments.work_dir} says where this device stands",
+                    "run the same command again to go on",
+                ) from error
+            finally:
+                output.end_progress()
+        output.summary(device, uploaded)
+    return 1 if arguments.once and not uploaded and device.participant.phase != "finished" else 0
+
+
+def options_from(arguments: argparse.Namespace) -> Options:
+    """Errors: UsageError for options that make no sense together."""
+    clip, noise = arguments.privacy_clip, arguments.noise_multiplier
+    if (clip is None) != (noise is None):
+        raise UsageError("--privacy-clip and --noise-multiplier go together", "give both, or neither")
+    privacy = None
+    if clip is not None:
+        if not (0 < clip < float("inf") and 0 <= noise < float("inf") and 0 < arguments.delta < 1):
+            raise UsageError(
+                f"clip {clip}, noise multiplier {noise}, delta {arguments.delta} are out of range",
+                "give a clip above 0, a multiplier of 0 or more, and a delta between 0 and 1",
+            )
+        privacy = Privacy(clip, noise, arguments.delta)
+    if arguments.gamma is not None and arguments.share is None:
+        raise UsageError("--gamma without --share", "give --share K/N, too")
+    counts = arguments.share_class_counts
+    return Options(arguments.precision, privacy, privacy is None if counts is None else counts)
+
+
+def conditions_from(arguments: argparse.Namespace) -> Conditions | None:
+    """None with --ignore-conditions. Errors: UsageError."""
+    if arguments.ignore_conditions:
+        return None
+    if not 0 <= arguments.min_memory < 1e9:
+        raise UsageError(f"--min-memory {arguments.min_memory}", "give megabytes, 0 or more")
+    return Conditions(
+        minimum_battery=arguments.min_battery,
+        maximum_temperature_c=arguments.max_temperature,
+        minimum_memory_bytes=int(arguments.min_memory * _MEGABYTE),
+        allow_metered=arguments.allow_metered,
+    )
+
+
+def load_private(arguments: argparse.Namespace, bundle: Bundle) -> tuple[Dataset, dict[str, Dataset]]:
+    """This device's training samples, and its tests `t_priv` and `t_uni`. Errors: UsageError, DataError."""
+    splits = load_splits(arguments.data, bundle.input, bundle.classes, arguments.resize)
+    private = splits.train
+    if arguments.share is not None:
+        number, devices = parse_share(arguments.share)
+        gamma = 0.5 if arguments.gamma is None else arguments.gamma
+        private = share_of(private, number, devices, gamma, arguments.seed)
+    held_out = splits.test
+    if arguments.test is not None:
+        held_out = load_splits(arguments.test, bundle.input, bundle.classes, arguments.resize).choose(None)
+    if held_out is not None:
+        t_priv, t_uni = draw_tests(private.labels, held_out.labels, arguments.seed)
+        return private, {"t_priv": select(held_out, t_priv), "t_uni": select(held_out, t_uni)}
+    try:
+        # one device gets all that is not held out, so gamma says nothing here
+        own = deal(private, 1, 1.0, arguments.seed)[0]
+    except DataError:  # too few samples to hold any out
+        return private, {}
+    return own.train, {"t_priv": own.t_priv, "t_uni": own.t_uni}
+
+
+def device_info(arguments: argparse.Namespace) -> dict[str, Any]:
+    """INFO of docs/federation.md. Errors: EngineError where no engine works."""
+    usable = [status.name for status in available_engines() if status.usable]
+    if arguments.engine is not None:
+        usable = [name for name in usable if name == arguments.engine]
+    if not usable:
+        raise EngineError(
+            f"engine {arguments.engine or 'for training'} does not work on this device",
+            "run `edgestill doctor` to see what to install",
+        )
+    try:
+        version = metadata.version("edgestill")
+    except metadata.PackageNotFoundError:
+        version = "unknown"
+    return {
+        "name": arguments.name[:80],
+        "engines": usable,
+        "memory_bytes": memory_bytes() if arguments.memory is None else arguments.memory * _MEGABYTE,
+        "processor": processor(),
+        "version": version,
+    }
+
+
+@contextmanager
+def stop_requests(is_training: Callable[[], bool]) -> Iterator[list[int]]:
+    """A list that SIGINT and SIGTERM add themselves to, so that a training step ends and leaves a checkpoint.
+
+    Outside of training, and at a second signal, they interrupt at once: the journal holds at any moment.
+    """
+    received: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        received.append(number)
+        if len(received) > 1 or not is_training():
+            raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _address(arguments: argparse.Namespace, known: str | None, output: _Output) -> str:
+    if arguments.discover and arguments.url is not None:
+        raise UsageError("a URL and --discover", "give one of them")
+    if arguments.url is not None:
+        return check_url(arguments.url)
+    if not arguments.discover:
+        if known is None:
+            raise UsageError("which coordinator?", "give its URL, or --discover")
+        return known
+    from edge_runtime.discovery import find_one
+
+    found = find_one()
+    output("found", name=found.name, url=found.url)
+    return found.url
+
+
+def _enrol(
+    arguments: argparse.Namespace, url: str, coordinator: Coordinator, keep: WorkFolder
+) -> dict[str, str]:
+    if arguments.code is None:
+        raise UsageError(
+            f"{arguments.work_dir} holds no enrolled device",
+            "give --code from `edgestill enrol`, or the --work-dir of an enrolled device",
+        )
+    enrolled = coordinator.enrol(arguments.code.strip().upper(), device_info(arguments))
+    identity = {name: str(enrolled[name]) for name in ("device", "token", "task")} | {"url": url}
+    keep.write_identity(identity)
+    return identity
+
+
+class _Output:
+    """Events as JSON lines on stdout, or for a person as lines on stderr and a summary on stdout."""
+
+    def __init__(self, as_json: bool) -> None:
+        self._as_json = as_json
+        self._live = sys.stderr.isatty() and not as_json
+        self._in_progress = False
+
+    def __call__(self, event: str, /, **details: Any) -> None:
+        if self._as_json:
+            print(json.dumps({"event": event, **details}), flush=True)
+            return
+        if event == "step":
+            if self._live:
+                text = "\rstep {step}  epoch {epoch}  loss {loss:.4f}  {ms:.0f} ms\033[K".format(**details)
+                print(text, end="", file=sys.stderr, flush=True)
+                self._in_progress = True
+            return
+        text = _describe(event, details)
+        if text is not None:
+            self.end_progress()
+            print(f"edgestill: {text}", file=sys.stderr, flush=True)
+
+    def end_progress(self) -> None:
+        """Leaves the progress line, so that what follows starts on a line of its own."""
+        if self._in_progress:
+            print(file=sys.stderr)
+            self._in_progress = False
+
+    def summary(self, device: Device, uploaded: int) -> None:
+        report = dict(device.last_report or {})
+        if self._as_json:
+            last = {"rounds_uploaded": uploaded, "phase": device.participant.phase, "report": report}
+            print(json.dumps({"summary": last}), flush=True)
+            return
+        print(f"rounds uploaded {uploaded}")
+        for name, title in (("t_priv", "T_priv"), ("t_uni", "T_uni")):
+            after = report.get("after", {}).get(name)
+            if after is not None:
+                print(f"accuracy {title:<6} {after:.4f}")
+        if report.get("step_ms") is not None:
+            print(f"median step     {report['step_ms']:.1f} ms on {report['engine']}")
+        if report.get("epsilon") is not None:
+            print(f"epsilon         {report['epsilon']:.2f}")
+
+
+def _describe(event: str, details: Mapping[str, Any]) -> str | None:
+    match event:
+        case "found":
+            return f"found {details['name']} at {details['url']}"
+        case "enrolled":
+            return f"enrolled as {details['device']} for task {details['task']}"
+        case "assigned":
+            return "{student} on {engine}, {samples} private samples; waiting for rounds".format(**details)
+        case "waiting":
+            return f"waiting: {'; '.join(details['reasons'])}"
+        case "round":
+            return "round {round}, {seconds_left:.0f} s left".format(**details)
+        case "trained":
+            return f"trained: {_accuracy(details['before'])} → {_accuracy(details['after'])}"
+        case "uploaded":
+            return f"uploaded {details['size_bytes'] / 1e3:.1f} kB"
+        case "given up":
+            return "round {round} given up: {reason}".format(**details)
+        case "out of reach":
+            return f"{details['reason']}; trying again"
+        case "report not taken":
+            return f"the report was not taken: {details['reason']}"
+        case "finished":
+            return "the task has no rounds left"
+    return None
+
+
+def _accuracy(scores: Mapping[str, float | None]) -> str:
+    known = [f"{name} {scores[key]:.3f}" for name, key in (("T_priv", "t_priv"), ("T_uni", "t_uni"))
+             if scores.get(key) is not None]  # fmt: skip
+    return ", ".join(known) or "no tests"

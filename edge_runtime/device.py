@@ -1,0 +1,357 @@
+"""A device at work: carries out what the participant's state machine asks for, and journals every step.
+
+Everything that it touches is given: the coordinator, where it keeps things, the trainer, clock, sleep, status.
+So a simulation runs this very code without sockets, files or waiting.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from edge_runtime import outputs
+from edge_runtime import participant as machine
+from edge_runtime.client import Coordinator, DamagedBlob, Refused, Unreachable
+from edge_runtime.conditions import Conditions, unmet
+from edge_runtime.errors import EdgestillError, Interrupted, TrainingError, WireError
+from edge_runtime.journal import Keep
+from edge_runtime.local_round import (
+    Equipment,
+    TrainLocally,
+    expected_outputs,
+    pack_round,
+    read_published,
+    train_round,
+)
+from edge_runtime.local_training import EXCHANGES, train_locally
+from edge_runtime.participant import Participant, Work
+
+LONG_POLL_S = 25.0
+_OUT_OF_REACH_S = (1.0, 60.0)
+"""The first and the longest pause while the coordinator is out of reach."""
+
+
+class Watch(Protocol):
+    """Is told what a device does."""
+
+    def __call__(self, event: str, /, **details: Any) -> None: ...
+
+
+def no_watch(event: str, /, **details: Any) -> None:
+    """A `Watch` that looks away."""
+
+
+@dataclass
+class Device:
+    """One device in one task; `name` as the coordinator gave it.
+
+    `clock`: seconds of the epoch. `conditions` None: train whatever the status is. `random` makes the noise of
+    privacy (None: from the operating system). `bytes_down` starts with what was downloaded before the first round.
+    """
+
+    name: str
+    coordinator: Coordinator
+    keep: Keep
+    equipment: Equipment
+    conditions: Conditions | None = Conditions()
+    read_status: Callable[[], Mapping[str, object]] = dict
+    clock: Callable[[], float] = time.time
+    sleep: Callable[[float], None] = time.sleep
+    stop_requested: Callable[[], bool] = lambda: False
+    train: TrainLocally = train_locally
+    random: np.random.Generator | None = None
+    peak_rss_bytes: Callable[[], int | None] = lambda: None
+    watch: Watch = no_watch
+    bytes_down: int = 0
+    needed_blobs: frozenset[str] = frozenset()
+    """Digests of downloads that every round needs."""
+    long_poll_s: float = LONG_POLL_S
+    training: bool = field(default=False, init=False)
+    """Whether a training step may be under way, which a signal should let end."""
+    last_report: Mapping[str, Any] | None = field(default=None, init=False)
+    """Of the round that was settled last."""
+
+    def __post_init__(self) -> None:
+        self.participant: Participant = self.keep.read()
+        self._done = 0
+        self._out_of_reach_s = 0.0
+        work = self.participant.work
+        self.keep.clean(None if work is None else work.round)
+
+    def run(self, rounds: int | None = None) -> int:
+        """Takes part until the task is finished, or `rounds` rounds are over; returns how many were uploaded.
+
+        Errors: Interrupted when `stop_requested`, and whatever a person must mend; the journal is in order then.
+        """
+        before, first_done = self.participant.completed, self._done
+        self._follow(machine.resume(self.participant), lambda: rounds == self._done - first_done)
+        return self.participant.completed - before
+
+    def run_round(self, work: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """One round from its WORK to the accepted upload, without asking for work or for conditions.
+
+        Returns the report; None when the round was given up. For a device outside of any round.
+        """
+        completed, first_done = self.participant.completed, self._done
+        now_s = self.clock()
+        effects = self._step(machine.Offered(Work.from_json(work, now_s), now_s))
+        if self.participant.work is None:
+            return None
+        self._follow(effects, lambda: self._done > first_done)
+        return self.last_report if self.participant.completed > completed else None
+
+    def _follow(self, effects: tuple[machine.Effect, ...], is_over: Callable[[], bool]) -> None:
+        while effects and not is_over():
+            for effect in effects[:-1]:
+                self._perform(effect)
+            if is_over():
+                return
+            event = self._perform(effects[-1])
+            if event is None:
+                return
+            effects = self._step(event)
+            if isinstance(event, machine.Settled):
+                self._done += 1
+
+    def _step(self, event: machine.Event) -> tuple[machine.Effect, ...]:
+        after, effects = machine.step(self.participant, event)
+        if after != self.participant:
+            self.keep.write(after)
+            self.participant = after
+        return effects
+
+    def _perform(self, effect: machine.Effect) -> machine.Event | None:
+        """Does it; a failure that may pass becomes a pause and the news that time went by."""
+        if self.stop_requested():
+            raise Interrupted("stopped between two steps of a round", "run the same command again to go on")
+        try:
+            match effect:
+                case machine.CheckConditions(after_s):
+                    return self._check_conditions(after_s)
+                case machine.AskForWork():
+                    event = self._ask_for_work()
+                case machine.Fetch(work):
+                    event = self._fetch(work)
+                case machine.Train(work):
+                    event = self._train(work)
+                case machine.Pack(work):
+                    event = self._pack(work)
+                case machine.Upload(work, digest, content_encoding):
+                    event = self._upload(work, digest, content_encoding)
+                case machine.Settle(work, report):
+                    event = self._settle(work, report)
+                case machine.Discard(work, reason):
+                    self._done += 1
+                    self.keep.clean(None)
+                    self.watch("given up", round=work.round, reason=reason)
+                    return None
+        except (Unreachable, Refused) as error:
+            if isinstance(error, Refused) and not error.transient:
+                return self._answer_refusal(effect, error)
+            return self._wait_for_coordinator(error)
+        self._out_of_reach_s = 0.0
+        return event
+
+    def _check_conditions(self, after_s: float) -> machine.Event:
+        if after_s:
+            self.sleep(after_s)
+        reasons = self._unmet()
+        if reasons and reasons != self.participant.reasons:
+            self.watch("waiting", reasons=list(reasons))
+        return machine.Checked(reasons, self.clock())
+
+    def _ask_for_work(self) -> machine.Event:
+        self.watch("asking")
+        answer = self.coordinator.work(self.read_status(), self.long_poll_s)
+        if answer is None:
+            return machine.NothingYet()
+        now_s = self.clock()
+        work = Work.from_json(answer, now_s)
+        if work.round != self.participant.last_round:
+            self.watch("round", round=work.round, number=work.number, seconds_left=work.deadline_s - now_s)
+        return machine.Offered(work, now_s)
+
+    def _fetch(self, work: Work) -> machine.Event:
+        try:
+            self._published(work)
+        except (WireError, DamagedBlob) as error:
+            return machine.RoundGone(error.message)
+        self.keep.clean_blobs(self.needed_blobs | {work.global_outputs or ""})
+        return machine.Fetched(self.clock())
+
+    def _published(self, work: Work) -> dict[str, np.ndarray] | None:
+        if work.global_outputs is None:
+            return None
+        kit = self.equipment
+        expected = expected_outputs(kit.task, kit.bundle, kit.transfer)
+        if not 0 < work.size_bytes <= outputs.largest_body(expected):
+            raise WireError(f"global outputs of {work.size_bytes} bytes cannot be this task's")
+        path = self.keep.blob_path(work.global_outputs)
+        if not path.exists():
+            self.bytes_down += work.size_bytes
+        path = self.coordinator.blob(work.global_outputs, work.size_bytes, path)
+        return read_published(path.read_bytes(), expected)
+
+    def _train(self, work: Work) -> machine.Event:
+        kit, stop = self.equipment, _Stop(self, work.deadline_s)
+        student, published = self.keep.student(kit.bundle), self._published(work)
+        self.watch("training", round=work.round, samples=len(kit.private), student=kit.bundle.student.name)
+        self.training = True
+        try:
+            state, report = train_round(
+                kit,
+                work,
+                published,
+                student,
+                train=self.train,
+                state_path=self.keep.training_path(work.round),
+                should_stop=stop,
+                on_step=lambda record: self.watch("step", **record.as_json()),
+            )
+        except TrainingError as error:
+            return machine.RoundGone(error.message)
+        except Interrupted:
+            if stop.held:
+                self.watch("waiting", reasons=list(stop.held))
+                return machine.Held(stop.held, self.clock())
+            if stop.requested:
+                raise
+            return machine.Ticked(self.clock())
+        finally:
+            self.training = False
+        self.keep.keep_trained(work.round, state)
+        report |= {"peak_rss_bytes": self.peak_rss_bytes(), "bytes_down": self.bytes_down}
+        self.watch("trained", round=work.round, **report)
+        return machine.Trained(report, self.clock())
+
+    def _pack(self, work: Work) -> machine.Event:
+        kit = self.equipment
+        try:
+            state = self.keep.trained(work.round, kit.bundle)
+            packed, report = pack_round(kit, state, self.random, self.participant.releases + 1)
+        except (WireError, TrainingError) as error:
+            return machine.RoundGone(error.message)
+        self.keep.put_body(work.round, packed.body)
+        self.watch("packed", round=work.round, **report)
+        digest = hashlib.sha256(packed.body).hexdigest()
+        return machine.Packed(digest, packed.content_encoding, report, self.clock())
+
+    def _upload(self, work: Work, digest: str, content_encoding: str) -> machine.Event:
+        if self.clock() >= work.deadline_s:
+            return machine.Ticked(self.clock())
+        body = self.keep.body(work.round)
+        if hashlib.sha256(body).hexdigest() != digest:
+            return machine.RoundGone("its packed outputs are lost or damaged")
+        self.coordinator.submit(work.round, self.name, body, content_encoding)
+        self.watch("uploaded", round=work.round, size_bytes=len(body))
+        return machine.Accepted()
+
+    def _settle(self, work: Work, report: Mapping[str, Any]) -> machine.Event:
+        try:
+            self.coordinator.report(work.round, self.name, report)
+        except (Refused, Unreachable) as error:
+            # the upload is what counts; a report that nobody wants must not keep the device from its next round
+            self.watch("report not taken", reason=error.message)
+        self.keep.settle(work.round, self.equipment.bundle)
+        self.keep.clean(None)
+        self.bytes_down = 0
+        self.last_report = report
+        self.watch("settled", round=work.round, report=dict(report))
+        return machine.Settled()
+
+    def _answer_refusal(self, effect: machine.Effect, refused: Refused) -> machine.Event:
+        if refused.kind == "task_finished":
+            self.watch("finished")
+            work = self.participant.work
+            return machine.TaskFinished() if work is None else machine.RoundGone(refused.message)
+        if refused.status == 401 or isinstance(effect, machine.AskForWork):
+            raise refused
+        return machine.RoundGone(refused.message)
+
+    def _wait_for_coordinator(self, error: EdgestillError) -> machine.Event:
+        first_s, longest_s = _OUT_OF_REACH_S
+        self._out_of_reach_s = min(longest_s, max(first_s, 2 * self._out_of_reach_s))
+        wanted_s = getattr(error, "retry_after_s", None)
+        self.watch("out of reach", reason=error.message)
+        self.sleep(self._out_of_reach_s if wanted_s is None else wanted_s)
+        return machine.Ticked(self.clock())
+
+    def _unmet(self) -> tuple[str, ...]:
+        if self.conditions is None:
+            return ()
+        return tuple(unmet(self.conditions, self.read_status()))
+
+
+class _Stop:
+    """Whether training should stop, asked after every step; and then, why."""
+
+    def __init__(self, device: Device, deadline_s: float) -> None:
+        self._device, self._deadline_s = device, deadline_s
+        self._looked_s = device.clock()
+        self.requested = False
+        self.held: tuple[str, ...] = ()
+
+    def __call__(self) -> bool:
+        device = self._device
+        now_s = device.clock()
+        if device.stop_requested():
+            self.requested = True
+        elif now_s < self._deadline_s:
+            if now_s - self._looked_s < machine.WAITING_S:
+                return False
+            self._looked_s = now_s
+            self.held = device._unmet()
+            return bool(self.held)
+        return True
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What the coordinator gave this device to take part with; paths of downloaded blobs."""
+
+    task: Mapping[str, Any]
+    bundle_path: Path
+    transfer_path: Path | None
+    bytes_down: int
+    digests: frozenset[str]
+
+
+def fetch_assignment(coordinator: Coordinator, keep: Keep) -> Assignment:
+    """Asks for the assignment and downloads its bundle and transfer set, where they are not here already.
+
+    Errors: Refused (`no_fitting_student`), Unreachable, DamagedBlob; Refused too for an answer out of its form.
+    """
+    answer = coordinator.assignment()
+    try:
+        task, student = answer["task"], answer["student"]
+        transfer = task.get("transfer")
+        wanted = [(str(student["bundle"]), int(student["size_bytes"]))]
+        if transfer is not None:
+            wanted.append((str(transfer["blob"]), int(transfer["size_bytes"])))
+        if task["exchange"] not in EXCHANGES:
+            raise ValueError(f"exchange {task['exchange']!r}")
+        for digest, size_bytes in wanted:
+            if len(digest) != 64 or set(digest) - set("0123456789abcdef") or size_bytes < 1:
+                raise ValueError(f"blob {digest[:70]!r} of {size_bytes} bytes")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Refused(
+            f"the assignment is not readable: {error!r}", "is the coordinator of this version?"
+        ) from error
+    paths, bytes_down = [], 0
+    for digest, size_bytes in wanted:
+        target = keep.blob_path(digest)
+        bytes_down += 0 if target.exists() else size_bytes
+        paths.append(coordinator.blob(digest, size_bytes, target))
+    return Assignment(
+        task,
+        paths[0],
+        paths[1] if transfer is not None else None,
+        bytes_down,
+        frozenset(d for d, _ in wanted),
+    )

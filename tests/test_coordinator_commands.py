@@ -1,0 +1,289 @@
+"""`edgestill serve`, `task` and `enrol` from outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+
+from coordinator.creation import make_task, zip_bundle
+from edge_runtime.bundle import Bundle
+from edge_runtime.cli import main
+from edge_runtime.errors import UsageError
+from edge_runtime.local_training import Transfer
+from tests.coordinator_site import INFO, problem_of
+from tests.handmade_bundle import CHANNELS, CLASSES, LATENT, SIZE, write_handmade_bundle
+
+pytestmark = pytest.mark.contract
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with two bundles and data; the current one."""
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("EDGESTILL_")]:
+        monkeypatch.delenv(name)
+    write_handmade_bundle(tmp_path / "one")
+    write_handmade_bundle(tmp_path / "two", seed=1)
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (20, CHANNELS, SIZE, SIZE), np.uint8)
+    labels = random.integers(0, CLASSES, 20)
+    np.savez(tmp_path / "data.npz", x=images, y=labels)
+    return tmp_path
+
+
+CREATE = [
+    "task",
+    "create",
+    "--data-dir",
+    "fed",
+    "--name",
+    "birds",
+    "--bundle",
+    "one",
+    "--transfer",
+    "data.npz",
+]
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main([*words, "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_from_a_task_to_a_code(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [
+        "--bundle",
+        "two",
+        "--transfer-count",
+        "8",
+        "--test",
+        "data.npz",
+        "--rounds",
+        "3",
+        "--alpha",
+        "0.25",
+    ]
+    task = run_json(capsys, *CREATE, *options, "--aggregation", "median", "--no-align")
+    assert (task["name"], task["rounds"], task["latent_size"], task["classes"]) == (
+        "birds",
+        3,
+        LATENT,
+        CLASSES,
+    )
+    assert task["transfer"]["samples"] == 8 and not task["transfer"]["labelled"] and task["test"]["labelled"]
+    assert task["local"]["alpha"] == 0.25 and task["aggregation"]["rule"] == "median"
+    assert len(task["students"]) == 2 and task["mode"] == "consensus"
+
+    codes = run_json(capsys, "enrol", "--data-dir", "fed", "--task", "birds", "--count", "3")["codes"]
+    assert len(set(codes)) == 3 and all(len(code) == 23 for code in codes)
+    assert main(["enrol", "--data-dir", "fed", "--task", "birds"]) == 0
+    printed = capsys.readouterr()
+    assert len(printed.out.split()) == 1 and "edgestill join" in printed.err
+
+    (row,) = run_json(capsys, "task", "list", "--data-dir", "fed")["tasks"]
+    assert row["name"] == "birds" and row["completed"] == 0
+    shown = run_json(capsys, "task", "show", "birds", "--data-dir", "fed")
+    assert shown["task"] == task and shown["devices"] == []
+    for words in (["task", "list"], ["task", "show", "birds"]):
+        assert main([*words, "--data-dir", "fed"]) == 0
+        assert "birds" in capsys.readouterr().out
+
+
+def test_a_task_from_a_file_with_flags_over_it(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "deep").mkdir()
+    (place / "one").rename(place / "deep/one")
+    (place / "deep/task.toml").write_text(
+        'name = "birds"\nbundles = ["one"]\nglobal_bundle = "one"\ntransfer = "data.npz"\ntransfer_labels = true\n'
+        'rounds = 7\ngoal = 5\n[aggregation]\nrule = "class_mean"\n[distil]\ndeadline_s = 9\n'
+    )
+    words = [
+        "task",
+        "create",
+        "--data-dir",
+        "fed",
+        "--file",
+        "deep/task.toml",
+        "--rounds",
+        "2",
+        "--distil-alpha",
+        "0.5",
+    ]
+    task = run_json(capsys, *words)
+    assert (task["rounds"], task["goal"], task["mode"]) == (2, 5, "global")
+    assert task["distil"] == {"epochs": 1, "learning_rate": 0.01, "alpha": 0.5, "deadline_s": 9.0}
+    assert task["transfer"]["labelled"] and task["aggregation"]["rule"] == "class_mean"
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--rounds", "0"], "rounds is 0"),
+        (["--minimum", "5"], "minimum is 5"),
+        (["--transfer-count", "0"], "transfer_count is 0"),
+        (["--transfer", "absent"], "no data called 'absent'"),
+        (["--bundle", "absent"], "absent: no such bundle"),
+        (["--bundle", "one"], "students"),
+        (["--mode", "global"], "global_student"),
+        (["--name", "Birds"], "needs a name"),
+        (["--aggregation", "class_mean"], "aggregation.rule"),
+        (["--file", "absent.toml"], "absent.toml"),
+        (["--database", "sqlite://"], "in memory"),
+        (["--database", "mysql://x"], "mysql"),
+    ],
+)
+def test_a_task_that_makes_no_sense(
+    place: Path, capsys: pytest.CaptureFixture[str], words: list[str], complaint: str
+) -> None:
+    assert main([*CREATE, *words]) in (1, 2)
+    error = capsys.readouterr().err
+    assert complaint in error and "hint:" in error and "Traceback" not in error
+    assert run_json(capsys, "task", "list", "--data-dir", "fed") == {"tasks": []}
+
+
+def test_names_that_are_not_there(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(CREATE) == 0
+    assert main(CREATE) == 2 and "already" in capsys.readouterr().err
+    assert main(["task", "show", "crows", "--data-dir", "fed"]) == 2
+    assert "edgestill task list" in capsys.readouterr().err
+    assert main(["enrol", "--task", "crows", "--data-dir", "fed"]) in (1, 2)
+    assert "crows" in (error := capsys.readouterr().err) and "hint:" in error
+    for words in (["--count", "0"], ["--hours", "nan"], ["--hours", "0"]):
+        assert main(["enrol", "--task", "birds", "--data-dir", "fed", *words]) == 2
+
+
+def test_students_must_speak_the_same_language(place: Path) -> None:
+    manifest = json.loads((place / "two/manifest.json").read_text())
+    manifest["input"]["std"] = [0.5, 0.5, 0.5]  # the same form: allowed
+    (place / "two/manifest.json").write_text(json.dumps(manifest))
+    stored: dict[str, bytes] = {}
+
+    def add_blob(path: Path) -> str:
+        import hashlib
+
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        stored[digest] = path.read_bytes()
+        return digest
+
+    description = {"name": "x", "bundles": ["one", "two"], "transfer": "data.npz", "exchange": "parameters"}
+    with pytest.raises(UsageError, match="students"):
+        make_task(description, add_blob)
+    task = make_task(description | {"bundles": ["one"]}, add_blob)
+    with Bundle.open(place / "one") as bundle:
+        expected = {spec.name: spec.shape for spec in bundle.state_specs if spec.role != "slot"}
+    assert dict(task.parameter_shapes) == expected
+    (place / "sent.zip").write_bytes(stored[task.students[0].bundle])
+    with Bundle.open(place / "sent.zip") as bundle:
+        assert bundle.model_digest == task.students[0].model_digest
+    (place / "sent.safetensors").write_bytes(stored[task.transfer.blob])
+    assert len(Transfer.load(place / "sent.safetensors")) == task.transfer.samples == 20
+
+
+def test_a_folder_is_zipped_alike_whatever_its_clock(place: Path) -> None:
+    first = zip_bundle(place / "one", place / "a.zip").read_bytes()
+    for path in (place / "one").rglob("*"):
+        os.utime(path, (1, 1))
+    assert zip_bundle(place / "one", place / "b.zip").read_bytes() == first
+    assert "manifest.json" in zipfile.ZipFile(place / "a.zip").namelist()
+
+
+@contextmanager
+def serving(*options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """`edgestill serve` on a free port: its address and its process."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edge_runtime.cli", "serve", "--data-dir", "fed", "--port", "0", "--json", *options],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    try:
+        line = process.stdout.readline()
+        assert line, process.stderr.read()
+        yield json.loads(line)["url"], process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_serve_takes_a_device_and_lets_go_of_it_when_told_to_stop(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*CREATE, "--rounds", "1"]) == 0
+    with serving("--log-level", "debug") as (url, process), httpx2.Client(base_url=url, timeout=60) as client:
+        code = run_json(capsys, "enrol", "--data-dir", "fed", "--task", "birds")["codes"][0]
+        enrolled = client.post("/v1/enrol", json={"code": code, "device": INFO}).json()
+        client.headers["Authorization"] = f"Bearer {enrolled['token']}"
+        bundle = client.get("/v1/assignment").json()["student"]["bundle"]
+        (place / "got.zip").write_bytes(client.get(f"/v1/blobs/{bundle}").content)
+        with Bundle.open(place / "got.zip") as opened:
+            assert opened.latent_size == LATENT
+        work = client.post("/v1/work", params={"wait_s": 20}, json={})
+        assert work.json()["round"] == "birds.1"
+        assert client.get("/docs").status_code == 200 and client.get("/healthz").status_code == 200
+
+        second = run_json(capsys, "enrol", "--data-dir", "fed", "--task", "birds")["codes"][0]
+        run = [client.post("/v1/enrol", json={"code": second, "device": INFO}).json() for _ in range(1)]
+        client.headers["Authorization"] = f"Bearer {run[0]['token']}"
+        answers: list[int] = []
+
+        def wait() -> None:
+            # the round takes one more device or none: either way the answer comes before the 20 s are over
+            answers.append(client.post("/v1/work", params={"wait_s": 20}, json={}).status_code)
+
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=15) in (0, -signal.SIGTERM)
+        waiting.join(timeout=15)
+        assert answers in ([204], [200])
+        log = process.stderr.read()
+        for secret in (code, second, enrolled["token"], run[0]["token"]):
+            assert secret not in log
+
+
+def test_serve_speaks_tls(place: Path) -> None:
+    made = subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key.pem", "-out", "cert.pem",
+         "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"],
+        capture_output=True,
+    )  # fmt: skip
+    if made.returncode:
+        pytest.skip("no openssl here")
+    import ssl
+
+    with serving("--tls-cert", "cert.pem", "--tls-key", "key.pem") as (url, _):
+        assert url.startswith("https://")
+        context = ssl.create_default_context(cafile="cert.pem")
+        with httpx2.Client(base_url=url, verify=context) as client:
+            assert client.get("/healthz").json() == {"status": "ok"}
+            assert problem_of(client.get("/v1/assignment")) == "unauthorised"
+
+
+def test_serve_says_why_it_cannot(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert main(["serve", "--data-dir", "fed", "--port", port]) == 1
+    error = capsys.readouterr().err
+    assert f"127.0.0.1:{port}" in error and "--port" in error
+    assert main(["serve", "--tls-cert", "absent", "--tls-key", "absent"]) == 2
+    assert main(["serve", "--mdns", "--data-dir", "fed", "--port", "0"]) == 2
+    assert "--host 0.0.0.0" in capsys.readouterr().err

@@ -1,0 +1,309 @@
+"""`edgestill join` from outside: over HTTP, killed, stopped, refused; and finding a coordinator by mDNS."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_runtime.cli import main
+from edge_runtime.client import Refused
+from edge_runtime.data import load_splits
+from edge_runtime.federated_data import share_of
+from edge_runtime.manifest import InputSpec
+from tests.device_fakes import FakeCoordinator, served, write_private_data
+from tests.handmade_bundle import CHANNELS, CLASSES, SIZE
+
+ROOT = Path(__file__).parent.parent
+CODE = "AAAAA-BBBBB-CCCCC-DDDDD"
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Iterator[Path]:
+    write_private_data(tmp_path / "d.npz")
+    yield tmp_path
+
+
+def arguments(work: Path, url: str, *more: str) -> list[str]:
+    return [
+        "join", url, "--code", CODE, "--data", str(work / "d.npz"), "--work-dir", str(work / "w"),
+        "--threads", "1", "--engine", "onnxruntime", "--ignore-conditions", *more,
+    ]  # fmt: skip
+
+
+def events(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def undisturbed(work: Path) -> dict[str, bytes]:
+    fake = FakeCoordinator(work / "undisturbed")
+    with served(fake) as (url, _):
+        assert main(arguments(work, url, "--work-dir", str(work / "u"))) == 0
+    return fake.uploads
+
+
+def test_a_device_takes_part_until_the_task_is_finished(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = FakeCoordinator(work / "c")
+    with served(fake) as (url, seen):
+        assert main(arguments(work, url, "--json", "--name", "pi")) == 0
+    said = events(capsys.readouterr().out)
+    names = [event.get("event") for event in said]
+    assert names[:2] == ["enrolled", "assigned"] and names[-2:] == ["finished", None]
+    assert said[1]["samples"] == 40 and said[1]["tests"].keys() == {"t_priv", "t_uni"}
+    assert said[-1]["summary"]["rounds_uploaded"] == 2
+    assert [report["engine"] for report in fake.reports.values()] == ["onnxruntime"] * 2
+    for report in fake.reports.values():
+        assert report["peak_rss_bytes"] > 1e6 and report["step_ms"] > 0 and report["epsilon"] is None
+        assert 0 <= report["before"]["t_uni"] <= 1 and 0 <= report["after"]["t_priv"] <= 1
+        assert report["after"]["loss"] < report["before"]["loss"]
+    assert fake.reports["birds.1"]["bytes_down"] == sum(
+        len(fake.blobs[digest]) for digest in (fake.student["bundle"], fake.task["transfer"]["blob"])
+    )
+    identity = work / "w" / "identity.json"
+    assert stat.S_IMODE(identity.stat().st_mode) == 0o600
+    token = json.loads(identity.read_text())["token"]
+    assert not [
+        path for path in (work / "w").rglob("*.json") if path != identity and token in path.read_text()
+    ]
+    assert token not in json.dumps(said)
+    # the device is enrolled: neither a code nor the address is needed again
+    with served(fake) as (url, _):
+        again = arguments(work, url, "--once")
+        del again[2:4]
+        assert main(again) == 0
+
+
+def test_one_round_for_a_person(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fake = FakeCoordinator(work / "c")
+    with served(fake) as (url, _):
+        assert main(arguments(work, url, "--once", "--precision", "int8")) == 0
+    assert list(fake.uploads) == ["birds.1"]
+    said = capsys.readouterr()
+    assert "rounds uploaded 1" in said.out and "accuracy T_priv" in said.out
+    assert "enrolled as d-aaaa" in said.err and "uploaded" in said.err
+
+
+def test_noise_hides_the_class_counts_unless_told_otherwise(work: Path) -> None:
+    fake = FakeCoordinator(work / "c")
+    noise = ["--privacy-clip", "1", "--noise-multiplier", "8"]
+    with served(fake) as (url, _):
+        assert main(arguments(work, url, "--once", *noise)) == 0
+        assert main(arguments(work, url, "--once", *noise, "--share-class-counts")) == 0
+    first, second = fake.reports["birds.1"], fake.reports["birds.2"]
+    assert "class_counts" not in first and sum(second["class_counts"]) == 40
+    assert 0 < first["epsilon"] < second["epsilon"]
+
+
+def test_a_share_of_the_data_and_a_held_out_part_of_it(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = FakeCoordinator(work / "c")
+    with np.load(work / "d.npz") as file:
+        np.savez(work / "single.npz", x=file["x_train"], y=file["y_train"])
+    form = InputSpec((CHANNELS, SIZE, SIZE), "uint8", (0.0,) * CHANNELS, (1.0,) * CHANNELS)
+    private = load_splits(work / "single.npz", form, CLASSES).train
+    share = share_of(private, 2, 2, 0.7, 5)
+    with served(fake) as (url, _):
+        given = ["--data", str(work / "single.npz"), "--share", "2/2", "--gamma", "0.7", "--seed", "5"]
+        assert main(arguments(work, url, "--once", "--json", *given)) == 0
+        whole = ["--data", str(work / "d.npz"), "--share", "2/2", "--gamma", "0.7", "--seed", "5"]
+        assert main(arguments(work, url, "--once", "--json", *whole)) == 0
+    first, second = (event for event in events(capsys.readouterr().out) if event.get("event") == "assigned")
+    assert 0 < first["tests"]["t_priv"] and first["samples"] < len(share) == second["samples"]
+    counts = fake.reports["birds.2"]["class_counts"]
+    assert counts == np.bincount(share.labels, minlength=CLASSES).tolist()
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_killed_or_stopped_it_goes_on_to_the_same_bytes(work: Path, number: int) -> None:
+    fake = FakeCoordinator(work / "c")
+    command = [sys.executable, "-m", "edge_runtime.cli"]
+    with served(fake) as (url, _):
+        started = subprocess.Popen(
+            [*command, *arguments(work, url, "--json")],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert started.stdout is not None
+        steps = 0
+        for line in started.stdout:
+            steps += json.loads(line).get("event") == "step"
+            if steps == 3:
+                os.kill(started.pid, number)
+                break
+        _, complaint = started.communicate()
+        if number == signal.SIGKILL:
+            assert started.returncode == -signal.SIGKILL
+        elif not fake.uploads:
+            assert started.returncode == 1 and "run the same command again" in complaint
+            assert "Traceback" not in complaint
+        done = subprocess.run([*command, *arguments(work, url)], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert fake.uploads == undisturbed(work)
+
+
+def test_a_signal_between_steps_interrupts_a_long_poll(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = FakeCoordinator(work / "c")
+    asked = []
+
+    def interrupt(call: str) -> None:
+        if call == "work":
+            asked.append(call)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    fake.before = interrupt
+    with served(fake) as (url, _):
+        assert main(arguments(work, url)) == 1
+    assert asked == ["work"]
+    assert "run the same command again" in capsys.readouterr().err
+
+
+def test_a_round_that_is_given_up_is_a_failure_of_once(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = FakeCoordinator(work / "c")
+
+    def late(call: str) -> None:
+        if call == "submit":
+            raise Refused("too late", status=410, kind="late")
+
+    fake.before = late
+    with served(fake) as (url, _):
+        assert main(arguments(work, url, "--once")) == 1
+    assert "birds.1 given up" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        (["--privacy-clip", "1"], 2, "go together"),
+        (["--privacy-clip", "0", "--noise-multiplier", "1"], 2, "out of range"),
+        (["--gamma", "0.5"], 2, "--share"),
+        (["--share", "3/2"], 2, "share"),
+        (["--min-battery", "30"], 2, "battery"),
+        (["--min-memory", "-1"], 2, "--min-memory"),
+        (["--discover"], 2, "one of them"),
+        (["--code", "AAAAA"], 1, "code_refused"),
+        (["--data", "nowhere.npz"], 2, "nowhere.npz"),
+        (["--ca-cert", "nowhere.pem"], 2, "nowhere.pem"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    work: Path, capsys: pytest.CaptureFixture[str], change: list[str], code: int, message: str
+) -> None:
+    fake = FakeCoordinator(work / "c")
+    given = arguments(work, "", *change)
+    given.remove("--ignore-conditions")
+    with served(fake) as (url, _):
+        given[1] = url
+        assert main(given) == code
+    said = capsys.readouterr().err
+    assert message in said and "hint:" in said or code == 1
+    assert "Traceback" not in said
+
+
+def test_a_device_that_is_not_enrolled_needs_a_code_and_an_address(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["join", "--data", str(work / "d.npz"), "--work-dir", str(work / "w")]
+    assert main(given) == 2 and "--discover" in capsys.readouterr().err
+    assert main([given[0], "http://127.0.0.1:1", *given[1:]]) == 2
+    assert "--code" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [{}, {"task": {}}, {"task": {"exchange": "latents"}, "student": None},
+     {"task": {"exchange": "weights"}, "student": {"bundle": "0" * 64, "size_bytes": 3}},
+     {"task": {"exchange": "latents"}, "student": {"bundle": "../x", "size_bytes": 3}}],
+)  # fmt: skip
+def test_an_assignment_out_of_form_is_refused(
+    work: Path, capsys: pytest.CaptureFixture[str], answer: dict
+) -> None:
+    fake = FakeCoordinator(work / "c")
+    fake.assignment = lambda: answer  # type: ignore[method-assign]
+    with served(fake) as (url, _):
+        assert main(arguments(work, url)) == 1
+    said = capsys.readouterr().err
+    assert "version" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("properties", "addresses", "url"),
+    [
+        ({"url": "https://pi.example:8443"}, ["127.0.0.1"], "https://pi.example:8443"),
+        ({"url": "http://laptop:8321"}, ["127.0.0.1"], "http://127.0.0.1:8321"),
+        ({"url": "https://laptop:8443"}, ["127.0.0.1"], "https://laptop:8443"),
+        ({"url": "file:///etc"}, ["fe80::1", "127.0.0.1"], "http://127.0.0.1:8321"),
+        ({}, ["fe80::1"], "http://[fe80::1]:8321"),
+        ({}, [], None),
+    ],
+)
+def test_an_announcement_gives_an_address(
+    properties: dict[str, str], addresses: list[str], url: str | None
+) -> None:
+    zeroconf = pytest.importorskip("zeroconf")
+    from edge_runtime.discovery import SERVICE, read_announcement
+
+    info = zeroconf.ServiceInfo(
+        SERVICE, f"pi.{SERVICE}", port=8321, properties=properties, parsed_addresses=addresses
+    )
+    found = read_announcement(f"pi.{SERVICE}", info)
+    assert (None if found is None else (found.name, found.url)) == (None if url is None else ("pi", url))
+
+
+@pytest.mark.contract
+def test_a_coordinator_on_this_machine_is_found_by_mdns() -> None:
+    zeroconf = pytest.importorskip("zeroconf")
+    from edge_runtime.discovery import SERVICE, discover
+
+    name, only = f"test-{os.getpid()}", ["127.0.0.1"]
+    info = zeroconf.ServiceInfo(
+        SERVICE, f"{name}.{SERVICE}", port=8321, properties={"url": "https://pi.example:8443"},
+        parsed_addresses=only, server=f"{name}.local.",
+    )  # fmt: skip
+    try:
+        announcing = zeroconf.Zeroconf(interfaces=only)
+    except OSError as error:
+        pytest.skip(f"no multicast here: {error}")
+    found: list[str] = []
+    try:
+        announcing.register_service(info)
+        for wait_s in (2.0, 4.0, 8.0):
+            found = found or [one.url for one in discover(wait_s, interfaces=only) if one.name == name]
+            if found:
+                break
+    finally:
+        announcing.close()
+    if not found:
+        pytest.skip("the loopback interface carries no multicast here")
+    assert found == ["https://pi.example:8443"]
+
+
+def test_discovery_says_what_to_install_and_chooses_nobody_by_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    from edge_runtime import discovery
+    from edge_runtime.errors import EdgestillError
+
+    one, other = discovery.Found("a", "http://192.0.2.1:1"), discovery.Found("b", "http://192.0.2.2:1")
+    for answers, message in (([], "no coordinator"), ([one, other], "several")):
+        monkeypatch.setattr(discovery, "discover", lambda *_, answers=answers: answers)
+        with pytest.raises(EdgestillError, match=message):
+            discovery.find_one()
+    monkeypatch.setattr(discovery, "discover", lambda *_: [one])
+    assert discovery.find_one() == one
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "zeroconf", None)
+    with pytest.raises(EdgestillError, match="zeroconf"):
+        discovery.find_one()

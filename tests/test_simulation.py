@@ -1,0 +1,163 @@
+"""`edgestill simulate` from outside, on small handmade bundles: no exporter, no PyTorch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edge_runtime.cli import main
+from edge_runtime.outputs import unpack
+from tests.handmade_bundle import CHANNELS, CLASSES, LATENT, SIZE, write_handmade_bundle
+
+pytestmark = pytest.mark.simulation
+SUMMARY = (
+    "t_priv", "t_uni", "local_only_t_priv", "local_only_t_uni", "bytes_up_per_device_round",
+    "bytes_down_per_device_round", "trainings_per_s", "digest",
+)  # fmt: skip
+TRANSFER_COUNT = 24
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options that a simulation of seconds needs: two bundles, private data, a transfer set."""
+    folder = tmp_path_factory.mktemp("simulation")
+    random = np.random.default_rng(0)
+    centres = random.integers(60, 200, (CLASSES, SIZE, SIZE, CHANNELS))
+
+    def images(labels: np.ndarray) -> np.ndarray:
+        noisy = centres[labels] + random.normal(0, 25, (len(labels), SIZE, SIZE, CHANNELS))
+        return noisy.clip(0, 255).astype(np.uint8)
+
+    train, test = np.arange(160) % CLASSES, np.arange(80) % CLASSES
+    np.savez(folder / "data.npz", x_train=images(train), y_train=train, x_test=images(test), y_test=test)
+    np.savez(folder / "transfer.npz", x=images(np.arange(40) % CLASSES))
+    bundles = [write_handmade_bundle(folder / f"student{seed}", seed=seed) for seed in range(2)]
+    write_handmade_bundle(folder / "ce", seed=3, objective="ce")
+    return [
+        "simulate", "--data", str(folder / "data.npz"), "--transfer", str(folder / "transfer.npz"),
+        "--transfer-count", str(TRANSFER_COUNT), "--bundle", str(bundles[0]), "--devices", "5", "--rounds", "2",
+        "--learning-rate", "0.002", "--distil-learning-rate", "0.002", "--json",
+    ]  # fmt: skip
+
+
+def simulate(words: list[str], capsys: pytest.CaptureFixture[str], *more: str, code: int = 0) -> list[dict]:
+    assert main([*words, *more]) == code
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    summary = {name: value for name, value in lines[-1]["summary"].items() if not name.endswith("_s")}
+    return [*lines[:-1], summary]
+
+
+def test_the_summary_has_the_names_that_others_script_against(
+    words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    *rounds, last = simulate(words, capsys, "--work-dir", str(tmp_path))
+    assert [line["round"] for line in rounds] == [1, 2]
+    summary = last["summary"]
+    assert tuple(summary)[: len(SUMMARY)] == SUMMARY
+    assert summary["trainings"] == 10 and summary["rounds_completed"] == 2 and summary["refusals"] == {}
+    for name in ("t_priv", "t_uni", "local_only_t_priv", "local_only_t_uni"):
+        assert 0 <= summary[name] <= 1
+    # the first round has no global outputs to download, the second has one body of them a device
+    published = tmp_path / "blobs" / summary["digest"][:2] / summary["digest"][2:4] / summary["digest"]
+    body = published.read_bytes()
+    assert hashlib.sha256(body).hexdigest() == summary["digest"]
+    arrays, _ = unpack(body, "identity", {"latents": (TRANSFER_COUNT, LATENT)})
+    assert arrays["latents"].std() > 0
+    assert rounds[0]["bytes_down"] == 0 and rounds[1]["bytes_down"] == pytest.approx(5 * len(body), rel=0.05)
+
+
+def test_the_number_of_workers_changes_nothing(
+    words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    options = ("--availability", "0.8", "--dropout", "0.2", "--poison", "0.2:random", "--gamma", "0.3")
+    alone = simulate(words, capsys, *options)
+    pooled = simulate(words, capsys, *options, "--workers", "2")
+    other = simulate(words, capsys, *options, "--seed", "1")
+    assert without_times(alone) == without_times(pooled)
+    assert alone[-1]["summary"]["digest"] != other[-1]["summary"]["digest"]
+
+
+def test_ray_gives_what_a_pool_gives(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    assert without_times(simulate(words, capsys)) == without_times(
+        simulate(words, capsys, "--ray", "--workers", "2")
+    )
+
+
+def test_a_folder_that_was_used_before_changes_nothing(
+    words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    first, second = (simulate(words, capsys, "--work-dir", str(tmp_path)) for _ in range(2))
+    assert without_times(first) == without_times(second)
+
+
+def test_poison_reaches_the_aggregate_and_the_median_shrugs(
+    words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def latents(name: str, *more: str) -> np.ndarray:
+        lines = simulate(words, capsys, "--mode", "consensus", "--rounds", "1", "--no-local-only", "--work-dir",
+                         str(tmp_path / name), *more)  # fmt: skip
+        digest = lines[-1]["summary"]["digest"]
+        body = (tmp_path / name / "blobs" / digest[:2] / digest[2:4] / digest).read_bytes()
+        return unpack(body, "identity", {"latents": (TRANSFER_COUNT, LATENT)})[0]["latents"]
+
+    clean = latents("clean")
+    errors = {
+        rule: np.abs(latents(rule, "--poison", "0.2:scale", "--aggregation", rule) - clean).mean()
+        for rule in ("mean", "median", "trimmed_mean")
+    }
+    assert errors["mean"] > 3 * max(errors["median"], errors["trimmed_mean"])
+
+
+def test_parameters_of_equal_students(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    options = [word.replace("student0", "ce") for word in words]
+    lines = simulate(options, capsys, "--exchange", "parameters", "--precision", "fp32")
+    assert lines[-1]["summary"]["rounds_completed"] == 2
+    # parameters go down as they go up: the same tensors, but not compressed
+    assert lines[1]["bytes_down"] == pytest.approx(lines[1]["bytes_up"], rel=0.2)
+
+
+def test_devices_get_the_students_in_turn(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    second = next(word for word in words if word.endswith("student0")).replace("student0", "student1")
+    lines = simulate(
+        words, capsys, "--bundle", second, "--align", "--output", str(Path(second).parent / "out")
+    )
+    assert lines[-1]["summary"]["rounds_completed"] == 2
+    kept = (Path(second).parent / "out" / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in kept] == lines
+    picture = (Path(second).parent / "out" / "simulation.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 5000
+
+
+def test_rounds_that_too_few_reach_are_abandoned(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = simulate(words, capsys, "--dropout", "0.9", "--goal", "5", "--minimum", "5", code=1)
+    assert [line["phase"] for line in lines[:-1]] == ["abandoned"] * 2
+    assert all("uploads" in line["reason"] for line in lines[:-1])
+    assert lines[-1]["summary"]["digest"] is None
+
+
+def test_a_person_gets_a_table(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([word for word in words if word != "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "local only" in captured.out and "digest of the final global outputs" in captured.out
+    assert "round 2: 5 of 5 uploads" in captured.err
+
+
+@pytest.mark.parametrize(
+    "wrong", [("--devices", "0"), ("--poison", "0.2"), ("--plot", "x.pdf"), ("--exchange", "parameters")]
+)
+def test_what_makes_no_sense_is_refused_at_once(
+    wrong: tuple[str, str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words, "--bundle", "another", *wrong]) == 2
+    assert "hint: " in capsys.readouterr().err
