@@ -233,13 +233,13 @@ def _mean(values: Sequence[float | None]) -> float | None:
 _STYLE = """
 :root { color-scheme: light dark; --line: #c8ccd0; }
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0; }
-main { max-width: 64rem; margin: 0 auto; padding: 1rem; }
+main { max-width: 74rem; margin: 0 auto; padding: 1rem; }
 .gain { font-size: 1.2rem; }
 figure { margin: 1rem 0; background: white; border: 1px solid var(--line); border-radius: 6px; padding: .5rem; }
 img { display: block; width: 100%; height: auto; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th, td { border-bottom: 1px solid var(--line); padding: .3rem .6rem; text-align: right; white-space: nowrap; }
+th, td { border-bottom: 1px solid var(--line); padding: .3rem .5rem; text-align: right; white-space: nowrap; }
 th:first-child, td:nth-child(2), td:nth-child(3), thead th:nth-child(-n+3) { text-align: left; }
 tfoot { font-weight: 600; }
 """

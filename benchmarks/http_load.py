@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+SHORT_POLL_S = 0.1
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -85,7 +87,7 @@ class Connection:
 
 @dataclass
 class Polls:
-    """How many long polls are open, and the fewest there were since the count began."""
+    """How many devices poll, with at most a moment between two polls, and the fewest since the count began."""
 
     held: int = 0
     fewest: int | None = None
@@ -107,22 +109,23 @@ async def hold_polls(
 
     async def poll(token: str) -> None:
         connection = Connection(host, port)
+        polls.change(+1)
         try:
             while True:
                 started_s = time.perf_counter()
-                polls.change(+1)
-                try:
-                    answer = await connection.post(f"/v1/work?wait_s={wait_s:g}", status, token)
-                finally:
-                    polls.change(-1)
+                answer = await connection.post(f"/v1/work?wait_s={wait_s:g}", status, token)
                 if answer.status != 204:
                     polls.errors.append(f"a long poll was answered {answer.status}: {answer.body[:200]!r}")
                     return
-                if time.perf_counter() - started_s < 0.1:
-                    await asyncio.sleep(0.5)  # the server has no room for another poll
+                if time.perf_counter() - started_s < min(wait_s, SHORT_POLL_S):
+                    # answered at once: there was no room for it, and it is not held until it asks again
+                    polls.change(-1)
+                    await asyncio.sleep(0.5)
+                    polls.change(+1)
         except (OSError, asyncio.IncompleteReadError) as error:
             polls.errors.append(f"a long poll broke: {error}")
         finally:
+            polls.change(-1)
             connection.close()
 
     async with asyncio.TaskGroup() as group:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.simulation.settings import EXCHANGES, MODES, RULES, Poison, SimulationSettings
+from coordinator.task import clip_value
 from edge_runtime.errors import UsageError
 
 
@@ -49,7 +50,7 @@ def add_parser(subparsers: Any) -> None:
     add("--mode", "whether the coordinator distils a global student", choices=MODES)
     add("--aggregation", "rule that combines the uploads", choices=RULES)
     add("--align", "rotate each device's latents to the global ones first", action="store_true")
-    add("--clip", "largest norm of an upload's row", type=float, metavar="C")
+    add("--clip", "largest norm of an upload's row, or median", type=clip_value, metavar="C")
     add("--trim", "share cut at either end by trimmed_mean", type=float, metavar="X")
     add("--byzantine", "share that krum must withstand", type=float, metavar="X")
     add("--precision", "of uploads and global outputs", choices=("fp32", "fp16", "int8"))

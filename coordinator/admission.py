@@ -23,7 +23,7 @@ _MOST_SAMPLES = 10**9
 class UploadTicket:
     """An upload that may be read: at most `max_bytes`."""
 
-    task: str
+    task: Task
     number: int
     device: str
     max_bytes: int
@@ -55,7 +55,7 @@ def check_head(
 
 
 def read_upload(
-    ticket: UploadTicket, task: Task, body: bytes, content_digest: str, content_encoding: str, now_s: float
+    ticket: UploadTicket, body: bytes | bytearray, content_digest: str, content_encoding: str, now_s: float
 ) -> UploadRecord:
     """The upload that a body carries, fully decoded once: what is accepted can be aggregated.
 
@@ -73,13 +73,13 @@ def read_upload(
     samples, counts = metadata.get("samples", ""), metadata.get("class_counts")
     if not _SAMPLES.fullmatch(samples):
         raise Problem("wrong_outputs", "metadata `samples` is not a whole number from 1 to 999999999")
-    class_counts = None if counts is None else _parse_class_counts(counts, task.classes)
+    class_counts = None if counts is None else _parse_class_counts(counts, ticket.task.classes)
     return UploadRecord(
         ticket.device, content_digest, len(body), content_encoding, int(samples), class_counts, now_s
     )
 
 
-def check_digest(body: bytes, content_digest: str) -> None:
+def check_digest(body: bytes | bytearray, content_digest: str) -> None:
     """Errors: Problem `digest_mismatch`."""
     if hashlib.sha256(body).hexdigest() != content_digest:
         raise Problem("digest_mismatch", "the body's SHA-256 is not that of Content-Digest")

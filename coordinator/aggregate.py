@@ -21,6 +21,8 @@ OUTPUTS = ("latents", "logits")
 _BLOCK_VALUES = 2**22
 """Values of all uploads that are held as float64 at once: 32 MiB."""
 _MAX_SAMPLES = 2**53
+_MOST_OF_MEDIAN = 10.0
+"""What a device says of its samples weighs at most as much as this many median devices."""
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -49,9 +51,12 @@ def aggregate(
     `latents` [N, l] and `logits` [N, K] are outputs; any other names are parameters and statistics. `previous` are
     the global outputs before, in the same form; `transfer_labels` [N] are the classes of the transfer samples.
 
-    - clip: outputs are shortened row by row to this norm; of parameters, the whole update, which is the difference
-      to `previous` (to the median of the uploads where there is none).
+    - clip: outputs are shortened row by row to this norm ("median": to the uploads' median norm of that row); of
+      parameters, the whole update, which is the difference to `previous` (to the median of the uploads where there is
+      none).
     - align: see `coordinator/alignment.py`; to the previous latents, else to the reference device's.
+    - what a device says of its samples, or of its samples of a class, is believed up to 10 times the lower median of
+      what those devices say that have any: nobody outvotes all others by saying more.
     - `mean` weighs devices by samples; `class_mean` weighs the outputs of a sample of class c by how many samples of
       c a device has, and by samples where nobody has any; `median`, `trimmed_mean` and `krum` ignore what devices
       say of themselves. `trimmed_mean` cuts the share `trim` of the uploads at either end, rounded up, so that a
@@ -161,7 +166,9 @@ def _clipped(
     if spec.clip is None:
         return views
     if name in OUTPUTS:
-        return [replace(view, scale=_shortening(_row_norms(view), spec.clip)) for view in views]
+        norms = np.stack([_row_norms(view) for view in views])
+        scales = _shortening(norms, spec.clip)
+        return [replace(view, scale=scale) for view, scale in zip(views, scales, strict=True)]
     if previous is not None and name in previous:
         base = _as_matrix(previous[name])
     else:
@@ -171,7 +178,7 @@ def _clipped(
     return [replace(view, base=base) for view in views]
 
 
-def _with_whole_norm(entries: dict[str, list[_View]], clip: float | None) -> dict[str, list[_View]]:
+def _with_whole_norm(entries: dict[str, list[_View]], clip: float | str | None) -> dict[str, list[_View]]:
     if clip is None:
         return entries
     squares = np.zeros(len(next(iter(entries.values()))))
@@ -190,9 +197,10 @@ def _row_norms(view: _View) -> np.ndarray:
     return np.sqrt(np.sum(np.square(view.matrix.astype(np.float64)), axis=1))
 
 
-def _shortening(norms: np.ndarray, clip: float) -> np.ndarray:
-    """1 where a norm is within `clip`, else what brings it there."""
-    return np.where(norms > clip, clip / np.maximum(norms, clip), 1.0)
+def _shortening(norms: np.ndarray, clip: float | str) -> np.ndarray:
+    """1 where a norm is within `clip`, else what brings it there; norms [devices] or [devices, rows]."""
+    limit = np.median(norms, axis=0) if clip == "median" else np.float64(clip)
+    return np.where(norms > limit, limit / np.maximum(norms, np.maximum(limit, 1e-300)), 1.0)
 
 
 def _aligned(views: list[_View], previous: np.ndarray | None) -> list[_View]:
@@ -220,7 +228,7 @@ def _weights(
     name: str, ordered: Sequence[Upload], spec: Aggregation, rows: int, labels: np.ndarray | None
 ) -> np.ndarray:
     """Weight of every device for every row [n, rows]; no device has any where all say 0, so all count alike."""
-    samples = np.array([float(upload.samples) for upload in ordered])
+    samples = _believed(np.array([float(upload.samples) for upload in ordered]))
     if not samples.any():
         samples = np.ones(len(ordered))
     weights = np.broadcast_to(samples[:, None], (len(ordered), rows))
@@ -241,8 +249,17 @@ def _weights(
         if any(not 0 <= count <= _MAX_SAMPLES for count in shared):
             raise AggregationError(f"the class counts of {upload.device} are not counts", "refuse the upload")
         counts[index, : len(shared)] = shared
+    counts = np.stack([_believed(column) for column in counts.T], axis=1)
     by_class = counts[:, labels]
     return np.where(by_class.any(axis=0), by_class, weights)
+
+
+def _believed(claims: np.ndarray) -> np.ndarray:
+    """Claims [n], cut to a multiple of the lower median of those above 0: of two, the smaller says what is usual."""
+    some = np.sort(claims[claims > 0])
+    if not len(some):
+        return claims
+    return np.minimum(claims, _MOST_OF_MEDIAN * some[(len(some) - 1) // 2])
 
 
 def _combine(stack: np.ndarray, spec: Aggregation, weights: np.ndarray) -> np.ndarray:

@@ -6,9 +6,8 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from edge_runtime.discovery import SERVICE
 from edge_runtime.errors import EdgestillError, UsageError
-
-SERVICE_TYPE = "_edgestill._tcp.local."
 
 
 @contextmanager
@@ -28,8 +27,8 @@ def announce(url: str, host: str, port: int) -> Iterator[None]:
         )
     name = socket.gethostname().split(".")[0]
     info = ServiceInfo(
-        SERVICE_TYPE,
-        f"{name}-{port}.{SERVICE_TYPE}",
+        SERVICE,
+        f"{name}-{port}.{SERVICE}",
         parsed_addresses=addresses,
         port=port,
         properties={"url": url},

@@ -18,16 +18,19 @@ DASHBOARD_COOKIE = "edgestill_dashboard"
 _BEARER = HTTPBearer(auto_error=False, scheme_name="device token")
 
 
-async def device_of(
-    request: Request,
-    context: Annotated[Context, Depends(context_of)],
-    _: Annotated[Any, Depends(_BEARER)],
-) -> Any:
-    """The device whose token stands in the Authorization header. Errors: Problem `unauthorised`."""
+async def token_of(request: Request, _: Annotated[Any, Depends(_BEARER)]) -> str:
+    """The token in the Authorization header, not looked up. Errors: Problem `unauthorised`."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not token.strip():
         raise Problem("unauthorised", "no bearer token in the Authorization header")
-    return await context.call(context.service.authenticate, token.strip())
+    return token.strip()
+
+
+async def device_of(
+    context: Annotated[Context, Depends(context_of)], token: Annotated[str, Depends(token_of)]
+) -> Any:
+    """The device whose token stands in the Authorization header. Errors: Problem `unauthorised`."""
+    return await context.call(context.service.authenticate, token)
 
 
 async def check_operator(request: Request, context: Annotated[Context, Depends(context_of)]) -> None:

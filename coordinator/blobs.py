@@ -30,8 +30,11 @@ class BlobError(EdgestillError):
 class Blobs(Protocol):
     """What the service needs of a place for blobs; `FileBlobs` and `ObjectBlobs` keep the same contract."""
 
-    def put(self, data: bytes | Iterable[bytes]) -> str:
-        """Stores the bytes durably and returns their digest; the same bytes again are stored once."""
+    def put(self, data: bytes | bytearray | Iterable[bytes], digest: str | None = None) -> str:
+        """Stores the bytes durably and returns their digest; the same bytes again are stored once.
+
+        `digest` is that of the bytes, where the caller has computed it already.
+        """
 
     def put_file(self, path: Path) -> str:
         """Stores a file's bytes durably and returns their digest."""
@@ -63,23 +66,23 @@ def read_blob(blobs: Blobs, digest: str) -> bytes:
 
 
 class FileBlobs:
-    """Blobs in a folder: `ab/cd/abcd…`, written under `incoming` and renamed."""
+    """Blobs in a folder: `ab/abcd…`, written under `incoming` and renamed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self._incoming = self.folder / "incoming"
         try:
-            self._incoming.mkdir(parents=True, exist_ok=True)
+            self._make_folders()
         except OSError as error:
             raise BlobError(
                 f"{self.folder}: cannot make the folder: {error.strerror}", "choose another --blobs"
             ) from error
         self._remove_abandoned()
 
-    def put(self, data: bytes | Iterable[bytes]) -> str:
+    def put(self, data: bytes | bytearray | Iterable[bytes], digest: str | None = None) -> str:
         chunks = [data] if isinstance(data, bytes | bytearray | memoryview) else data
         try:
-            return self._put(chunks)
+            return self._put(chunks, digest)
         except OSError as error:
             raise BlobError(
                 f"{self.folder}: cannot write: {error.strerror or error}", "check rights and free space"
@@ -110,19 +113,18 @@ class FileBlobs:
         if _DIGEST.fullmatch(digest):
             self._place(digest).unlink(missing_ok=True)
 
-    def _put(self, chunks: Iterable[bytes]) -> str:
+    def _put(self, chunks: Iterable[bytes], digest: str | None) -> str:
         descriptor, temporary = tempfile.mkstemp(dir=self._incoming)
         try:
             hasher = hashlib.sha256()
-            with os.fdopen(descriptor, "wb") as file:
+            with os.fdopen(descriptor, "wb", buffering=0) as file:
                 for chunk in chunks:
-                    hasher.update(chunk)
-                    file.write(chunk)
-                file.flush()
+                    if digest is None:
+                        hasher.update(chunk)
+                    _write_all(file, chunk)
                 os.fsync(file.fileno())
-            digest = hasher.hexdigest()
+            digest = digest or hasher.hexdigest()
             place = self._place(digest)
-            self._make_folders(place.parent)
             os.replace(temporary, place)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
@@ -130,16 +132,15 @@ class FileBlobs:
         _sync_folder(place.parent)
         return digest
 
-    def _make_folders(self, folder: Path) -> None:
-        """Makes the two levels; a new folder's own entry must be durable before anything in it counts."""
-        if folder.is_dir():
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        _sync_folder(folder.parent)
+    def _make_folders(self) -> None:
+        """All folders at once: a folder made with a blob would have to be flushed before the blob counts."""
+        self._incoming.mkdir(parents=True, exist_ok=True)
+        for number in range(256):
+            (self.folder / f"{number:02x}").mkdir(exist_ok=True)
         _sync_folder(self.folder)
 
     def _place(self, digest: str) -> Path:
-        return self.folder / digest[:2] / digest[2:4] / digest
+        return self.folder / digest[:2] / digest
 
     def _remove_abandoned(self) -> None:
         """Clears what a killed process left half written; another replica's present writes are younger."""
@@ -170,9 +171,9 @@ class ObjectBlobs:
             raise BlobError(f"{url}: {error}", "give --blobs s3://BUCKET/PREFIX or a folder") from error
         self._copies = tempfile.TemporaryDirectory(prefix="edgestill-blobs-", ignore_cleanup_errors=True)
 
-    def put(self, data: bytes | Iterable[bytes]) -> str:
+    def put(self, data: bytes | bytearray | Iterable[bytes], digest: str | None = None) -> str:
         if isinstance(data, bytes | bytearray | memoryview):
-            digest = hashlib.sha256(data).hexdigest()
+            digest = digest or hashlib.sha256(data).hexdigest()
             with self._errors("store", digest):
                 self._obstore.put(self._store, _key(digest), bytes(data))
             return digest
@@ -259,6 +260,12 @@ def _chunks_of(path: Path, start: int = 0, stop: int | None = None) -> Iterator[
         while chunk := file.read(CHUNK_BYTES if remaining is None else min(CHUNK_BYTES, remaining)):
             remaining = None if remaining is None else remaining - len(chunk)
             yield chunk
+
+
+def _write_all(file: Any, chunk: bytes | bytearray) -> None:
+    rest = memoryview(chunk)
+    while len(rest):  # without a buffer, a write may take a part only
+        rest = rest[file.write(rest) :]
 
 
 def _sync_folder(folder: Path) -> None:

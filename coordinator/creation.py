@@ -15,7 +15,7 @@ from coordinator.task import Task, parse_task
 from edge_runtime.bundle import Bundle
 from edge_runtime.data import load_splits, load_transfer_images
 from edge_runtime.errors import UsageError
-from edge_runtime.local_training import Transfer
+from edge_runtime.local_training import Transfer, parameters_of
 from edge_runtime.manifest import InputSpec
 from edge_runtime.randomness import SUBSET, permutation
 
@@ -37,7 +37,7 @@ def make_task(description: Mapping[str, Any], add_blob: AddBlob) -> Task:
     for name in ("students", "global_student", "latent_size", "classes", "parameter_shapes"):
         if name in fields:
             raise UsageError(f"{name} comes from the bundles", "leave it out, and name the bundles instead")
-    parse_task(_with_stand_ins(fields, description))
+    drafted = parse_task(_with_stand_ins(fields, description))
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgestill-task-")))
         bundles = [stack.enter_context(Bundle.open(path)) for path in _paths(description)]
@@ -46,6 +46,9 @@ def make_task(description: Mapping[str, Any], add_blob: AddBlob) -> Task:
             whole = stack.enter_context(Bundle.open(_path(description["global_bundle"], "global_bundle")))
         first = bundles[0]
         _check_alike([*bundles, *([] if whole is None else [whole])])
+        if drafted.exchange != "parameters":
+            _check_objectives(bundles, whole, drafted.exchange)
+            _check_transfer_fraction(bundles, drafted.local.transfer_fraction)
         seed = _count(description, "seed", 0) or 0
         transfer = load_transfer(
             _text(description, "transfer"), first.input, first.classes,
@@ -141,7 +144,7 @@ def load_test(source: str, bundle: Bundle, count: int | None, seed: int) -> Tran
 
 def parameter_shapes(bundle: Bundle) -> dict[str, list[int]]:
     """Shape of every parameter and statistic, by name."""
-    return {spec.name: list(spec.shape) for spec in bundle.state_specs if spec.role != "slot"}
+    return {name: list(array.shape) for name, array in parameters_of(bundle, bundle.initial_state()).items()}
 
 
 def _take(samples: Transfer, count: int | None, seed: int) -> Transfer:
@@ -211,3 +214,31 @@ def _check_alike(bundles: Sequence[Bundle]) -> None:
                     f"{bundle.source} has {what} {mine}, {first.source} has {theirs}",
                     "export all students of a task alike in everything but the perception module",
                 )
+
+
+def _check_objectives(bundles: Sequence[Bundle], whole: Bundle | None, exchange: str) -> None:
+    """Errors: UsageError for a student whose training step learns nothing from what is exchanged.
+
+    Devices of objective `ce` may take part: they give outputs, and learn from their labels alone.
+    """
+    teachable = [bundle for bundle in bundles if bundle.objective.needs_teacher]
+    for bundle in [*teachable, *([] if whole is None else [whole])]:
+        objective = bundle.objective
+        learns = {"latents": objective.takes_latents, "logits": objective.takes_logits}
+        if not learns.get(exchange, any(learns.values())):
+            raise UsageError(
+                f"{bundle.source}: objective {objective.name} does not learn from {exchange}",
+                "export it with --objective lkd for latents, kd for logits, both for either",
+            )
+
+
+def _check_transfer_fraction(bundles: Sequence[Bundle], fraction: float) -> None:
+    """Errors: UsageError where a student's batch would hold no transfer samples, or nothing else."""
+    for bundle in bundles:
+        count = round(bundle.batch * fraction)
+        if bundle.objective.needs_teacher and not 0 < count < bundle.batch:
+            raise UsageError(
+                f"local.transfer_fraction is {fraction}: {count} of the {bundle.batch} samples of a batch "
+                f"of {bundle.source}",
+                f"give {1 / bundle.batch:.3g} to {1 - 1 / bundle.batch:.3g}",
+            )

@@ -92,7 +92,9 @@ CATALOG: dict[str, ProblemKind] = {
     "invalid": ProblemKind(
         422, "A field has a value that is not allowed", "correct the field that the detail names"
     ),
-    "quota": ProblemKind(429, "The device asks too often", "wait as long as `Retry-After` says"),
+    "quota": ProblemKind(
+        429, "The device stores more than it may", "ask the operator for a larger --quota-bytes"
+    ),
     "header_too_large": ProblemKind(431, "The headers are too large", "send shorter headers"),
     "internal": ProblemKind(
         500, "The coordinator failed", "try again; if it stays, see the coordinator's log"

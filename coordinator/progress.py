@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from coordinator.records import RoundRecord
@@ -68,12 +69,29 @@ class Progress:
         now_s: float,
         **values: object,
     ) -> tuple[RoundRecord, tuple[Effect, ...]]:
-        """Steps the round and writes what changed, with `values` for its row; under the task's lock.
+        """`apply_all` for one event."""
+        record, (effects,) = self.apply_all(transaction, task, record, [event], now_s, **values)
+        return record, effects
+
+    def apply_all(
+        self,
+        transaction: Transaction,
+        task: Task,
+        record: RoundRecord,
+        events: Sequence[Event],
+        now_s: float,
+        **values: object,
+    ) -> tuple[RoundRecord, list[tuple[Effect, ...]]]:
+        """Steps the round through the events and writes what they changed, with `values` for its row; under the
+        task's lock. The effects are those of each event.
 
         The last round's end is the task's end. `remember` the returned record once the transaction is committed.
         """
-        before = record.round
-        after, effects = step(before, event, now_s, task.rules())
+        before = after = record.round
+        effects = []
+        for event in events:
+            after, caused = step(after, event, now_s, task.rules())
+            effects.append(caused)
         if after == before:
             return record, effects
         for device in sorted(after.selected - before.selected):

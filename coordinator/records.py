@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from coordinator.rounds import Round
+from coordinator.rounds import Accepted, Round
 from coordinator.task import Task
 
 
@@ -65,6 +65,16 @@ class RoundRecord:
     @property
     def name(self) -> str:
         return f"{self.task}.{self.round.number}"
+
+
+@dataclass(frozen=True)
+class PartInRound:
+    """One device's part in a round, in the form of a `Round` that has no other devices."""
+
+    selected: frozenset[str]
+    accepted: Mapping[str, Accepted]
+    stored_bytes: int
+    """Uploads that the device has stored in its task."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from coordinator.admission import parse_round_name
 from coordinator.problems import Problem
 from coordinator.store import Store
+from coordinator.transaction import Transaction
 from edge_runtime.errors import EdgestillError
 
 
@@ -21,7 +22,7 @@ class RefusalCounts:
         self._lock = threading.Lock()
 
     def add(self, task: str, round_name: str, kind: str) -> None:
-        """Counts one; under round 0 when the task has no round of the name."""
+        """Counts one; a name that is no round of the task counts under round 0."""
         try:
             number = parse_round_name(round_name, task)
         except Problem:
@@ -30,14 +31,18 @@ class RefusalCounts:
             self._counts[task, number, kind] += 1
 
     def write(self) -> None:
-        """Adds what was counted to the store. Errors: StoreError; the counts are kept for the next time then."""
+        """Adds what was counted to the store; a round that is not open yet counts as round 0.
+
+        So a device that makes up a billion names of rounds adds no rows. Errors: StoreError; the counts are kept for
+        the next time then.
+        """
         with self._lock:
             counts, self._counts = self._counts, Counter()
         if not counts:
             return
         try:
             with self._store.write() as transaction:
-                for (task, number, kind), count in sorted(counts.items()):
+                for (task, number, kind), count in sorted(_of_open_rounds(transaction, counts).items()):
                     transaction.count_refusals(task, number, kind, count)
                 for task in sorted({task for task, _, _ in counts}):
                     transaction.note(task, "refusal", self._clock())
@@ -45,3 +50,14 @@ class RefusalCounts:
             with self._lock:
                 self._counts.update(counts)
             raise
+
+
+def _of_open_rounds(
+    transaction: Transaction, counts: Counter[tuple[str, int, str]]
+) -> Counter[tuple[str, int, str]]:
+    last = {task: transaction.round_head(task) for task, _, _ in counts}
+    found: Counter[tuple[str, int, str]] = Counter()
+    for (task, number, kind), count in counts.items():
+        head = last[task]
+        found[task, number if head is not None and number <= head.number else 0, kind] += count
+    return found

@@ -88,6 +88,8 @@ rounds = Table(
     Column("metrics", JSON, nullable=False),
     # one more with every transition, so that a replica knows whether what it remembers is still so
     Column("version", Integer, nullable=False),
+    # when its uploads' blobs were deleted
+    Column("swept_s", Double),
 )
 
 selections = Table(
@@ -165,3 +167,4 @@ counters = Table(
 )
 
 Index("ix_uploads_device", uploads.c.device)
+Index("ix_uploads_digest", uploads.c.digest)

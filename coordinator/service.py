@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from coordinator import credentials, step5
-from coordinator.admission import UploadTicket, check_digest, check_head, parse_round_name, read_upload
+from coordinator.admission import UploadTicket, parse_round_name
 from coordinator.blobs import Blobs
 from coordinator.overview import overview_of_rounds
 from coordinator.problems import Problem
@@ -27,24 +27,26 @@ from coordinator.records import (
     ReportRecord,
     RoundOverview,
     TaskRecord,
-    UploadRecord,
 )
 from coordinator.refusals import RefusalCounts
-from coordinator.rounds import Ask, Failed, Offer, Published, Refusal, step
+from coordinator.rounds import Ask, Failed, Published
 from coordinator.schedule import Schedule
 from coordinator.selection import Hearing, may_select, student_of, work_for
 from coordinator.step5 import Step5
 from coordinator.store import Store
+from coordinator.sweep import Sweep
 from coordinator.task import Task
+from coordinator.together import Together
 from coordinator.transaction import Transaction
+from coordinator.uploads import Uploads
 from edge_runtime import wire
 from edge_runtime.errors import EdgestillError, UsageError
-from edge_runtime.outputs import largest_body
 
 __all__ = ["DeviceRecord", "Service", "Step5", "UploadTicket"]
 
 _LOG = logging.getLogger("coordinator")
 _LONGEST_REASON = 500
+_IDENTIFIED_AT_MOST = 20_000
 
 
 class Service:
@@ -69,12 +71,15 @@ class Service:
     ) -> None:
         self.store, self.blobs, self.clock = store, blobs, clock
         self._entropy = entropy
-        self._quota_bytes, self._max_body_bytes = quota_bytes, max_body_bytes
         self._engine_threads = engine_threads
         self._progress = Progress()
         self._schedule = Schedule(store, self._progress, clock, entropy(16).hex(), lease_s)
+        self._uploads = Uploads(store, blobs, self._progress, clock, quota_bytes, max_body_bytes)
+        self._identified: dict[str, DeviceRecord] = {}
         self._hearing = Hearing()
+        self._hear = Together(self._hear_all)
         self._refused = RefusalCounts(store, clock)
+        self._sweep = Sweep(store, blobs, clock)
 
     # operator
 
@@ -130,11 +135,22 @@ class Service:
 
     def authenticate(self, token: str) -> DeviceRecord:
         """The device of a token. Errors: Problem `unauthorised`."""
+        token_hash = credentials.hash_token(token)
         with self.store.read() as transaction:
-            device = transaction.device_with_token(credentials.hash_token(token))
+            device = transaction.device_with_token(token_hash)
         if device is None:
             raise Problem("unauthorised", "the token is not known here")
+        if len(self._identified) >= _IDENTIFIED_AT_MOST:
+            self._identified.clear()
+        self._identified[token_hash] = device
         return device
+
+    def identify(self, token: str) -> DeviceRecord:
+        """The device of a token, perhaps as it was a while ago: enough where only its name and task count.
+
+        Errors: Problem `unauthorised`.
+        """
+        return self._identified.get(credentials.hash_token(token)) or self.authenticate(token)
 
     def assignment(self, device: DeviceRecord) -> dict[str, Any]:
         """The device's task and student, which stays the same. Errors: Problem `no_fitting_student`."""
@@ -175,8 +191,7 @@ class Service:
                 work = work_for(transaction, device, record, now_s)
             self._progress.remember(record)
         elif self._hearing.is_news(device, status, now_s):
-            with self.store.write() as transaction:
-                self._hearing.hear(transaction, device, status, now_s)
+            self._hear((device, status, now_s))
         return work
 
     def check_upload(
@@ -189,10 +204,24 @@ class Service:
         content_encoding: str = "identity",
     ) -> UploadTicket:
         """Everything that can be refused before a body is read; `content_digest` in hexadecimal. Errors: Problem."""
-        with self._counting(device.task, round_name), self.store.read() as transaction:
-            return self._check_upload(
-                transaction, device, round_name, device_name, content_length, content_digest, content_encoding
-            )
+        with self._counting(device.task, round_name):
+            _check_own(device, device_name)
+            return self._uploads.check(device, round_name, content_length, content_digest, content_encoding)
+
+    def take_upload(
+        self,
+        ticket: UploadTicket,
+        body: bytes | bytearray,
+        content_digest: str,
+        content_encoding: str = "identity",
+    ) -> str:
+        """Accepts the body of a checked upload: `created`, or `same` when it was accepted before.
+
+        Durable when this returns. Errors: Problem; BlobError and StoreError when it could not be kept, so that the
+        device tries again.
+        """
+        with self._counting(ticket.task.name, f"{ticket.task.name}.{ticket.number}"):
+            return self._uploads.take(ticket, body, content_digest, content_encoding)
 
     def submit(
         self,
@@ -203,22 +232,11 @@ class Service:
         content_digest: str,
         content_encoding: str = "identity",
     ) -> str:
-        """Accepts an upload: `created`, or `same` when it was accepted before; durable when this returns.
-
-        Errors: Problem; BlobError and StoreError when it could not be kept, so that the device tries again.
-        """
+        """`check_upload` and `take_upload` at once, for who has the whole body. Errors: theirs."""
         ticket = self.check_upload(
             device, round_name, device_name, len(body), content_digest, content_encoding
         )
-        with self._counting(device.task, round_name):
-            if ticket.already_there:
-                check_digest(body, content_digest)
-                return "same"
-            with self.store.read() as transaction:
-                task = self._progress.task(transaction, device.task)
-            upload = read_upload(ticket, task, body, content_digest, content_encoding, self.clock())
-            self.blobs.put(body)
-            return self._accept(task, ticket, upload)
+        return self.take_upload(ticket, body, content_digest, content_encoding)
 
     def report(
         self, device: DeviceRecord, round_name: str, device_name: str, report: Mapping[str, Any]
@@ -252,9 +270,14 @@ class Service:
     # clockwork
 
     def tick(self) -> list[Step5]:
-        """Applies deadlines, opens rounds, and gives the aggregations to run here: see `Schedule.tick`."""
+        """Applies deadlines, opens rounds, and gives the aggregations to run here: see `Schedule.tick`.
+
+        Deletes what an ended round has left, too: see `Sweep`.
+        """
         self._refused.write()
-        return self._schedule.tick()
+        due = self._schedule.tick()
+        self._sweep.run()
+        return due
 
     def run_step5(self, job: Step5, work_folder: str | Path) -> None:
         """Runs an aggregation to its end: published, or abandoned with the reason when anything in it fails.
@@ -333,54 +356,12 @@ class Service:
 
     # inside
 
-    def _check_upload(
-        self,
-        transaction: Transaction,
-        device: DeviceRecord,
-        round_name: str,
-        device_name: str,
-        content_length: int | None,
-        content_digest: str | None,
-        content_encoding: str,
-    ) -> UploadTicket:
-        _check_own(device, device_name)
-        number = parse_round_name(round_name, device.task)
-        task = self._progress.task(transaction, device.task)
-        expected = task.expected_upload()
-        max_bytes = min(largest_body(expected), self._max_body_bytes)
-        check_head(content_length, content_digest, content_encoding, max_bytes)
-        assert content_length is not None and content_digest is not None
-        record = self._progress.load(transaction, task.name, number)
-        if record is None:
-            raise Problem("no_such_round", f"round {round_name} has not been opened")
-        # a rehearsal: the real step is taken under the lock, once the body is known to be good
-        _, effects = step(record.round, Offer(device.name, content_digest, 1), self.clock(), task.rules())
-        for effect in effects:
-            if isinstance(effect, Refusal):
-                raise Problem(effect.kind, f"round {round_name}, device {device.name}")
-        already_there = device.name in record.round.accepted
-        stored = transaction.device(device.name)
-        if not already_there and stored and stored.stored_bytes + content_length > self._quota_bytes:
-            raise Problem("quota", f"device {device.name} has stored {stored.stored_bytes} bytes", 3600.0)
-        return UploadTicket(task.name, number, device.name, max_bytes, expected, already_there)
-
-    def _accept(self, task: Task, ticket: UploadTicket, upload: UploadRecord) -> str:
-        now_s = self.clock()
+    def _hear_all(self, heard: Sequence[tuple[DeviceRecord, Mapping[str, Any], float]]) -> list[None]:
+        """Writes down what many devices say at once: all long-polls of a moment end in the same moment."""
         with self.store.write() as transaction:
-            self._lock(transaction, task.name)
-            record = self._progress.load(transaction, task.name, ticket.number)
-            assert record is not None
-            known = upload.device in record.round.accepted
-            event = Offer(upload.device, upload.digest, upload.samples)
-            record, effects = self._progress.apply(transaction, task, record, event, now_s)
-            for effect in effects:
-                if isinstance(effect, Refusal):
-                    raise Problem(effect.kind, f"round {record.name}, device {upload.device}")
-            if not known:
-                transaction.add_upload(task.name, ticket.number, upload)
-                transaction.note(task.name, "upload", now_s, ticket.number, upload.device)
-        self._progress.remember(record)
-        return "same" if known else "created"
+            for device, status, now_s in sorted(heard, key=lambda one: one[0].name):
+                self._hearing.hear(transaction, device, status, now_s)
+        return [None] * len(heard)
 
     def _inputs(self, job: Step5) -> step5.Inputs:
         with self.store.read() as transaction:

@@ -6,6 +6,7 @@ after a crash it gives the same bytes (on the same engine).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -112,7 +113,8 @@ def compute(
     )
     metrics["max_error"] = max(packed.max_error.values(), default=0.0)
     metrics["seconds"] = time.perf_counter() - started_s
-    return Result(packed.body, state, metrics)
+    # a loss of NaN is no number in PostgreSQL's JSON, and a figure less is no reason to lose the round
+    return Result(packed.body, state, {k: value for k, value in metrics.items() if math.isfinite(value)})
 
 
 def _load_upload(

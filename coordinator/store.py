@@ -89,6 +89,10 @@ class Store:
         options: dict[str, Any] = {"connect_args": {"check_same_thread": False, "timeout": _BUSY_S}}
         if self._in_memory:
             options["poolclass"] = StaticPool
+        else:
+            options["pool_size"] = (
+                0  # as many as there are threads, and kept: each is opened with four pragmas
+            )
         engine = create_engine(self.url, **options)
         event.listen(engine, "connect", _prepare_sqlite)
         return engine

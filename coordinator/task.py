@@ -11,9 +11,9 @@ from typing import Any
 from coordinator.fields import Node, field_error
 from coordinator.rounds import Rules
 from edge_runtime.augmentation import AUGMENTATIONS
+from edge_runtime.local_training import EXCHANGES
 from edge_runtime.outputs import PRECISIONS
 
-EXCHANGES = ("latents", "logits", "both", "parameters")
 MODES = ("global", "consensus")
 RULES = ("mean", "class_mean", "median", "trimmed_mean", "krum")
 TASK_NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
@@ -59,7 +59,8 @@ class Aggregation:
     """How uploads become one: see `coordinator/aggregate.py`."""
 
     rule: str = "mean"
-    clip: float | None = None
+    clip: float | str | None = None
+    """Largest norm; "median": that of the uploads, row by row, which a scaled upload cannot raise."""
     trim: float = 0.2
     byzantine: float = 0.2
     align: bool = False
@@ -208,11 +209,20 @@ def _parse_aggregation(node: Node) -> Aggregation:
     node.check_fields(Aggregation)
     return Aggregation(
         rule=node.get("rule", "mean").one_of(RULES),
-        clip=node.optional("clip", lambda clip: clip.number(1e-9, 1e30)),
+        clip=node.optional("clip", _parse_clip),
         trim=node.get("trim", 0.2).number(0.0, 0.5, below=True),
         byzantine=node.get("byzantine", 0.2).number(0.0, 0.5, below=True),
         align=node.get("align", False).flag(),
     )
+
+
+def clip_value(text: str) -> float | str:
+    """`aggregation.clip` as a command line has it. Errors: ValueError."""
+    return text if text == "median" else float(text)
+
+
+def _parse_clip(node: Node) -> float | str:
+    return node.one_of(("median",)) if isinstance(node.value, str) else node.number(1e-9, 1e30)
 
 
 def _parse_local(node: Node) -> Local:

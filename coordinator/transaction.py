@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import Connection, Row, Table, delete, func, insert, select, update
+from sqlalchemy import Connection, Row, Table, and_, bindparam, delete, func, insert, select, update
 
 from coordinator import schema as s
 from coordinator.records import (
     Change,
     DeviceRecord,
+    PartInRound,
     RefusalCount,
     ReportRecord,
     RoundRecord,
     TaskRecord,
     UploadRecord,
 )
-from coordinator.rounds import Accepted, Round
-from coordinator.task import Task, parse_task
+from coordinator.rounds import FINAL_PHASES, Accepted, Round
+from coordinator.rows import device_record, json_object, round_record, task_record, upload_record
+from coordinator.task import Task
 
 CHANGES_KEPT = 10_000
 _ROUND_0 = 0
@@ -55,11 +58,11 @@ class Transaction:
 
     def task(self, name: str) -> TaskRecord | None:
         row = self._one(select(s.tasks).where(s.tasks.c.name == name))
-        return None if row is None else _task_record(row)
+        return None if row is None else task_record(row)
 
     def tasks(self) -> list[TaskRecord]:
         query = select(s.tasks).order_by(s.tasks.c.created_s, s.tasks.c.name)
-        return [_task_record(row) for row in self._connection.execute(query)]
+        return [task_record(row) for row in self._connection.execute(query)]
 
     def set_task(self, name: str, **values: Any) -> None:
         self._connection.execute(update(s.tasks).where(s.tasks.c.name == name).values(**values))
@@ -92,16 +95,16 @@ class Transaction:
 
     def device_with_token(self, token_hash: str) -> DeviceRecord | None:
         row = self._one(select(s.devices).where(s.devices.c.token_hash == token_hash))
-        return None if row is None else _device_record(row)
+        return None if row is None else device_record(row)
 
     def device(self, name: str) -> DeviceRecord | None:
         row = self._one(select(s.devices).where(s.devices.c.name == name))
-        return None if row is None else _device_record(row)
+        return None if row is None else device_record(row)
 
     def devices(self, task: str) -> list[DeviceRecord]:
         query = select(s.devices).where(s.devices.c.task == task)
         rows = self._connection.execute(query.order_by(s.devices.c.enrolled_s, s.devices.c.name))
-        return [_device_record(row) for row in rows]
+        return [device_record(row) for row in rows]
 
     def last_seen_s(self, task: str) -> float | None:
         """When any device of the task was last heard of."""
@@ -134,11 +137,11 @@ class Transaction:
         else:
             query = query.where(rounds.number == number)
         row = self._one(query)
-        return None if row is None else _round_record(row)
+        return None if row is None else round_record(row)
 
     def round_heads(self, task: str) -> list[RoundRecord]:
         query = select(s.rounds).where(s.rounds.c.task == task).order_by(s.rounds.c.number)
-        return [_round_record(row) for row in self._connection.execute(query)]
+        return [round_record(row) for row in self._connection.execute(query)]
 
     def members(self, task: str, number: int) -> tuple[frozenset[str], dict[str, Accepted]]:
         """Who was selected for a round, and whose upload was accepted."""
@@ -148,6 +151,23 @@ class Transaction:
         for upload in self.uploads(task, number):
             accepted[upload.device] = Accepted(upload.digest, upload.samples)
         return selected, accepted
+
+    def part_in_round(self, task: str, number: int, device: str) -> PartInRound:
+        """What one device has to do with a round: cheap, however many others there are."""
+        devices, chosen, sent = s.devices.c, s.selections.c, s.uploads.c
+        joined = s.devices.outerjoin(
+            s.selections,
+            and_(chosen.device == devices.name, chosen.task == task, chosen.number == number),
+        ).outerjoin(s.uploads, and_(sent.device == devices.name, sent.task == task, sent.number == number))
+        query = select(devices.stored_bytes, chosen.device, sent.digest, sent.samples).select_from(joined)
+        row = self._one(query.where(devices.name == device))
+        if row is None:
+            return PartInRound(frozenset(), {}, 0)
+        return PartInRound(
+            frozenset() if row.device is None else frozenset([device]),
+            {} if row.digest is None else {device: Accepted(row.digest, row.samples)},
+            row.stored_bytes,
+        )
 
     def save_round(self, task: str, round: Round, version: int, **values: Any) -> None:
         """Writes the round's own row after a transition; `version` is the one that was read."""
@@ -169,29 +189,34 @@ class Transaction:
             insert(s.selections).values(task=task, number=number, device=device, selected_s=now_s)
         )
 
-    def add_upload(self, task: str, number: int, upload: UploadRecord) -> None:
-        counts = upload.class_counts
-        self._connection.execute(
-            insert(s.uploads).values(
-                task=task,
-                number=number,
-                device=upload.device,
-                digest=upload.digest,
-                size_bytes=upload.size_bytes,
-                content_encoding=upload.content_encoding,
-                samples=upload.samples,
-                class_counts=None if counts is None else list(counts),
-                received_s=upload.received_s,
-            )
-        )
+    def add_uploads(self, task: str, number: int, uploads: Sequence[UploadRecord]) -> None:
+        """Adds accepted uploads, one or more, and their bytes to what their devices store."""
+        rows = [
+            {
+                "task": task,
+                "number": number,
+                **asdict(upload),
+                "class_counts": None if upload.class_counts is None else list(upload.class_counts),
+            }
+            for upload in uploads
+        ]
+        self._connection.execute(insert(s.uploads), rows)
+        self._change_stored_bytes([(upload.device, upload.size_bytes) for upload in uploads])
+
+    def _change_stored_bytes(self, changes: Sequence[tuple[str, int]]) -> None:
         devices = s.devices.c
-        self.set_device(upload.device, stored_bytes=devices.stored_bytes + upload.size_bytes)
+        self._connection.execute(
+            update(s.devices)
+            .where(devices.name == bindparam("device"))
+            .values(stored_bytes=devices.stored_bytes + bindparam("change")),
+            [{"device": device, "change": change} for device, change in changes],
+        )
 
     def uploads(self, task: str, number: int) -> list[UploadRecord]:
         """The accepted uploads of a round, ordered by device."""
         table = s.uploads.c
         query = select(s.uploads).where(table.task == task, table.number == number).order_by(table.device)
-        return [_upload_record(row) for row in self._connection.execute(query)]
+        return [upload_record(row) for row in self._connection.execute(query)]
 
     def selections(self, task: str) -> list[tuple[int, str]]:
         """Round and device of every selection of a task, ordered."""
@@ -222,6 +247,47 @@ class Transaction:
         query = select(rounds.number).where(rounds.task == task, rounds.published == digest).limit(1)
         return self._one(query) is not None
 
+    # blobs of uploads
+
+    def sent_before(self, digests: Collection[str]) -> set[str]:
+        """Those of the digests that an accepted upload of any round has."""
+        query = select(s.uploads.c.digest).where(s.uploads.c.digest.in_(digests)).distinct()
+        return set(self._connection.scalars(query))
+
+    def round_to_sweep(self) -> tuple[str, int] | None:
+        """Task and number of a round that has ended and whose uploads' blobs may still be there."""
+        rounds = s.rounds.c
+        query = select(rounds.task, rounds.number).where(
+            rounds.phase.in_(FINAL_PHASES), rounds.swept_s.is_(None)
+        )
+        row = self._one(query.order_by(rounds.task, rounds.number).limit(1))
+        return None if row is None else (row.task, row.number)
+
+    def referred(self, digests: Collection[str]) -> set[str]:
+        """Those of the digests that an upload of an open round, global outputs or a global student has."""
+        uploads, rounds = s.uploads.c, s.rounds.c
+        of_round = and_(rounds.task == uploads.task, rounds.number == uploads.number)
+        queries = (
+            select(uploads.digest)
+            .join(s.rounds, of_round)
+            .where(uploads.digest.in_(digests), rounds.phase.not_in(FINAL_PHASES)),
+            select(rounds.published).where(rounds.published.in_(digests)),
+            select(s.tasks.c.student_state).where(s.tasks.c.student_state.in_(digests)),
+        )
+        return {digest for query in queries for digest in self._connection.scalars(query)}
+
+    def end_sweep(self, task: str, number: int, now_s: float) -> None:
+        """Notes that a round's uploads are deleted, and takes them off what their devices store; once."""
+        rounds = s.rounds.c
+        done = self._connection.execute(
+            update(s.rounds)
+            .where(rounds.task == task, rounds.number == number, rounds.swept_s.is_(None))
+            .values(swept_s=now_s)
+        )
+        uploads = self.uploads(task, number)
+        if done.rowcount and uploads:
+            self._change_stored_bytes([(upload.device, -upload.size_bytes) for upload in uploads])
+
     # reports and refusals
 
     def put_report(
@@ -234,7 +300,7 @@ class Transaction:
         table = s.reports.c
         query = select(s.reports).where(table.task == task).order_by(table.number, table.device)
         rows = self._connection.execute(query)
-        return [ReportRecord(row.number, row.device, _json(row.report), row.received_s) for row in rows]
+        return [ReportRecord(row.number, row.device, json_object(row.report), row.received_s) for row in rows]
 
     def count_refusals(self, task: str, number: int | None, kind: str, count: int) -> None:
         table = s.refusals
@@ -322,44 +388,3 @@ class Transaction:
 
     def _one(self, query: Any) -> Row[Any] | None:
         return self._connection.execute(query).one_or_none()
-
-
-def _task_record(row: Row[Any]) -> TaskRecord:
-    return TaskRecord(row.name, parse_task(row.definition), row.created_s, row.finished, row.student_state)
-
-
-def _device_record(row: Row[Any]) -> DeviceRecord:
-    return DeviceRecord(
-        row.name,
-        row.task,
-        _json(row.info),
-        _json(row.status),
-        row.student,
-        row.bundle,
-        row.enrolled_s,
-        row.seen_s,
-        row.stored_bytes,
-    )
-
-
-def _round_record(row: Row[Any]) -> RoundRecord:
-    round = Round(
-        row.number,
-        row.phase,
-        row.opened_s,
-        row.deadline_s,
-        reason=row.reason,
-        published=row.published,
-    )
-    return RoundRecord(row.task, round, row.closed_s, row.published_bytes, _json(row.metrics), row.version)
-
-
-def _upload_record(row: Row[Any]) -> UploadRecord:
-    counts = None if row.class_counts is None else tuple(row.class_counts)
-    return UploadRecord(
-        row.device, row.digest, row.size_bytes, row.content_encoding, row.samples, counts, row.received_s
-    )
-
-
-def _json(value: Any) -> dict[str, Any]:
-    return dict(value or {})

@@ -107,14 +107,16 @@ def main(stdin: BinaryIO | None = None) -> int:
     """The worker: reads its order, runs step 5, and says on stderr why it could not."""
     stdin = stdin or sys.stdin.buffer
     order: dict[str, Any] = json.loads(stdin.readline())
-    threading.Thread(target=_end_with, args=(stdin,), daemon=True).start()
+    threading.Thread(target=_end_with, args=(stdin.fileno(),), daemon=True).start()
     service = open_service(load_settings({k: v for k, v in order["settings"].items() if v is not None}))
     service.run_step5(Step5(**order["job"]), Path(order["folder"]))
     return 0
 
 
-def _end_with(stdin: BinaryIO) -> None:
-    stdin.read()
+def _end_with(descriptor: int) -> None:
+    # not through sys.stdin: its lock, held by this thread at the interpreter's end, would abort the process
+    while os.read(descriptor, 4096):
+        pass
     os._exit(3)
 
 

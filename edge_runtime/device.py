@@ -234,13 +234,14 @@ class Device:
         kit = self.equipment
         try:
             state = self.keep.trained(work.round, kit.bundle)
-            packed, report = pack_round(kit, state, self.random, self.participant.releases + 1)
+            spent = kit.spend_privacy(self.participant.privacy_spent)
+            packed, report = pack_round(kit, state, self.random, spent)
         except (WireError, TrainingError) as error:
             return machine.RoundGone(error.message)
         self.keep.put_body(work.round, packed.body)
         self.watch("packed", round=work.round, **report)
         digest = hashlib.sha256(packed.body).hexdigest()
-        return machine.Packed(digest, packed.content_encoding, report, self.clock())
+        return machine.Packed(digest, packed.content_encoding, report, self.clock(), spent)
 
     def _upload(self, work: Work, digest: str, content_encoding: str) -> machine.Event:
         if self.clock() >= work.deadline_s:

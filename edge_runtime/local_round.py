@@ -30,7 +30,7 @@ from edge_runtime.local_training import (
     with_parameters,
 )
 from edge_runtime.participant import Work
-from edge_runtime.privacy import epsilon, privatise
+from edge_runtime.privacy import epsilon_of_spent, privatise, spend
 
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
@@ -86,6 +86,13 @@ class Equipment:
     @property
     def precision(self) -> str:
         return self.options.precision or str(self.task.get("precision", "fp32"))
+
+    def spend_privacy(self, spent: float | None) -> float | None:
+        """What all releases have spent with one more body, `spent` without it; None: no noise bounds it."""
+        if self.options.privacy is None:
+            return None
+        releases = 2 if self.exchange == "both" else 1
+        return spend(spent, self.options.privacy.noise_multiplier, releases)
 
 
 def expected_outputs(
@@ -161,13 +168,16 @@ def train_round(
 
 
 def pack_round(
-    equipment: Equipment, state: Mapping[str, np.ndarray], random: np.random.Generator | None, releases: int
+    equipment: Equipment,
+    state: Mapping[str, np.ndarray],
+    random: np.random.Generator | None,
+    privacy_spent: float | None,
 ) -> tuple[outputs.Packed, dict[str, Any]]:
     """Step 4: the body, and the part of the report that follows from it.
 
     `random` makes the noise of privacy, where it is asked for: seeded by the operating system, or it protects
-    nobody. `releases`: how many bodies the device has released, this one included. Without privacy the same state
-    gives the same bytes. Errors: WireError, TrainingError, UsageError.
+    nobody. `privacy_spent`: by all bodies that the device has released, this one included. Without privacy the same
+    state gives the same bytes. Errors: WireError, TrainingError, UsageError.
     """
     options, privacy = equipment.options, equipment.options.privacy
     equipment.engine.load_state(state)
@@ -179,8 +189,8 @@ def pack_round(
             name: privatise(array, privacy.clip, privacy.noise_multiplier, random)
             for name, array in own.items()
         }
-        spent = epsilon(privacy.noise_multiplier, releases, privacy.delta, len(own))
-        report["epsilon"] = spent if math.isfinite(spent) else None
+        if privacy_spent is not None:
+            report["epsilon"] = epsilon_of_spent(privacy_spent, privacy.delta)
     metadata = {"samples": str(len(equipment.private))}
     if options.share_class_counts:
         metadata["class_counts"] = json.dumps(class_counts(equipment), separators=(",", ":"))

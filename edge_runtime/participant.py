@@ -79,8 +79,8 @@ class Participant:
     """The round that it was done with last, by an upload or without."""
     completed: int = 0
     """Rounds with an accepted upload."""
-    releases: int = 0
-    """Bodies that may have left the device: what privacy is accounted for."""
+    privacy_spent: float | None = 0.0
+    """What may have left the device so far, as `privacy.spend` adds it up; None: something left without noise."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -166,6 +166,8 @@ class Packed:
     content_encoding: str
     report: Mapping[str, Any]
     now_s: float
+    privacy_spent: float | None = None
+    """With this body."""
 
 
 @dataclass(frozen=True)
@@ -303,14 +305,14 @@ def step(state: Participant, event: Event) -> tuple[Participant, tuple[Effect, .
             state = replace(state, phase="packing", report=report)
         case Held(reasons) if phase == "training":
             state = replace(state, phase="waiting", reasons=reasons)
-        case Packed(digest, encoding, report) if phase == "packing":
+        case Packed(digest, encoding, report, _, spent) if phase == "packing":
             state = replace(
                 state,
                 phase="uploading",
                 upload=digest,
                 content_encoding=encoding,
                 report={**state.report, **report},
-                releases=state.releases + 1,
+                privacy_spent=spent,
             )
         case Accepted() if phase == "uploading":
             state = replace(state, phase="uploaded")

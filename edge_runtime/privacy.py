@@ -12,7 +12,8 @@ at most 2 · clip · sqrt(N) in the Frobenius norm. Every value gets independent
 noise_multiplier · 2 · clip · sqrt(N), which makes one release a Gaussian mechanism with multiplier `noise_multiplier`.
 
 **Composition.** R releases, each allowed to depend on what came before, are as private as one Gaussian mechanism with
-multiplier noise_multiplier / sqrt(R): exactly so, not as an upper bound (Dong, Roth, Su 2019, corollary 3.3).
+multiplier noise_multiplier / sqrt(R): exactly so, not as an upper bound (Dong, Roth, Su 2019, corollary 3.3). Where
+the multipliers differ, their 1 / multiplier² add up: that sum is what is kept of what was `spent`.
 
 What is computed from a release (rounding, int8, compression, aggregation) costs nothing more. What is *not* covered,
 and what noise of this size does to accuracy, is in docs/privacy.md.
@@ -79,22 +80,38 @@ def epsilon(noise_multiplier: float, rounds: int, delta: float, releases_per_rou
     Errors: UsageError for arguments out of range; EdgestillError where dp-accounting is not installed.
     Source: Balle and Wang 2018, theorem 8, as computed by dp-accounting.
     """
-    if not noise_multiplier >= 0:
-        raise UsageError(f"noise multiplier {noise_multiplier} is not a number from 0 up")
     if rounds < 0 or releases_per_round < 1:
         raise UsageError(f"{rounds} rounds of {releases_per_round} releases cannot be counted")
+    spent = spend(0.0, noise_multiplier, rounds * releases_per_round)
+    return math.inf if spent is None else epsilon_of_spent(spent, delta)
+
+
+def spend(spent: float | None, noise_multiplier: float, releases: int) -> float | None:
+    """The sum of 1 / multiplier² over all releases, with that many more; None where one had no noise to speak of.
+
+    Errors: UsageError for a multiplier out of range.
+    """
+    if not noise_multiplier >= 0:
+        raise UsageError(f"noise multiplier {noise_multiplier} is not a number from 0 up")
+    if releases == 0 or spent is None:
+        return spent
+    square = noise_multiplier * noise_multiplier
+    total = spent + releases / square if square > 0 else math.inf
+    return total if math.isfinite(total) else None
+
+
+def epsilon_of_spent(spent: float, delta: float) -> float:
+    """The same for releases of any multipliers, added up by `spend`. Errors: as of `epsilon`."""
     if not 0 < delta < 1:
         raise UsageError(
             f"delta {delta} is not between 0 and 1", "well below 1 / number of devices, say 1e-5"
         )
-    if rounds == 0:
+    if spent == 0:
         return 0.0
-    if noise_multiplier == 0:
-        return math.inf
     try:
         from dp_accounting import get_epsilon_gaussian
     except ImportError as error:
         raise EdgestillError(
             "epsilon needs dp-accounting 0.6 or newer", "pip install 'dp-accounting>=0.6'"
         ) from error
-    return float(get_epsilon_gaussian(noise_multiplier / math.sqrt(rounds * releases_per_round), delta))
+    return float(get_epsilon_gaussian(1 / math.sqrt(spent), delta))

@@ -60,8 +60,8 @@ class FaultyBlobs(FileBlobs):
         super().__init__(folder)
         self._faults = faults
 
-    def put(self, data: bytes | Iterable[bytes]) -> str:
-        return str(self._faults.around(lambda: super(FaultyBlobs, self).put(data)))
+    def put(self, data: bytes | bytearray | Iterable[bytes], digest: str | None = None) -> str:
+        return str(self._faults.around(lambda: super(FaultyBlobs, self).put(data, digest)))
 
 
 class Steps:
@@ -124,7 +124,9 @@ def check(service: Service, folder: Path) -> None:
         with service.store.read() as transaction:
             (upload,) = [u for u in transaction.uploads("birds", 1) if u.device == device.name] or [None]
         if upload is not None:
-            assert service.blobs.size(upload.digest) == upload.size_bytes == device.stored_bytes
+            kept_bytes = service.blobs.size(upload.digest) or 0
+            # a restart ticks again, and then deletes what the ended round has left
+            assert (kept_bytes, device.stored_bytes) in ((upload.size_bytes,) * 2, (0, 0))
 
 
 def _lines(path: Path) -> list[str]:

@@ -40,11 +40,12 @@ class MemoryBlobs:
         self._folder = folder
         self.data: dict[str, bytes] = {}
 
-    def put(self, data: Any) -> str:
+    def put(self, data: Any, digest: str | None = None) -> str:
         data = data if isinstance(data, bytes) else b"".join(data)
-        digest = hashlib.sha256(data).hexdigest()
-        self.data[digest] = data
-        return digest
+        computed = hashlib.sha256(data).hexdigest()
+        assert digest in (None, computed), "the service stores what it has not checked"
+        self.data[computed] = data
+        return computed
 
     def put_file(self, path: Path) -> str:
         return self.put(Path(path).read_bytes())

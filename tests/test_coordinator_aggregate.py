@@ -70,6 +70,25 @@ def test_the_mean_weighs_devices_by_samples() -> None:
             assert result[name][row, column] == pytest.approx(expected, rel=1e-6, abs=1e-7)
 
 
+def test_a_device_that_claims_a_billion_samples_weighs_as_ten_median_devices() -> None:
+    honest = latents_of(*[[[1.0]]] * 20, samples=50)
+    liar = Upload("d-liar", {"latents": np.full((1, 1), 100.0, np.float32)}, 999_999_999)
+    (((value,),),) = (aggregate([*honest, liar], Aggregation("mean"))["latents"],)
+    assert value == pytest.approx((20 * 1.0 + 10 * 100.0) / 30)
+    # of two devices, the one that claims less says what is usual
+    (((value,),),) = (aggregate([honest[0], liar], Aggregation("mean"))["latents"],)
+    assert value == pytest.approx((1.0 + 10 * 100.0) / 11)
+
+
+def test_a_device_that_claims_a_billion_samples_of_a_class_weighs_as_ten_median_devices() -> None:
+    honest = [Upload(u.device, u.arrays, 50, (5, 0)) for u in latents_of(*[[[1.0], [1.0]]] * 20)]
+    liar = Upload("d-liar", {"latents": np.full((2, 1), 100.0, np.float32)}, 50, (999_999_999, 0))
+    labels = np.array([0, 1])
+    first, second = aggregate([*honest, liar], Aggregation("class_mean"), None, labels)["latents"][:, 0]
+    assert first == pytest.approx((20 * 1.0 + 10 * 100.0) / 30)
+    assert second == pytest.approx((20 * 1.0 + 100.0) / 21), "nobody has any of class 1: by samples"
+
+
 def test_devices_without_any_samples_count_alike() -> None:
     uploads = latents_of([[1.0, 2.0]], [[3.0, 4.0]], samples=0)
     np.testing.assert_array_equal(aggregate(uploads, Aggregation("mean"))["latents"], [[2.0, 3.0]])
@@ -163,6 +182,20 @@ def parameters(device: str, seed: int, size: float) -> Upload:
 
 def flat(arrays: dict[str, np.ndarray]) -> np.ndarray:
     return np.concatenate([np.ravel(arrays[name]).astype(float) for name in sorted(arrays)])
+
+
+def test_the_median_clip_bounds_what_scaling_can_do() -> None:
+    """Each row is shortened to the median of the uploads' norms of that row: NumPy, upload by upload."""
+    uploads = random_uploads(5)
+    uploads[2] = replaced(uploads[2], latents=uploads[2].arrays["latents"] * np.float32(1e6))
+    result = aggregate(uploads, Aggregation(clip="median"))["latents"]
+    stack = np.stack([upload.arrays["latents"].astype(np.float64) for upload in uploads])
+    norms = np.linalg.norm(stack, axis=2, keepdims=True)
+    stack *= np.minimum(1, np.median(norms, axis=0) / norms)
+    weights = np.array([upload.samples for upload in uploads], np.float64)
+    np.testing.assert_allclose(result, np.average(stack, axis=0, weights=weights), rtol=1e-5, atol=1e-6)
+    zeros = latents_of(np.zeros((2, 3)), np.zeros((2, 3)), np.ones((2, 3)))
+    assert not aggregate(zeros, Aggregation(clip="median"))["latents"].any()
 
 
 def test_parameters_are_clipped_by_their_whole_distance_to_the_previous() -> None:

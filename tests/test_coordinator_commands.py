@@ -195,6 +195,29 @@ def test_students_must_speak_the_same_language(place: Path) -> None:
     assert len(Transfer.load(place / "sent.safetensors")) == task.transfer.samples == 20
 
 
+@pytest.mark.parametrize("role", ["bundles", "global_bundle"])
+def test_a_student_that_learns_nothing_from_the_exchange_is_refused_at_once(place: Path, role: str) -> None:
+    write_handmade_bundle(place / "labels", objective="ce")
+    description = {"name": "x", "bundles": ["labels"], "transfer": "data.npz", "exchange": "logits"}
+    stored: list[Path] = []
+    with pytest.raises(UsageError, match="objective lkd does not learn from logits"):
+        make_task({**description, role: ["one"] if role == "bundles" else "one"}, stored.append)
+    assert stored == []
+    with pytest.raises(UsageError, match="objective ce does not learn from both"):
+        make_task({**description, "exchange": "both", "global_bundle": "labels"}, stored.append)
+    # a device of objective ce gives outputs and takes none
+    assert make_task(description, lambda _: "0" * 64).exchange == "logits"
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.999])
+def test_a_batch_needs_private_and_transfer_samples(place: Path, fraction: float) -> None:
+    description = {"name": "x", "bundles": ["one"], "transfer": "data.npz"}
+    stored: list[Path] = []
+    with pytest.raises(UsageError, match="local.transfer_fraction"):
+        make_task({**description, "local": {"transfer_fraction": fraction}}, stored.append)
+    assert stored == []
+
+
 def test_a_folder_is_zipped_alike_whatever_its_clock(place: Path) -> None:
     first = zip_bundle(place / "one", place / "a.zip").read_bytes()
     for path in (place / "one").rglob("*"):

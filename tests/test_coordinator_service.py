@@ -97,7 +97,7 @@ def check_a_round(service: Service, folder: Path) -> None:
     service.report(device, "birds.2", device.name, {"samples": 3})
     assert service.rounds("birds")[1].reports == {device.name: {"samples": 3}}
     assert refusal(lambda: submit(service, task, device, "birds.7")) == "no_such_round"
-    assert [(r.number, r.kind, r.count) for r in service.refusals("birds")] == [(7, "no_such_round", 1)]
+    assert [(r.number, r.kind, r.count) for r in service.refusals("birds")] == [(0, "no_such_round", 1)]
     sequences = [change.sequence for change in service.changes(0)]
     assert sequences == sorted(set(sequences)) and sequences[-1] == service.last_change()
 
@@ -130,6 +130,26 @@ def test_parameters_are_averaged_and_evaluated(service: Service, tmp_path: Path)
     for name in published:
         mean = np.mean([own_arrays(task, "birds.1", device)[name] for device in devices], axis=0)
         np.testing.assert_allclose(published[name], mean, atol=1e-6)
+
+
+def test_a_loss_that_is_no_number_does_not_cost_the_round(
+    store: Store,  # noqa: F811
+    clock: Clock,
+    tmp_path: Path,
+) -> None:
+    service = Service(store, FileBlobs(tmp_path / "blobs"), clock)
+    task = add_task(service, tmp_path, exchange="parameters", goal=1, over_selection=1.0)
+    device = enrol(service)
+    assert service.ask(device, {}) is not None
+    huge = {name: np.full(shape, 3e38, np.float32) for name, shape in task.expected_upload().items()}
+    body = pack(huge, "fp32", {"samples": "1"}, compress=False).body
+    digest = hashlib.sha256(body).hexdigest()
+    assert service.submit(device, "birds.1", device.name, body, digest) == "created"
+    with np.errstate(all="ignore"):
+        assert run_due(service, tmp_path) == 1
+    (done,) = [one for one in service.rounds("birds") if one.number == 1]
+    assert done.phase == "completed", done.reason
+    assert "loss" not in done.metrics and done.metrics["uploads"] == 1
 
 
 def test_the_order_of_arrival_does_not_change_what_is_published(tmp_path: Path) -> None:
@@ -398,3 +418,18 @@ def test_a_bundle_in_the_blobs_is_the_students(service: Service, tmp_path: Path)
     task = add_task(service, tmp_path)
     with Bundle.open(service.blobs.path(task.students[0].bundle)) as bundle:
         assert bundle.model_digest == task.students[0].model_digest
+
+
+def test_made_up_names_of_rounds_add_no_rows_of_refusals(service: Service, tmp_path: Path) -> None:
+    task, _ = play_a_round(service, tmp_path)
+    device, other = service.devices("birds")
+    for number in range(2, 300):
+        with pytest.raises(Problem):
+            service.check_upload(device, f"birds.{number}", device.name, 10, "0" * 64)
+        with pytest.raises(Problem):
+            service.report(device, f"birds.{number}", other.name, {})
+    with pytest.raises(Problem):
+        service.check_upload(device, "birds.1", other.name, 10, "0" * 64)
+    assert [(r.number, r.kind, r.count) for r in service.refusals("birds")] == [
+        (0, "foreign_device", 298), (0, "no_such_round", 298), (1, "foreign_device", 1),
+    ]  # fmt: skip

@@ -49,7 +49,7 @@ def test_what_is_written_comes_back(filled: Store) -> None:
     with filled.write() as transaction:
         transaction.add_selection("birds", 1, B, 4.0)
         transaction.add_selection("birds", 1, A, 4.0)
-        transaction.add_upload("birds", 1, UPLOAD)
+        transaction.add_uploads("birds", 1, [UPLOAD])
         transaction.put_report("birds", 1, A, {"samples": 1}, 6.0)
         transaction.put_report("birds", 1, A, {"samples": 2}, 7.0)
         transaction.count_refusals("birds", 1, "late", 2)
@@ -68,7 +68,7 @@ def test_what_is_written_comes_back(filled: Store) -> None:
 
 def test_a_block_that_raises_leaves_nothing(filled: Store) -> None:
     with pytest.raises(ZeroDivisionError), filled.write() as transaction:
-        transaction.add_upload("birds", 1, UPLOAD)
+        transaction.add_uploads("birds", 1, [UPLOAD])
         transaction.note("birds", "upload", 5.0)
         raise ZeroDivisionError
     with filled.read() as transaction:
@@ -97,9 +97,9 @@ def test_a_round_is_saved_with_one_more_version(filled: Store) -> None:
 
 def test_a_second_upload_of_a_device_is_refused_by_the_database_itself(filled: Store) -> None:
     with filled.write() as transaction:
-        transaction.add_upload("birds", 1, UPLOAD)
+        transaction.add_uploads("birds", 1, [UPLOAD])
     with pytest.raises(StoreError), filled.write() as transaction:
-        transaction.add_upload("birds", 1, replace(UPLOAD, digest="0" * 64))
+        transaction.add_uploads("birds", 1, [replace(UPLOAD, digest="0" * 64)])
 
 
 def test_a_row_of_an_unknown_round_is_refused_by_the_database_itself(filled: Store) -> None:
@@ -205,7 +205,7 @@ def test_opening_again_keeps_everything_and_matches_the_schema(store_url: str) -
         assert [record.name for record in transaction.tasks()] == ["birds"]
     with second.engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
-        assert connection.execute(text("select version_num from alembic_version")).scalar() == "0001"
+        assert connection.execute(text("select version_num from alembic_version")).scalar() == "0002"
     first.close()
     second.close()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -100,8 +102,26 @@ def test_a_worker_that_never_returns_is_killed_at_the_deadline(tmp_path: Path) -
     assert context.metrics is not None
 
 
+def test_a_worker_that_has_done_its_work_exits_with_0_while_its_coordinator_listens(
+    site: Site, tmp_path: Path
+) -> None:
+    (job,) = site.service.tick()
+    order = {
+        "settings": site.settings.as_json(secrets=True),
+        "job": dataclasses.asdict(job),
+        "folder": str(tmp_path),
+    }
+    worker = subprocess.Popen(WORKER, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    worker.stdin.write(json.dumps(order).encode() + b"\n")
+    worker.stdin.flush()  # and stays open, as a coordinator's end of it does
+    assert worker.wait(timeout=60) == 0, worker.stderr.read()
+    worker.stdin.close()
+    worker.stderr.close()
+    assert first_round(site).phase == "completed"
+
+
 def test_a_worker_ends_with_its_coordinator() -> None:
-    script = "import sys, coordinator.worker as w; w._end_with(sys.stdin.buffer)"
+    script = "import sys, coordinator.worker as w; w._end_with(sys.stdin.fileno())"
     worker = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE)
     worker.stdin.close()
     assert worker.wait(timeout=60) == 3

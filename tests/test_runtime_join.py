@@ -292,6 +292,25 @@ def test_a_coordinator_on_this_machine_is_found_by_mdns() -> None:
     assert found == ["https://pi.example:8443"]
 
 
+def test_the_token_goes_to_no_discovered_stranger(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from edge_runtime import discovery
+
+    with (
+        served(FakeCoordinator(work / "c")) as (url, _),
+        served(FakeCoordinator(work / "x")) as (other, heard),
+    ):
+        assert main(arguments(work, url, "--once")) == 0
+        found = [discovery.Found("laptop", other)]
+        monkeypatch.setattr(discovery, "discover", lambda *_: found)
+        discovering = [word for word in arguments(work, url, "--once", "--discover") if word != url]
+        assert main(discovering) == 2
+        assert heard == [] and f"enrolled at {url}" in capsys.readouterr().err
+        found[0] = discovery.Found("laptop", url)
+        assert main(discovering) == 0
+
+
 def test_discovery_says_what_to_install_and_chooses_nobody_by_chance(monkeypatch: pytest.MonkeyPatch) -> None:
     from edge_runtime import discovery
     from edge_runtime.errors import EdgestillError

@@ -66,7 +66,9 @@ def test_whatever_happens_the_state_is_sound_and_something_is_left_to_do(happene
         assert bool(effects) == (state.phase != "finished")
         assert not any(isinstance(effect, machine.Discard) for effect in effects[-1:])
         assert Participant.from_json(json.loads(json.dumps(state.as_json()))) == state
-        assert state.completed >= before.completed and state.releases >= before.releases
+        assert state.completed >= before.completed
+        if not isinstance(event, machine.Packed):
+            assert state.privacy_spent == before.privacy_spent
         now_s = getattr(event, "now_s", None)
         for effect in effects:
             if isinstance(effect, machine.Fetch | machine.Train | machine.Pack | machine.Upload):
@@ -98,7 +100,7 @@ def test_a_round_goes_through_its_phases_in_order(number: int) -> None:
         machine.Checked((), 4),
         machine.Fetched(5),
         machine.Trained({"samples": 3}, 6),
-        machine.Packed(DIGESTS[0], "zstd", {"bytes_up": 9}, 7),
+        machine.Packed(DIGESTS[0], "zstd", {"bytes_up": 9}, 7, 0.25),
         machine.Ticked(8),
         machine.Accepted(),
         machine.Settled(),
@@ -109,7 +111,7 @@ def test_a_round_goes_through_its_phases_in_order(number: int) -> None:
         "idle", "fetching", "training", "waiting", "waiting", "fetching", "training", "packing", "uploading",
         "uploading", "uploaded", "idle",
     ]  # fmt: skip
-    assert state == Participant(last_round=work.round, completed=1, releases=1)
+    assert state == Participant(last_round=work.round, completed=1, privacy_spent=0.25)
     # a round that is over is not begun again, however often it is offered
     again, effects = step(state, machine.Offered(work, 9))
     assert again == state and effects == (machine.CheckConditions(machine.AGAIN_S),)
@@ -119,9 +121,9 @@ def test_a_round_goes_through_its_phases_in_order(number: int) -> None:
 @pytest.mark.parametrize("phase", ["waiting", "fetching", "training", "packing", "uploading"])
 @pytest.mark.parametrize("event", [machine.Ticked(60), machine.RoundGone("its deadline passed")])
 def test_a_round_that_is_over_is_given_up(phase: str, event: object) -> None:
-    state = Participant(phase, work_of(1, 50.0), upload=DIGESTS[0], report={"samples": 1}, releases=1)
+    state = Participant(phase, work_of(1, 50.0), upload=DIGESTS[0], report={"samples": 1}, privacy_spent=0.5)
     after, effects = step(state, event)
-    assert after == Participant(last_round="birds.1", releases=1)
+    assert after == Participant(last_round="birds.1", privacy_spent=0.5)
     assert effects == (machine.Discard(work_of(1, 50.0), "its deadline passed"), machine.CheckConditions())
 
 
@@ -343,6 +345,22 @@ def test_an_upload_whose_fate_is_unknown_is_sent_again_as_it_was(
     assert 7 in slept
     assert fake.uploads != undisturbed
     assert 0 < fake.reports["birds.1"]["epsilon"] < fake.reports["birds.2"]["epsilon"]
+
+
+def test_epsilon_counts_earlier_rounds_with_the_noise_that_they_had(bench: Bench, tmp_path: Path) -> None:
+    fake, keep = bench.coordinator(), WorkMemory(tmp_path)
+    for multiplier in (1.0, 100.0):
+        options = Options(privacy=Privacy(clip=1.0, noise_multiplier=multiplier))
+        assert bench.device(fake, keep, options).run(rounds=1) == 1
+    # little noise once is not made good by much noise later
+    assert 0 < fake.reports["birds.1"]["epsilon"] < fake.reports["birds.2"]["epsilon"]
+
+
+def test_after_a_round_without_noise_no_epsilon_is_claimed(bench: Bench, tmp_path: Path) -> None:
+    fake, keep = bench.coordinator(), WorkMemory(tmp_path)
+    for options in (Options(), Options(privacy=Privacy(clip=1.0, noise_multiplier=5.0))):
+        assert bench.device(fake, keep, options).run(rounds=1) == 1
+    assert fake.reports["birds.2"]["epsilon"] is None
 
 
 def test_training_stops_at_the_deadline_and_nothing_is_uploaded(bench: Bench, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from edge_runtime.errors import EdgestillError, TrainingError, UsageError
-from edge_runtime.privacy import clip_rows, epsilon, privatise, sensitivity
+from edge_runtime.privacy import clip_rows, epsilon, epsilon_of_spent, privatise, sensitivity, spend
 
 MATRICES = npst.arrays(
     np.float32,
@@ -101,6 +101,26 @@ def test_epsilon_is_that_of_the_analytic_gaussian_mechanism(
     combined = multiplier / math.sqrt(rounds * releases)
     expected = analytic_epsilon(combined, delta)
     assert epsilon(multiplier, rounds, delta, releases) == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+def test_releases_of_different_multipliers_add_up_as_an_accountant_says() -> None:
+    import dp_accounting
+
+    spent: float | None = 0.0
+    accountant = dp_accounting.pld.PLDAccountant()
+    for multiplier, releases in ((2.0, 1), (8.0, 3), (5.0, 2)):
+        spent = spend(spent, multiplier, releases)
+        accountant.compose(dp_accounting.GaussianDpEvent(multiplier), releases)
+    assert spent is not None
+    ours, bound = epsilon_of_spent(spent, 1e-5), accountant.get_epsilon(1e-5)
+    assert ours <= bound * 1.0001 and ours == pytest.approx(bound, rel=1e-2)
+
+
+@pytest.mark.parametrize("multiplier", [0.0, 1e-200])
+def test_what_left_without_noise_is_never_made_good(multiplier: float) -> None:
+    assert spend(0.5, multiplier, 1) is None
+    assert spend(spend(0.5, multiplier, 1), 100.0, 1) is None
+    assert epsilon(multiplier, 1, 1e-5) == math.inf
 
 
 @pytest.mark.parametrize(("multiplier", "rounds"), [(1.0, 1), (5.0, 10), (20.0, 100)])

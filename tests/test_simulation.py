@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from coordinator.blobs import FileBlobs
 from edge_runtime.cli import main
 from edge_runtime.outputs import unpack
 from tests.handmade_bundle import CHANNELS, CLASSES, LATENT, SIZE, write_handmade_bundle
@@ -66,8 +67,7 @@ def test_the_summary_has_the_names_that_others_script_against(
     for name in ("t_priv", "t_uni", "local_only_t_priv", "local_only_t_uni"):
         assert 0 <= summary[name] <= 1
     # the first round has no global outputs to download, the second has one body of them a device
-    published = tmp_path / "blobs" / summary["digest"][:2] / summary["digest"][2:4] / summary["digest"]
-    body = published.read_bytes()
+    body = FileBlobs(tmp_path / "blobs").path(summary["digest"]).read_bytes()
     assert hashlib.sha256(body).hexdigest() == summary["digest"]
     arrays, _ = unpack(body, "identity", {"latents": (TRANSFER_COUNT, LATENT)})
     assert arrays["latents"].std() > 0
@@ -105,8 +105,7 @@ def test_poison_reaches_the_aggregate_and_the_median_shrugs(
     def latents(name: str, *more: str) -> np.ndarray:
         lines = simulate(words, capsys, "--mode", "consensus", "--rounds", "1", "--no-local-only", "--work-dir",
                          str(tmp_path / name), *more)  # fmt: skip
-        digest = lines[-1]["summary"]["digest"]
-        body = (tmp_path / name / "blobs" / digest[:2] / digest[2:4] / digest).read_bytes()
+        body = FileBlobs(tmp_path / name / "blobs").path(lines[-1]["summary"]["digest"]).read_bytes()
         return unpack(body, "identity", {"latents": (TRANSFER_COUNT, LATENT)})[0]["latents"]
 
     clean = latents("clean")
@@ -161,3 +160,20 @@ def test_what_makes_no_sense_is_refused_at_once(
 ) -> None:
     assert main([*words, "--bundle", "another", *wrong]) == 2
     assert "hint: " in capsys.readouterr().err
+
+
+@pytest.mark.contract
+def test_students_are_exported_for_what_is_exchanged(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = [
+        "simulate", "--devices", "2", "--rounds", "1", "--students", "cnn3", "--exchange", "both", "--width-divisor",
+        "16", "--latent-size", "8", "--batch", "16", "--transfer-count", "16", "--data", "cifar10-mini",
+        "--distil-epochs", "1", "--cache", str(tmp_path), "--no-local-only", "--json",
+    ]  # fmt: skip
+    lines = simulate(words, capsys)
+    (exported,) = tmp_path.iterdir()
+    manifest = json.loads((exported / "manifest.json").read_text())
+    assert manifest["objective"]["name"] == "both" and manifest["latent_size"] == 8
+    again = simulate(words, capsys)
+    assert without_times(lines) == without_times(again) and len(list(tmp_path.iterdir())) == 1

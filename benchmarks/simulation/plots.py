@@ -51,7 +51,7 @@ def plot_simulation(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
         traffic.bar([number + shift for number in numbers], means, 0.4, color=colour, label=label)
     traffic.set(xlabel="round", ylabel="kB a device that takes part")
     traffic.xaxis.get_major_locator().set_params(integer=True)
-    traffic.legend(fontsize=8, frameon=False)
+    traffic.legend(fontsize=8, frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
     for panel in (accuracy, traffic):
         panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130, format="png")

@@ -61,7 +61,7 @@ class SimulationSettings:
     mode: str = "global"
     aggregation: str = "mean"
     align: bool = False
-    clip: float | None = None
+    clip: float | str | None = None
     trim: float = 0.2
     byzantine: float = 0.2
     precision: str = "fp16"

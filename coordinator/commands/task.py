@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from coordinator.creation import SOURCES, make_task
 from coordinator.opening import check_shared, open_service
 from coordinator.settings import STORE_SETTINGS, add_flags, settings_from
-from coordinator.task import EXCHANGES, MODES, PRECISIONS, RULES, TASK_NAME, Task
+from coordinator.task import EXCHANGES, MODES, PRECISIONS, RULES, TASK_NAME, Task, clip_value
 from edge_runtime.errors import UsageError
 
 
@@ -42,7 +42,7 @@ OPTIONS: dict[str, _Option] = {
     "minimum": _Option("minimum", int, "accepted uploads that are enough at the deadline (half of the goal)"),
     "deadline": _Option("deadline_s", float, "seconds for a round's collection (3600)"),
     "aggregation": _Option("aggregation.rule", RULES, "how uploads become one (mean)"),
-    "clip": _Option("aggregation.clip", float, "largest norm of an upload's rows; longer ones are scaled"),
+    "clip": _Option("aggregation.clip", clip_value, "largest norm of an upload's rows, or median: that of the uploads"),
     "trim": _Option("aggregation.trim", float, "trimmed_mean: share cut at either end (0.2)"),
     "byzantine": _Option("aggregation.byzantine", float, "krum: share of hostile devices to stand (0.2)"),
     "local-epochs": _Option("local.epochs", int, "epochs of a device's training a round (1)"),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Request, Response
 
+from coordinator.admission import UploadTicket
 from coordinator.answers import problems
-from coordinator.auth import device_of
+from coordinator.auth import token_of
 from coordinator.context import Context, context_of
 from coordinator.problems import Problem
 from coordinator.routes.bodies import content_length, read_bounded, sha256_of_content_digest
@@ -38,7 +39,7 @@ _BODY = {
 async def upload(
     request: Request,
     context: Annotated[Context, Depends(context_of)],
-    caller: Annotated[Any, Depends(device_of)],
+    token: Annotated[str, Depends(token_of)],
     round: str,
     device: str,
     content_digest: Annotated[str | None, Header(description="`sha-256=:BASE64:` (RFC 9530)")] = None,
@@ -46,16 +47,24 @@ async def upload(
 ) -> Response:
     """Takes a device's outputs of a round; sending the same again is harmless."""
     service, settings = context.service, context.settings
-    length = content_length(request)
-    digest = None if content_digest is None else sha256_of_content_digest(content_digest)
     encoding = content_encoding.strip().lower() or "identity"
-    await context.call(service.check_upload, caller, round, device, length, digest, encoding)
-    if length is None or digest is None:  # the service has refused both; this is for its reader's peace
-        raise Problem("length_required" if length is None else "malformed")
+
+    def check() -> tuple[
+        UploadTicket, int, str
+    ]:  # who asks and what is asked at once: a thread less to wait for
+        caller = service.identify(token)
+        length = content_length(request)
+        digest = None if content_digest is None else sha256_of_content_digest(content_digest)
+        ticket = service.check_upload(caller, round, device, length, digest, encoding)
+        if length is None or digest is None:  # the service has refused both; this is for its reader's peace
+            raise Problem("length_required" if length is None else "malformed")
+        return ticket, length, digest
+
+    ticket, length, digest = await context.call(check)
     context.upload_memory.take(length)
     try:
         body = await read_bounded(request, length, settings.upload_timeout_s)
-        result = await context.call(service.submit, caller, round, device, bytes(body), digest, encoding)
+        result = await context.call(service.take_upload, ticket, body, digest, encoding)
     finally:
         context.upload_memory.give_back(length)
     context.metrics.uploads.labels(result).inc()

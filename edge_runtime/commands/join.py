@@ -295,6 +295,12 @@ def _address(arguments: argparse.Namespace, known: str | None, output: _Output) 
 
     found = find_one()
     output("found", name=found.name, url=found.url)
+    if known is not None and found.url != known:
+        # an announcement proves nothing, and whoever gets the token is this device from then on
+        raise UsageError(
+            f"{found.name} announced {found.url}; this device is enrolled at {known}",
+            f"if the coordinator has moved there, say so: edgestill join {found.url}",
+        )
     return found.url
 
 

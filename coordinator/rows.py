@@ -1,0 +1,54 @@
+"""Rows of the store as records."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Row
+
+from coordinator.records import DeviceRecord, RoundRecord, TaskRecord, UploadRecord
+from coordinator.rounds import Round
+from coordinator.task import parse_task
+
+
+def task_record(row: Row[Any]) -> TaskRecord:
+    return TaskRecord(row.name, parse_task(row.definition), row.created_s, row.finished, row.student_state)
+
+
+def device_record(row: Row[Any]) -> DeviceRecord:
+    return DeviceRecord(
+        row.name,
+        row.task,
+        json_object(row.info),
+        json_object(row.status),
+        row.student,
+        row.bundle,
+        row.enrolled_s,
+        row.seen_s,
+        row.stored_bytes,
+    )
+
+
+def round_record(row: Row[Any]) -> RoundRecord:
+    round = Round(
+        row.number,
+        row.phase,
+        row.opened_s,
+        row.deadline_s,
+        reason=row.reason,
+        published=row.published,
+    )
+    return RoundRecord(
+        row.task, round, row.closed_s, row.published_bytes, json_object(row.metrics), row.version
+    )
+
+
+def upload_record(row: Row[Any]) -> UploadRecord:
+    counts = None if row.class_counts is None else tuple(row.class_counts)
+    return UploadRecord(
+        row.device, row.digest, row.size_bytes, row.content_encoding, row.samples, counts, row.received_s
+    )
+
+
+def json_object(value: Any) -> dict[str, Any]:
+    return dict(value or {})
