@@ -62,6 +62,7 @@ def server_config(app: Any, settings: Settings) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         lifespan="on",
+        http="h11",  # httptools is quicker, but reads heads of any size
         backlog=_BACKLOG,
         h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
         timeout_keep_alive=75,
