@@ -196,8 +196,8 @@ def is_well_posed(student: nn.Module, spec: StepSpec, images: np.ndarray) -> boo
     try:
         step = ReferenceStep(bundle, student, NUMBERS)
         kinks = find_near_kinks(step, images)
-        finite = all(np.isfinite(values).all() for values in step.encode(images))
     finally:
         for hook in hooks:
             hook.remove()
+    finite = all(np.isfinite(values).all() for values in step.encode(images))
     return finite and not kinks and not any(((std > 0) & (std < 0.02)).any() for std in spreads)

@@ -36,7 +36,8 @@ def delta_of(multiplier: float, epsilon_value: float) -> float:
 def analytic_epsilon(multiplier: float, delta: float) -> float:
     if delta_of(multiplier, 0.0) <= delta:
         return 0.0
-    return scipy.optimize.brentq(lambda value: delta_of(multiplier, value) - delta, 0.0, 1e5, xtol=1e-12)
+    most = 10 * (1 + 1 / multiplier + 1 / multiplier**2)
+    return scipy.optimize.brentq(lambda value: delta_of(multiplier, value) - delta, 0.0, most, xtol=1e-12)
 
 
 @given(MATRICES, CLIPS)
