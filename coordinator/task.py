@@ -18,6 +18,7 @@ MODES = ("global", "consensus")
 RULES = ("mean", "class_mean", "median", "trimmed_mean", "krum")
 TASK_NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_STUDENT = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./:-]{0,199}")
 _DAY_S = 86_400.0
 _MAX_BYTES = 4 * 2**30
 _MAX_GOAL = 100_000
@@ -185,7 +186,7 @@ def _parse_student(node: Node) -> StudentEntry:
     if len(set(engines)) != len(engines):
         raise node.get("engines").error("each engine once")
     return StudentEntry(
-        student=node.get("student").matching(_WORD, "a student's name"),
+        student=node.get("student").matching(_STUDENT, "a student's name, or package.module:factory"),
         bundle=node.get("bundle").digest(),
         size_bytes=node.get("size_bytes").integer(1, _MAX_BYTES),
         engines=engines,

@@ -48,6 +48,11 @@ def with_field(path: str, value: Any, base: dict[str, Any] = LEAST) -> dict[str,
     return task
 
 
+@pytest.mark.parametrize("name", ["cnn3", "leaf.py:LeafNet", "my_package.students:make_leaf"])
+def test_own_students_take_part(name: str) -> None:
+    assert parse_task(with_field("students", [STUDENT | {"student": name}])).students[0].student == name
+
+
 def test_the_defaults_are_those_of_the_contract() -> None:
     task = parse_task(LEAST)
     assert (task.exchange, task.mode, task.precision) == ("latents", "consensus", "fp16")

@@ -110,7 +110,8 @@ def run_create(arguments: argparse.Namespace) -> int:
         print(json.dumps(task.as_json()))
     else:
         print(f"{task.name}: {_in_words(task)}")
-        print(f"edgestill: next: edgestill enrol --task {task.name}", file=sys.stderr)
+        where = f" --data-dir {arguments.data_dir}" if arguments.data_dir else ""
+        print(f"edgestill: next: edgestill enrol{where} --task {task.name}", file=sys.stderr)
     return 0
 
 
