@@ -67,7 +67,7 @@ def load_splits(source: str | Path, form: InputSpec, classes: int, resize: bool 
 
     `resize` scales the images of a folder. Errors: DataError naming the file and what is wrong; UsageError.
     """
-    path = _find(source)
+    path = find_source(source)
     if find_cifar(path):
         train, test, names = read_cifar(path)
         parts = {"train": (train.images, train.labels), "test": (test.images, test.labels)}
@@ -85,7 +85,7 @@ def load_splits(source: str | Path, form: InputSpec, classes: int, resize: bool 
 
 def load_transfer_images(source: str | Path, form: InputSpec, resize: bool = False) -> np.ndarray:
     """The images of a transfer set, whose labels nobody looks at: of all splits that are not for testing."""
-    path = _find(source)
+    path = find_source(source)
     if find_cifar(path):
         images: np.ndarray = read_cifar(path)[0].images
     elif is_image_folder(path):
@@ -154,7 +154,8 @@ def _fit_labels(labels: np.ndarray, samples: int, classes: int, where: str) -> n
     return labels.astype(np.int64)
 
 
-def _find(source: str | Path) -> Path:
+def find_source(source: str | Path) -> Path:
+    """Where a shipped data set or a path lies. Errors: UsageError when there is none."""
     if str(source) in SHIPPED:
         return SHIPPED[str(source)]
     path = Path(source)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from edge_runtime.cli import main
 from edge_runtime.client import Refused
@@ -212,6 +213,28 @@ def test_wrong_arguments_are_named(
     said = capsys.readouterr().err
     assert message in said and "hint:" in said or code == 1
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("wrong", [["--data", "nowhere"], ["--share", "5/2"], ["--test", "nowhere"]])
+def test_what_is_wrong_at_home_does_not_cost_the_code(work: Path, wrong: list[str]) -> None:
+    fake, given = FakeCoordinator(work / "c"), []
+    fake.enrol = lambda *told: given.append(told)  # type: ignore[method-assign]
+    with served(fake) as (url, _):
+        assert main(arguments(work, url, *wrong)) == 2
+    assert given == []
+
+
+def test_folders_of_other_classes_than_the_task_are_refused(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Labels are counted by the folders, so a missing one would shift all after it."""
+    for name in ("crow", "robin"):
+        (work / "birds" / name).mkdir(parents=True)
+    image = Image.fromarray(np.zeros((SIZE, SIZE, 3), np.uint8))
+    image.save(work / "birds/crow/0.png")
+    with served(FakeCoordinator(work / "c")) as (url, _):
+        assert main(arguments(work, url, "--data", str(work / "birds"))) == 2
+    assert f"has 2 classes, the task has {CLASSES}" in capsys.readouterr().err
 
 
 def test_a_device_that_is_not_enrolled_needs_a_code_and_an_address(

@@ -16,7 +16,7 @@ from typing import Any
 from edge_runtime.bundle import Bundle
 from edge_runtime.client import Coordinator, HttpCoordinator, check_url
 from edge_runtime.conditions import Conditions, read_status
-from edge_runtime.data import Dataset, load_splits
+from edge_runtime.data import Dataset, find_source, load_splits
 from edge_runtime.device import Device, fetch_assignment
 from edge_runtime.engines import ENGINES, available_engines, open_engine
 from edge_runtime.errors import DataError, EngineError, Interrupted, UsageError
@@ -220,6 +220,11 @@ def load_private(arguments: argparse.Namespace, bundle: Bundle) -> tuple[Dataset
     """This device's training samples, and its tests `t_priv` and `t_uni`. Errors: UsageError, DataError."""
     splits = load_splits(arguments.data, bundle.input, bundle.classes, arguments.resize)
     private = splits.train
+    if private.class_names and len(private.class_names) != bundle.classes:
+        raise UsageError(
+            f"{arguments.data} has {len(private.class_names)} classes, the task has {bundle.classes}",
+            "labels count the classes in order: make a folder for each of the task's, empty where you have none",
+        )
     if arguments.share is not None:
         number, devices = parse_share(arguments.share)
         gamma = 0.5 if arguments.gamma is None else arguments.gamma
@@ -312,6 +317,11 @@ def _enrol(
             f"{arguments.work_dir} holds no enrolled device",
             "give --code from `edgestill enrol`, or the --work-dir of an enrolled device",
         )
+    # A code works once: what is already wrong here must not cost it.
+    for source in filter(None, (arguments.data, arguments.test)):
+        find_source(source)
+    if arguments.share is not None:
+        parse_share(arguments.share)
     enrolled = coordinator.enrol(arguments.code.strip().upper(), device_info(arguments))
     identity = {name: str(enrolled[name]) for name in ("device", "token", "task")} | {"url": url}
     keep.write_identity(identity)
