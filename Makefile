@@ -57,7 +57,7 @@ $(STAMPS)/packages: constraints.txt pyproject.toml $(STAMPS)/torch
 	$(PIP) install -c constraints.txt setuptools
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
 	# It declares an older attrs than the exporter of ExecuTorch needs, and works with the newer one.
-	$(PIP) install -c constraints.txt --no-deps dp-accounting
+	$(PIP) install -c constraints.txt --no-deps dp-accounting absl-py
 	touch $@
 
 $(STAMPS)/native: $(NATIVE_SOURCES) $(STAMPS)/packages
