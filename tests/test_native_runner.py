@@ -150,11 +150,11 @@ def test_the_library_is_built_once_for_the_same_sources(
 
 def test_the_name_changes_with_wheel_and_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wheel = build.find_wheel()
-    names = {build.library_name(wheel), build.library_name(build.Wheel(wheel.folder, "9.9.9"))}
+    names = {build.name_of_library(wheel), build.name_of_library(build.Wheel(wheel.folder, "9.9.9"))}
     for name in ("runner.cpp", "runner.h"):
         (tmp_path / name).write_bytes((build._SOURCE_FOLDER / name).read_bytes() + b"\n")
     monkeypatch.setattr(build, "_SOURCE_FOLDER", tmp_path)
-    names.add(build.library_name(wheel))
+    names.add(build.name_of_library(wheel))
     assert len(names) == 3
 
 

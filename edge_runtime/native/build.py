@@ -71,7 +71,7 @@ def find_wheel() -> Wheel:
     raise EngineError(f"executorch {version} in {places[0]} carries no C++ runtime libraries", INSTALL_HINT)
 
 
-def library_name(wheel: Wheel) -> str:
+def name_of_library(wheel: Wheel) -> str:
     """The library's file name, which changes with everything that the build depends on."""
     digest = hashlib.sha256()
     parts = [(_SOURCE_FOLDER / name).read_bytes() for name in _SOURCES]
@@ -90,7 +90,7 @@ def folders() -> Iterator[Path]:
 
 def find_library(wheel: Wheel) -> Path | None:
     """The library built for this wheel and these sources, if there is one."""
-    name = library_name(wheel)
+    name = name_of_library(wheel)
     return next((folder / name for folder in folders() if (folder / name).is_file()), None)
 
 
@@ -125,7 +125,7 @@ def build_library(wheel: Wheel) -> Path:
             f"none of {', '.join(map(str, folders()))} is writable, so the ExecuTorch runner cannot be built",
             "set XDG_CACHE_HOME to a folder that is",
         )
-    target = folder / library_name(wheel)
+    target = folder / name_of_library(wheel)
     with tempfile.TemporaryDirectory(prefix=".build-", dir=folder) as work:
         built = Path(work) / target.name
         command = [*compiler, *_arguments(wheel), "-o", str(built)]
