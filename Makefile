@@ -53,7 +53,7 @@ $(STAMPS)/torch: $(STAMPS)/venv
 	touch $@
 
 # The build backend is pinned too, so it is installed first and used without isolation.
-$(STAMPS)/packages: constraints.txt pyproject.toml $(STAMPS)/torch
+$(STAMPS)/packages: constraints.txt pyproject.toml Makefile $(STAMPS)/torch
 	$(PIP) install -c constraints.txt setuptools
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
 	# It declares an older attrs than the exporter of ExecuTorch needs, and works with the newer one.

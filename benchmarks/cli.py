@@ -16,8 +16,10 @@ from benchmarks.bundles import BundleRequest, ExportFailed, prepare_bundle
 from benchmarks.report import format_table
 from benchmarks.step import EAGER_ENGINES, Case, StepSettings, error_line, measure_case
 from edge_runtime.bundle import Bundle
+from edge_runtime.console import add_json_option
 from edge_runtime.engines import ENGINES, EngineStatus, available_engines
 from edge_runtime.errors import UsageError
+from edge_runtime.machine import cores
 
 
 def add_parser(subparsers: Any) -> None:
@@ -73,7 +75,7 @@ def add_parser(subparsers: Any) -> None:
     )
     add("--seed", type=int, default=0, help="seed of the batches (default 0)")
     add("--cache", type=Path, metavar="DIR", help="keep exported bundles here and use them again")
-    add("--json", action="store_true", help="one JSON line an engine on stdout instead of a table")
+    add_json_option(step, "one JSON line an engine instead of a table")
     add(
         "--output",
         type=Path,
@@ -96,8 +98,8 @@ def run_step(arguments: argparse.Namespace) -> int:
     """Runs the benchmark; 0 when an engine was measured, 1 when none. Errors: UsageError, BundleError."""
     if arguments.plot is not None:
         _check_plot(arguments.plot)
-    if max(arguments.threads) > machine.usable_cores():
-        _tell(f"warning: {max(arguments.threads)} threads on {machine.usable_cores()} cores")
+    if max(arguments.threads) > cores():
+        _tell(f"warning: {max(arguments.threads)} threads on {cores()} cores")
     statuses = {status.name: status for status in available_engines()}
     wanted = arguments.engines or [name for name, status in statuses.items() if status.usable]
     if not wanted:

@@ -28,6 +28,7 @@ from benchmarks.http_load import Connection, Polls, hold_polls
 from coordinator.opening import open_service
 from coordinator.settings import Settings
 from coordinator.task import parse_task
+from edge_runtime.console import add_json_option
 from edge_runtime.errors import EdgestillError
 from edge_runtime.outputs import pack
 
@@ -79,7 +80,7 @@ def add_parser(benches: Any) -> None:
                             metavar="N", help=f"{text} (default %(default)s)")  # fmt: skip
     parser.add_argument("--precision", choices=("fp32", "fp16", "int8"), default=default.precision,
                         help="default %(default)s")  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of text")
+    add_json_option(parser, "one JSON object instead of text")
     parser.set_defaults(run=run)
 
 

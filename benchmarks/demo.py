@@ -113,8 +113,8 @@ def run_demo(settings: DemoSettings, screen: TextIO) -> None:
         task = json.loads(show.run("task", "show", TASK, "--data-dir", data_dir, "--json"))
         results = collect(settings, task, board, train_alone(settings, data_dir, task, board))
         page = write_page(results, folder)
+        print(summary_table(results), flush=True)
         show.heading(f"Done in {time.monotonic() - started_s:.0f} s; the page is {page}")
-        print(summary_table(results))
         if settings.keep:
             show.say(f"the coordinator goes on at {url} until Ctrl-C")
             while server.poll() is None:
@@ -266,18 +266,20 @@ def train_alone(
     settings: DemoSettings, data_dir: Path, task: dict[str, Any], board: Board
 ) -> list[dict[str, float | None]]:
     """Accuracies of every device's student after as many epochs on its own data alone."""
-    from benchmarks.simulation.pool import open_pool
+    from benchmarks.simulation.pool import LocalFile, open_pool
     from benchmarks.simulation.virtual_device import AloneJob, Setup, train_alone
+    from coordinator.blobs import FileBlobs
 
-    setup = Setup(str(data_dir), str(settings.output / STUDENTS[0].name), DATA, len(DEVICES), settings.gamma,
-                  settings.seed)  # fmt: skip
+    setup, stored = Setup(DATA, len(DEVICES), settings.gamma, settings.seed), FileBlobs(data_dir / "blobs")
     bundles = {device["name"]: device["bundle"] for device in task["devices"]}
     entries = {entry["bundle"]: entry for entry in task["task"]["students"]}
+    transfer = task["task"]["transfer"]["blob"]
     jobs = [
         AloneJob(
             setup,
             number,
             {"task": task["task"], "student": entries[bundles[seen.device]]},
+            {digest: LocalFile(stored.path(digest)) for digest in (bundles[seen.device], transfer)},
             len(seen.reports),
             DEVICES[number].engine,
         )

@@ -111,13 +111,20 @@ def page_html(results: Results, pictures: Sequence[tuple[str, str]]) -> str:
     head, *body, means = table_rows(results)
     gain = gains(results)
 
-    def cells(row: Sequence[str], tag: str) -> str:
-        first = f'<th scope="row">{html.escape(row[0])}</th>' if tag == "td" else ""
-        rest = row[1:] if tag == "td" else row
-        scope = ' scope="col"' if tag == "th" else ""
-        return first + "".join(f"<{tag}{scope}>{html.escape(cell)}</{tag}>" for cell in rest)
+    # on a narrow screen every cell says itself what it is
+    tests = ["T_priv"] * 3 + ["T_uni"] * 3
+    labels = head[1:3] + tuple(
+        f"{test} {name.split()[-1]}" for test, name in zip(tests, head[3:9], strict=True)
+    )
+    labels += head[9:]
 
-    rows = "\n".join(f"<tr>{cells(row, 'td')}</tr>" for row in body)
+    def cells(row: Sequence[str]) -> str:
+        first = f'<th scope="row">{html.escape(row[0])}</th>'
+        rest = zip(labels, row[1:], strict=True)
+        return first + "".join(f'<td data-label="{label}">{html.escape(cell)}</td>' for label, cell in rest)
+
+    heads = "".join(f'<th scope="col">{name}</th>' for name in head)
+    rows = "\n".join(f"<tr>{cells(row)}</tr>" for row in body)
     rounds = "".join(
         f"<li>round {number}: {html.escape(phase)}"
         + (f", global student T_uni {accuracy:.1%}" if accuracy is not None else "")
@@ -138,9 +145,9 @@ and exchanged nothing but its latents and logits on {results.transfer_samples} t
 <strong>T_uni {100 * gain["t_uni"]:+.1f}</strong> points</p>
 {figures}
 <h2>Every device</h2>
-<div class="scroll"><table><thead><tr>{cells(head, "th")}</tr></thead><tbody>
+<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>
 {rows}
-</tbody><tfoot><tr>{cells(means, "td")}</tr></tfoot></table></div>
+</tbody><tfoot><tr>{cells(means)}</tr></tfoot></table></div>
 <p>T_priv: test images of the device's own class distribution. T_uni: all classes alike. Alone: the same student, as
 many epochs on the same data, no exchange. kB: a round's mean upload, and its mean download of global outputs; in the
 first round a device downloads its student and the transfer set instead.</p>
@@ -233,13 +240,23 @@ def _mean(values: Sequence[float | None]) -> float | None:
 _STYLE = """
 :root { color-scheme: light dark; --line: #c8ccd0; }
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0; }
-main { max-width: 74rem; margin: 0 auto; padding: 1rem; }
+main { box-sizing: border-box; max-width: 74rem; margin: 0 auto; padding: 1rem; }
 .gain { font-size: 1.2rem; }
 figure { margin: 1rem 0; background: white; border: 1px solid var(--line); border-radius: 6px; padding: .5rem; }
 img { display: block; width: 100%; height: auto; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th, td { border-bottom: 1px solid var(--line); padding: .3rem .5rem; text-align: right; white-space: nowrap; }
+th, td { border-bottom: 1px solid var(--line); padding: .3rem .5rem; text-align: right; vertical-align: bottom; }
 th:first-child, td:nth-child(2), td:nth-child(3), thead th:nth-child(-n+3) { text-align: left; }
 tfoot { font-weight: 600; }
+@media (max-width: 50rem) {
+  table, tbody, tfoot { display: block; }
+  thead { position: absolute; clip-path: inset(50%); }
+  tr { display: grid; grid-template-columns: repeat(3, 1fr); padding: .5rem 0; border-bottom: 1px solid var(--line); }
+  tr > * { border: 0; padding: .2rem 0; }
+  tr > td, tr > td:nth-child(n) { text-align: left; }
+  tr > th { font-size: 1rem; }
+  td::before { content: attr(data-label); display: block; font-size: .75rem; font-weight: 400; }
+  td:empty { display: none; }
+}
 """

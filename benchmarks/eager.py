@@ -15,12 +15,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.workload import hyperparameters
+from export.reference import make_optimizer
 
 Arrays = Mapping[str, np.ndarray]
 
 
 class EagerStep:
-    """Trains a student of `perception`, `representation` and `output` with autograd on a bundle's batches.
+    """Trains a student of `perception`, `representation` and `output` with autograd on a bundle's batches, in the
+    mode that `export.reference.set_training` left it in.
 
     Its hyperparameters are those of `workload.hyperparameters`, taken at construction as an optimizer does,
     and every sample weighs one: a plain loop would not pay for the bundle's per-sample weights.
@@ -30,19 +32,17 @@ class EagerStep:
         self,
         student: nn.Module,
         manifest: Mapping[str, Any],
-        state: Arrays | None = None,
         channels_last: bool = False,
     ) -> None:
         self.name = "torch-eager-channels-last" if channels_last else "torch-eager"
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
-        self._student = student.train()
-        if state is not None:
-            load_student_state(student, state)
-        freeze_unwritten(student, manifest)
-        student.to(memory_format=self._layout)
+        self._student = student.to(memory_format=self._layout)
         self._objective = manifest["objective"]
         self._values = hyperparameters(manifest)
-        self._optimizer = make_optimizer(student, manifest, self._values)
+        optimizer = manifest["optimizer"]
+        self._optimizer = make_optimizer(
+            student, optimizer["name"], optimizer.get("nesterov", False), self._values
+        )
         self._normalize = manifest["input"]["dtype"] == "uint8"
         if self._normalize:
             # (x/255 - mean)/std as one product and one sum a channel
@@ -91,44 +91,3 @@ class EagerStep:
 
     def close(self) -> None:
         """Nothing is held outside Python."""
-
-
-def load_student_state(student: nn.Module, state: Arrays) -> None:
-    """Copies a bundle's parameters and statistics into the module; KeyError names one that it lacks."""
-    with torch.no_grad():
-        for name, tensor in [*student.named_parameters(), *student.named_buffers()]:
-            # PyTorch counts batches only for momentum=None, which no bundle uses
-            if not name.endswith("num_batches_tracked"):
-                tensor.copy_(torch.from_numpy(np.array(state[name])))
-
-
-def freeze_unwritten(student: nn.Module, manifest: Mapping[str, Any]) -> None:
-    """Gives no gradient to parameters that the step does not write, and leaves fixed statistics alone."""
-    written = {spec["name"] for spec in manifest["state"]["tensors"] if spec["written"]}
-    for name, parameter in student.named_parameters():
-        parameter.requires_grad_(name in written)
-    for name, module in student.named_modules():
-        if isinstance(module, nn.BatchNorm2d) and f"{name}.running_mean" not in written:
-            module.eval()
-
-
-def make_optimizer(
-    student: nn.Module, manifest: Mapping[str, Any], values: Mapping[str, float]
-) -> torch.optim.Optimizer:
-    """The bundle's optimizer as `torch.optim` has it."""
-    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    if manifest["optimizer"]["name"] == "adamw":
-        return torch.optim.AdamW(
-            parameters,
-            values["learning_rate"],
-            (values["beta1"], values["beta2"]),
-            values["epsilon"],
-            values["weight_decay"],
-        )
-    return torch.optim.SGD(
-        parameters,
-        values["learning_rate"],
-        values["momentum"],
-        weight_decay=values["weight_decay"],
-        nesterov=manifest["optimizer"].get("nesterov", False),
-    )

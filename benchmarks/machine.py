@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import subprocess
@@ -10,42 +9,22 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
+from edge_runtime.machine import cores, memory_bytes, processor
+
 PACKAGES = ("edgestill", "torch", "onnxruntime", "executorch", "onnx", "numpy")
 
 
 def machine_record() -> dict[str, str | int | None]:
     """Processor, cores that this process may use, memory and operating system."""
     return {
-        "cpu": cpu_model(),
+        "cpu": processor(),
         "architecture": platform.machine(),
-        "cores": usable_cores(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "cores": cores(),
+        "memory_bytes": memory_bytes(),
         "os": operating_system(),
         "kernel": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on, which a container or taskset may limit."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def cpu_model() -> str:
-    """The processor's name as the kernel gives it, or its architecture where it gives none."""
-    for path, key in (
-        ("/proc/cpuinfo", "model name"),
-        ("/proc/cpuinfo", "Model"),
-        ("/proc/cpuinfo", "Hardware"),
-    ):
-        try:
-            text = Path(path).read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            continue
-        found = re.search(rf"^{key}\s*:\s*(.+)$", text, re.MULTILINE)
-        if found:
-            return found.group(1).strip()
-    return platform.processor() or platform.machine()
 
 
 def operating_system() -> str:

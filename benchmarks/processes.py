@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.worker import WorkerSpec
+from edge_runtime.machine import peak_rss_of, process_tree
 
 REPLY_TIMEOUT_S = 600.0
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -69,7 +70,7 @@ class WorkerProcess:
     def peak_rss_bytes(self) -> int:
         """Peak resident memory of the process and its children; pages that they share count in each."""
         own = self.ask("memory")["peak_rss_bytes"]
-        return own + sum(peak_rss_bytes(pid) for pid in process_tree(self._process.pid)[1:])
+        return own + sum(peak_rss_of(pid) or 0 for pid in process_tree(self._process.pid)[1:])
 
     def close(self) -> None:
         """Ends the process: by the end of its input, or by force."""
@@ -127,18 +128,6 @@ def worker_environment(threads: int) -> dict[str, str]:
     return {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads)), "PYTHONPATH": path}
 
 
-def process_tree(pid: int) -> list[int]:
-    """A process and its descendants, itself first; just itself where there is no /proc."""
-    found = [pid]
-    for parent in found:
-        for task in Path(f"/proc/{parent}/task").glob("*/children"):
-            try:
-                found += [int(child) for child in task.read_text(encoding="ascii").split()]
-            except OSError:
-                pass  # the task ended meanwhile
-    return found
-
-
 def tree_cpu_s(pid: int) -> float:
     """Processor time of a process and its descendants in seconds; 0 where there is no /proc."""
     total_ticks = 0
@@ -179,12 +168,3 @@ def read_cpu_use() -> CpuUse | None:
     ended = os.times()
     own_s = tree_cpu_s(os.getpid()) + ended.children_user + ended.children_system
     return CpuUse(sum(ticks) / second, (sum(ticks) - ticks[3] - ticks[4]) / second, own_s)
-
-
-def peak_rss_bytes(pid: int) -> int:
-    """VmHWM of another process; 0 if it ended or where there is no /proc."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        return 0

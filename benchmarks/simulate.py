@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks.simulation.settings import EXCHANGES, MODES, RULES, Poison, SimulationSettings
 from coordinator.task import clip_value
+from edge_runtime.console import add_json_option
 from edge_runtime.errors import UsageError
 
 
@@ -65,6 +66,13 @@ def add_parser(subparsers: Any) -> None:
     add("--data", "private data and test split", metavar="NAME_OR_PATH")
     add("--transfer", "images of the transfer set", metavar="NAME_OR_PATH")
     add("--transfer-count", "images of it that are used, drawn by the seed", type=int, metavar="N")
+    add("--transfer-labels", "the coordinator knows the transfer set's classes, as class_mean needs",
+        action="store_true")  # fmt: skip
+    add("--test-samples", "of each device's T_priv and T_uni", type=int, metavar="N")
+    add("--noise-multiplier", "differential privacy: noise in units of the sensitivity (default: none)", type=float,
+        metavar="Z")  # fmt: skip
+    add("--privacy-clip", "norm that private outputs are shortened to, with --noise-multiplier", type=float,
+        metavar="C")  # fmt: skip
     add("--local-epochs", "epochs of local training a round", type=int, metavar="N")
     add("--learning-rate", "of local training", type=float, metavar="X")
     add("--alpha", "weight of distillation in local training", type=float, metavar="X")
@@ -82,7 +90,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="DIR")  # fmt: skip
     add("--output", "write results.jsonl and the plot here", type=Path, metavar="DIR")
     add("--plot", "draw accuracy and bytes over the rounds", type=Path, metavar="FILE.png")
-    add("--json", "JSON lines on stdout: one a round, then the summary", action="store_true")
+    add_json_option(parser, "JSON lines, one a round, then the summary,")
     parser.set_defaults(run=run)
 
 

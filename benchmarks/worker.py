@@ -19,6 +19,8 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from edge_runtime.machine import peak_rss_of
+
 EAGER = "torch-eager"
 EAGER_CHANNELS_LAST = "torch-eager-channels-last"
 MATRIX_PRODUCT = "matrix-product"
@@ -60,16 +62,9 @@ def open_steps(spec: WorkerSpec) -> Steps:
 
 
 def own_peak_rss_bytes() -> int:
-    """Peak resident memory of this process.
-
-    Linux keeps `ru_maxrss` across exec, so that it may be the parent's: VmHWM is the process's own.
-    """
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    """Peak resident memory of this process; from `getrusage` where there is no /proc."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return peak_rss_of(os.getpid()) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class StepRunner:

@@ -19,7 +19,9 @@ def announce(url: str, host: str, port: int) -> Iterator[None]:
     try:
         from zeroconf import ServiceInfo, Zeroconf
     except ModuleNotFoundError as error:
-        raise EdgestillError("--mdns needs the Python package zeroconf", "pip install zeroconf") from error
+        raise EdgestillError(
+            "--mdns needs the Python package zeroconf", "pip install 'edgestill[discovery]'"
+        ) from error
     addresses = [address for address in _addresses(host) if not address.startswith("127.")]
     if not addresses:
         raise UsageError(

@@ -12,6 +12,7 @@ from coordinator.answers import SCHEMA, add_problem_handlers
 from coordinator.clockwork import Clockwork, StepRunner
 from coordinator.context import Context
 from coordinator.dashboard import make_dashboard_router
+from coordinator.hosts import KnownHosts, known_hosts
 from coordinator.metrics import Measured
 from coordinator.routes import blobs, description, devices, operations, uploads
 from coordinator.service import Service
@@ -43,6 +44,8 @@ def make_app(
     for router in (devices.router, uploads.router, blobs.router, operations.router, description.router):
         app.include_router(router)
     app.include_router(make_dashboard_router(service, settings), include_in_schema=False)
+    if (known := known_hosts(settings)) is not None:
+        app.add_middleware(KnownHosts, known=known, metrics=context.metrics)
     app.add_middleware(Measured, metrics=context.metrics)
     make_schema = app.openapi
 

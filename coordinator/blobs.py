@@ -12,11 +12,12 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from edge_runtime.errors import EdgestillError
+from edge_runtime.files import sync_folder
 
 CHUNK_BYTES = 1 << 20
 _ABANDONED_S = 86_400.0
@@ -50,6 +51,12 @@ class Blobs(Protocol):
 
     def delete(self, digest: str) -> None:
         """Removes the blob, if it is there."""
+
+    def age_s(self, digest: str) -> float | None:
+        """Seconds since the blob was put last, by the clock of the place; None when there is none."""
+
+    def older_than(self, age_s: float) -> Iterator[str]:
+        """Digests of the blobs that were put last longer ago than this."""
 
 
 def open_blobs(location: str) -> Blobs:
@@ -113,6 +120,20 @@ class FileBlobs:
         if _DIGEST.fullmatch(digest):
             self._place(digest).unlink(missing_ok=True)
 
+    def age_s(self, digest: str) -> float | None:
+        if not _DIGEST.fullmatch(digest):
+            return None
+        try:
+            return time.time() - self._place(digest).stat().st_mtime
+        except FileNotFoundError:
+            return None
+
+    def older_than(self, age_s: float) -> Iterator[str]:
+        for folder in sorted(self.folder.glob("[0-9a-f][0-9a-f]")):
+            for path in sorted(folder.iterdir()):
+                if (age := self.age_s(path.name)) is not None and age > age_s:
+                    yield path.name
+
     def _put(self, chunks: Iterable[bytes], digest: str | None) -> str:
         descriptor, temporary = tempfile.mkstemp(dir=self._incoming)
         try:
@@ -129,7 +150,7 @@ class FileBlobs:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-        _sync_folder(place.parent)
+        sync_folder(place.parent)
         return digest
 
     def _make_folders(self) -> None:
@@ -137,7 +158,7 @@ class FileBlobs:
         self._incoming.mkdir(parents=True, exist_ok=True)
         for number in range(256):
             (self.folder / f"{number:02x}").mkdir(exist_ok=True)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
 
     def _place(self, digest: str) -> Path:
         return self.folder / digest[:2] / digest
@@ -216,16 +237,38 @@ class ObjectBlobs:
         copy = Path(self._copies.name) / digest
         if copy.is_file():
             return copy
-        partial = FileBlobs(Path(self._copies.name) / "download")
-        if partial.put(self.open_range(digest)) != digest:
+        hasher = hashlib.sha256()
+        with tempfile.NamedTemporaryFile(dir=self._copies.name, delete=False) as file:
+            for chunk in self.open_range(digest):
+                hasher.update(chunk)
+                file.write(chunk)
+        if hasher.hexdigest() != digest:
+            Path(file.name).unlink()
             raise BlobError(f"{self._url}: blob {digest} is damaged", "restore it from a backup")
-        os.replace(partial.path(digest), copy)
+        os.replace(file.name, copy)
         return copy
 
     def delete(self, digest: str) -> None:
         if _DIGEST.fullmatch(digest):
             with self._errors("delete", digest), contextlib.suppress(FileNotFoundError):  # some stores say so
                 self._obstore.delete(self._store, _key(digest))
+
+    def age_s(self, digest: str) -> float | None:
+        if not _DIGEST.fullmatch(digest):
+            return None
+        with self._errors("look up", digest):
+            try:
+                return _age_s(self._obstore.head(self._store, _key(digest)))
+            except FileNotFoundError:
+                return None
+
+    def older_than(self, age_s: float) -> Iterator[str]:
+        with self._errors("list", "of every"):
+            for found in self._obstore.list(self._store):
+                for meta in found:
+                    digest = str(meta["path"]).rpartition("/")[2]
+                    if _DIGEST.fullmatch(digest) and meta["path"] == _key(digest) and _age_s(meta) > age_s:
+                        yield digest
 
     def _ranges(self, digest: str, start: int, stop: int) -> Iterator[bytes]:
         for position in range(start, stop, 8 * CHUNK_BYTES):
@@ -243,6 +286,10 @@ class ObjectBlobs:
                 f"{self._url}: cannot {verb} blob {digest[:12]}…: {error}",
                 "check the bucket, AWS_ENDPOINT_URL and the credentials",
             ) from error
+
+
+def _age_s(meta: Mapping[str, Any]) -> float:
+    return time.time() - float(meta["last_modified"].timestamp())
 
 
 def _key(digest: str) -> str:
@@ -266,13 +313,3 @@ def _write_all(file: Any, chunk: bytes | bytearray) -> None:
     rest = memoryview(chunk)
     while len(rest):  # without a buffer, a write may take a part only
         rest = rest[file.write(rest) :]
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":  # Windows cannot open a folder; its rename is durable on its own journal
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -56,9 +56,9 @@ class Clockwork:
     async def tick(self) -> None:
         """One look at deadlines, due steps, and changes that devices wait for."""
         context = self._context
-        due = await context.call(context.service.tick)
-        for job in due:
-            if len(self._steps) < _STEPS_AT_ONCE and job not in self._steps.values():
+        running = set(self._steps.values())
+        for job in await context.call(context.service.tick, _STEPS_AT_ONCE, running):
+            if job not in running:
                 task = asyncio.create_task(self._run_step(context, job))
                 self._steps[task] = job
                 task.add_done_callback(self._finished)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -19,6 +21,8 @@ from coordinator.service import Service
 from coordinator.settings import Settings
 
 Result = TypeVar("Result")
+_UPLOADS_OF_DEVICE = 2
+"""At once: one is enough, and one more where a connection broke without anybody being told."""
 
 
 class Waiting:
@@ -42,20 +46,35 @@ class Waiting:
 
 
 class UploadMemory:
-    """How many bytes of uploads may lie in memory at once; asyncio's single thread makes it exact."""
+    """How many bytes of uploads may lie in memory at once; asyncio's single thread makes it exact.
+
+    A device has its share: uploads that it dribbles in cannot keep all others out.
+    """
 
     def __init__(self, size_bytes: int) -> None:
         self._size_bytes = size_bytes
+        self._of_device: Counter[str] = Counter()
         self.used_bytes = 0
 
-    def take(self, size_bytes: int) -> None:
-        """Errors: Problem `unavailable` when the uploads that are arriving leave no room."""
+    @contextmanager
+    def taken(self, device: str, size_bytes: int) -> Iterator[None]:
+        """Room for one upload of a device, for as long as the block lasts.
+
+        Errors: Problem `unavailable` when the uploads that are arriving, of all or of this device, leave no room.
+        """
+        if self._of_device[device] >= _UPLOADS_OF_DEVICE:
+            raise Problem("unavailable", f"uploads of {device} are arriving already", retry_after_s=5)
         if self.used_bytes and self.used_bytes + size_bytes > self._size_bytes:
             raise Problem("unavailable", "too many uploads are arriving at once", retry_after_s=5)
+        self._of_device[device] += 1
         self.used_bytes += size_bytes
-
-    def give_back(self, size_bytes: int) -> None:
-        self.used_bytes -= size_bytes
+        try:
+            yield
+        finally:
+            self.used_bytes -= size_bytes
+            self._of_device[device] -= 1
+            if not self._of_device[device]:
+                del self._of_device[device]
 
 
 @dataclass

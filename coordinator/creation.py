@@ -45,7 +45,9 @@ def make_task(description: Mapping[str, Any], add_blob: AddBlob) -> Task:
         if description.get("global_bundle") is not None:
             whole = stack.enter_context(Bundle.open(_path(description["global_bundle"], "global_bundle")))
         first = bundles[0]
-        _check_alike([*bundles, *([] if whole is None else [whole])])
+        everyone = [*bundles, *([] if whole is None else [whole])]
+        _check_alike(everyone)
+        _refuse_relational(everyone)
         if drafted.exchange != "parameters":
             _check_objectives(bundles, whole, drafted.exchange)
             _check_transfer_fraction(bundles, drafted.local.transfer_fraction)
@@ -214,6 +216,16 @@ def _check_alike(bundles: Sequence[Bundle]) -> None:
                     f"{bundle.source} has {what} {mine}, {first.source} has {theirs}",
                     "export all students of a task alike in everything but the perception module",
                 )
+
+
+def _refuse_relational(bundles: Sequence[Bundle]) -> None:
+    """Errors: UsageError for a student that learns from a teacher's latents of samples outside of the transfer set."""
+    for bundle in bundles:
+        if bundle.objective.relates_samples:
+            raise UsageError(
+                f"{bundle.source}: objective {bundle.objective.name} is for `edgestill train --teacher` alone",
+                "export it with --objective lkd, kd, both or ce",
+            )
 
 
 def _check_objectives(bundles: Sequence[Bundle], whole: Bundle | None, exchange: str) -> None:

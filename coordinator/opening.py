@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+from pathlib import Path
+
 from coordinator.blobs import open_blobs
 from coordinator.service import Service
 from coordinator.settings import Settings
@@ -20,6 +24,35 @@ def open_service(settings: Settings) -> Service:
         max_body_bytes=settings.max_body_bytes,
         engine_threads=settings.distil_threads,
     )
+
+
+def open_existing(settings: Settings) -> Service:
+    """`open_service` for a command that works on what is there: a mistyped place must not become an empty one.
+
+    Errors: UsageError where no coordinator has kept anything; those of `open_service`.
+    """
+    check_shared(settings)
+    url = settings.database_url
+    file = url.removeprefix("sqlite:///").partition("?")[0]
+    if file != url and not Path(file).exists():
+        flag, where = ("--database", url) if settings.database else ("--data-dir", settings.data_dir)
+        raise UsageError(
+            f"no coordinator's data in {where}",
+            f"check {flag}; `edgestill task create {flag} {where} …` or `edgestill serve {flag} {where}` makes it",
+        )
+    return open_service(settings)
+
+
+def start_logging(settings: Settings) -> None:
+    """Lets the server and its workers log alike, for people and on stderr."""
+    logging.basicConfig(
+        level=settings.log_level.upper(),
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    logging.getLogger("alembic").setLevel(
+        logging.WARNING
+    )  # it tells at every start that it has nothing to do
 
 
 def is_shared(settings: Settings) -> bool:

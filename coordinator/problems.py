@@ -84,6 +84,11 @@ CATALOG: dict[str, ProblemKind] = {
     "range_not_satisfiable": ProblemKind(
         416, "The range lies outside the blob", "ask from 0, or drop the partial file"
     ),
+    "misdirected": ProblemKind(
+        421,
+        "The coordinator does not answer to the name that was asked for",
+        "use the address that `edgestill serve` printed, or start it with --allowed-hosts NAME",
+    ),
     "wrong_outputs": ProblemKind(
         422,
         "The outputs are not those that the task asks for",

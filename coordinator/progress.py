@@ -6,7 +6,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from coordinator.records import RoundRecord
-from coordinator.rounds import COLLECTING, Effect, Event, Round, open_round, step
+from coordinator.rounds import (
+    COLLECTING,
+    Abandoned,
+    Aggregate,
+    Completed,
+    Effect,
+    Event,
+    Round,
+    open_round,
+    step,
+)
 from coordinator.task import Task
 from coordinator.transaction import Transaction
 
@@ -58,7 +68,9 @@ class Progress:
         round = open_round(1 if last is None else last.number + 1, task.rules(), now_s)
         transaction.add_round(task.name, round)
         transaction.note(task.name, "round", now_s, round.number)
-        return RoundRecord(task.name, round, None, None, {}, 1)
+        record = RoundRecord(task.name, round, None, None, {}, 1)
+        transaction.say("round %s is open, for %g s", record.name, task.deadline_s)
+        return record
 
     def apply(
         self,
@@ -97,6 +109,8 @@ class Progress:
         for device in sorted(after.selected - before.selected):
             transaction.add_selection(task.name, after.number, device, now_s)
             transaction.note(task.name, "selected", now_s, after.number, device)
+        for effect in (effect for caused in effects for effect in caused):
+            _say(transaction, record.name, effect)
         if after.phase != before.phase:
             transaction.note(task.name, "round", now_s, after.number)
         if after.final:
@@ -107,6 +121,16 @@ class Progress:
                 transaction.note(task.name, "task", now_s)
         transaction.save_round(task.name, after, record.version, **values)
         return replace(record, round=after, version=record.version + 1), effects
+
+
+def _say(transaction: Transaction, round_name: str, effect: Effect) -> None:
+    match effect:
+        case Aggregate(devices):
+            transaction.say("round %s has collected %d uploads", round_name, len(devices))
+        case Completed(published):
+            transaction.say("round %s is completed, published %s", round_name, published)
+        case Abandoned(reason):
+            transaction.say("round %s is abandoned: %s", round_name, " ".join(reason.split()))
 
 
 def may_open(round: Round | None, task: Task) -> bool:

@@ -14,6 +14,8 @@ COLLECTING = "collecting"
 AGGREGATING = "aggregating"
 COMPLETED = "completed"
 ABANDONED = "abandoned"
+QUEUED_AT_MOST_S = 86_400.0
+"""How long a round waits for its turn to be aggregated."""
 FINAL_PHASES = frozenset({COMPLETED, ABANDONED})
 
 
@@ -27,7 +29,7 @@ class Rules:
     deadline_s: float
     """Of the collection, from the opening of the round."""
     distil_deadline_s: float
-    """Of aggregation and distillation, from the end of the collection."""
+    """Of aggregation and distillation, from their beginning."""
 
     @property
     def selected_at_most(self) -> int:
@@ -55,6 +57,8 @@ class Round:
     selected: frozenset[str] = frozenset()
     accepted: Mapping[str, Accepted] = field(default_factory=dict)
     """By device; uploads that were answered with "accepted" and will be aggregated."""
+    begun_s: float | None = None
+    """When aggregation began; None while the round waits for its turn."""
     reason: str | None = None
     """Why the round was abandoned."""
     published: str | None = None
@@ -89,6 +93,11 @@ class Offer:
 @dataclass(frozen=True)
 class Tick:
     """Time has passed."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Somebody starts on step 5, for the first time or once more."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +153,7 @@ class Abandoned:
     reason: str
 
 
-Event = Ask | Offer | Tick | Published | Failed
+Event = Ask | Offer | Tick | Begun | Published | Failed
 Effect = Selected | AcceptedUpload | Refusal | Aggregate | Completed | Abandoned
 
 
@@ -165,6 +174,9 @@ def step(round: Round, event: Event, now_s: float, rules: Rules) -> tuple[Round,
             return _offer(round, device, Accepted(digest, samples), now_s, rules)
         case Tick():
             return _tick(round, now_s, rules)
+        case Begun() if round.phase == AGGREGATING and round.begun_s is None and now_s < round.deadline_s:
+            # the first time only: a step 5 that takes its coordinator down with it must end, too
+            return replace(round, begun_s=now_s, deadline_s=now_s + rules.distil_deadline_s), ()
         case Published(digest) if round.phase == AGGREGATING:
             return replace(round, phase=COMPLETED, published=digest), (Completed(digest),)
         case Failed(reason) if not round.final:
@@ -197,7 +209,7 @@ def _offer(
     round = replace(round, accepted={**round.accepted, device: upload})
     effects: tuple[Effect, ...] = (AcceptedUpload(device, upload.digest),)
     if len(round.accepted) >= rules.goal:
-        round, more = _aggregate(round, now_s, rules)
+        round, more = _aggregate(round, now_s)
         effects += more
     return round, effects
 
@@ -205,10 +217,12 @@ def _offer(
 def _tick(round: Round, now_s: float, rules: Rules) -> tuple[Round, tuple[Effect, ...]]:
     if round.final or now_s < round.deadline_s:
         return round, ()
+    if round.phase == AGGREGATING and round.begun_s is None:
+        return _abandon(round, f"aggregation did not begin within {QUEUED_AT_MOST_S / 3600:g} hours")
     if round.phase == AGGREGATING:
         return _abandon(round, f"aggregation took longer than {rules.distil_deadline_s:g} s")
     if len(round.accepted) >= rules.minimum:
-        return _aggregate(round, now_s, rules)
+        return _aggregate(round, now_s)
     return _abandon(
         round,
         f"{len(round.accepted)} of at least {rules.minimum} uploads "
@@ -220,8 +234,8 @@ def _collects(round: Round, now_s: float) -> bool:
     return round.phase == COLLECTING and now_s < round.deadline_s
 
 
-def _aggregate(round: Round, now_s: float, rules: Rules) -> tuple[Round, tuple[Effect, ...]]:
-    round = replace(round, phase=AGGREGATING, deadline_s=now_s + rules.distil_deadline_s)
+def _aggregate(round: Round, now_s: float) -> tuple[Round, tuple[Effect, ...]]:
+    round = replace(round, phase=AGGREGATING, deadline_s=now_s + QUEUED_AT_MOST_S)
     return round, (Aggregate(round.accepted_in_order),)
 
 

@@ -35,6 +35,7 @@ def round_record(row: Row[Any]) -> RoundRecord:
         row.phase,
         row.opened_s,
         row.deadline_s,
+        begun_s=row.begun_s,
         reason=row.reason,
         published=row.published,
     )

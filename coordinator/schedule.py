@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from coordinator.progress import Progress, may_open
 from coordinator.records import RoundRecord
-from coordinator.rounds import AGGREGATING, Failed, Published, Tick
+from coordinator.rounds import AGGREGATING, Begun, Failed, Published, Tick
 from coordinator.step5 import Step5
 from coordinator.store import Store
 from coordinator.task import Task
 from coordinator.transaction import Transaction
+
+# whose turn it is first: jobs that are held already count, before one more is taken
+_RENEWED, _QUEUED, _OTHERS = range(3)
 
 
 class Schedule:
@@ -23,20 +26,30 @@ class Schedule:
         self._store, self._progress, self._clock = store, progress, clock
         self._owner, self._lease_s = owner, lease_s
 
-    def tick(self) -> list[Step5]:
+    def tick(self, at_most: int = 1, running: Collection[Step5] = ()) -> list[Step5]:
         """Applies deadlines, opens rounds, and gives the aggregations that this replica is to run.
 
-        The same job is given again by every tick until its round has ended. A round opens only while devices of the
-        task are about (heard of within its deadline), for rounds nobody comes to would use up the task; a device
-        that asks later opens it.
+        This replica holds `at_most` of them at once; jobs in `running`, which the caller has not let go of yet, count.
+        Rounds beyond that wait for their turn in the order in which their collections ended, here or on another
+        replica: a job's time begins when it is given first. The same job is given again by every tick until its round
+        has ended. A round opens only while devices of the task are about (heard of within its deadline), for rounds
+        nobody comes to would use up the task; a device that asks later opens it.
         """
         now_s = self._clock()
         due: list[Step5] = []
+        waiting: list[tuple[int, float, str]] = []
         with self._store.read() as transaction:
-            tasks = [self._progress.task(transaction, name) for name in transaction.unfinished_tasks()]
-            waiting = [task.name for task in tasks if self._needs_care(transaction, task, now_s, due)]
-        for name in waiting:
-            due += self._care_for(name, now_s)
+            for name in transaction.unfinished_tasks():
+                task = self._progress.task(transaction, name)
+                record = transaction.round_head(name)
+                if self._is_mine(transaction, record, now_s) and record is not None:
+                    due.append(self._job(record))
+                elif (turn := self._turn(transaction, task, record, now_s)) is not None:
+                    waiting.append((turn, 0.0 if record is None else record.round.deadline_s, name))
+        for turn, _, name in sorted(waiting):
+            room = len({*due, *running}) < at_most
+            if room or turn != _QUEUED:
+                due += self._care_for(name, now_s, room)
         return due
 
     def end(
@@ -46,10 +59,12 @@ class Schedule:
         state: str | None = None,
         published_bytes: int | None = None,
         metrics: Mapping[str, Any] | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> bool:
         """Ends the round of a job, `published_bytes` and `metrics` for its row, `state` for the task's student.
 
-        False when the job has lost its right or the round has ended meanwhile; nothing is written then.
+        False when the job has lost its right or the round has ended meanwhile; nothing is written then, nor when
+        `check`, which is called under the task's lock, raises.
         """
         now_s = self._clock()
         with self._store.write() as transaction:
@@ -59,31 +74,41 @@ class Schedule:
             owner, _ = transaction.lease(job.task, job.number) or ("", 0.0)
             if record is None or record.round.phase != AGGREGATING or owner != job.owner:
                 return False
+            check()
             values = {"published_bytes": published_bytes, "metrics": dict(metrics or {})}
+            seconds = now_s - (record.round.begun_s or now_s)
+            transaction.say("step 5 of %s has ended after %.1f s", record.name, seconds)
             record, _ = self._progress.apply(transaction, task, record, event, now_s, **values)
             if state is not None:
                 transaction.set_task(job.task, student_state=state)
         self._progress.remember(record)
         return True
 
-    def _needs_care(self, transaction: Transaction, task: Task, now_s: float, due: list[Step5]) -> bool:
-        """Whether the task's row must be locked; a job that this replica holds safely goes into `due`."""
-        record = transaction.round_head(task.name)
-        if may_open(None if record is None else record.round, task):
-            return self._are_about(transaction, task, now_s)
-        if record is None or record.round.final:
+    def _is_mine(self, transaction: Transaction, record: RoundRecord | None, now_s: float) -> bool:
+        """Whether this replica holds the right to a step 5 for a while, so that there is nothing to write."""
+        if record is None or record.round.phase != AGGREGATING or now_s >= record.round.deadline_s:
             return False
-        if now_s >= record.round.deadline_s:
-            return True
-        if record.round.phase != AGGREGATING:
-            return False
-        owner, expires_s = transaction.lease(task.name, record.number) or ("", 0.0)
-        if owner == self._owner and expires_s - now_s > self._lease_s / 2:
-            due.append(self._job(record))
-            return False
-        return owner == self._owner or expires_s <= now_s
+        owner, expires_s = transaction.lease(record.task, record.number) or ("", 0.0)
+        return owner == self._owner and expires_s - now_s > self._lease_s / 2
 
-    def _care_for(self, name: str, now_s: float) -> list[Step5]:
+    def _turn(
+        self, transaction: Transaction, task: Task, record: RoundRecord | None, now_s: float
+    ) -> int | None:
+        """When the task's row is to be locked, among others that are; None: there is nothing to do for it."""
+        if may_open(None if record is None else record.round, task):
+            return _OTHERS if self._are_about(transaction, task, now_s) else None
+        if record is None or record.round.final:
+            return None
+        if now_s >= record.round.deadline_s:
+            return _OTHERS
+        if record.round.phase != AGGREGATING:
+            return None
+        owner, expires_s = transaction.lease(task.name, record.number) or ("", 0.0)
+        if owner == self._owner:
+            return _RENEWED
+        return _QUEUED if expires_s <= now_s else None
+
+    def _care_for(self, name: str, now_s: float, room: bool) -> list[Step5]:
         due = []
         with self._store.write() as transaction:
             transaction.lock_task(name)
@@ -95,8 +120,14 @@ class Schedule:
                 if self._are_about(transaction, task, now_s):
                     record = self._progress.open_next(transaction, task, record, now_s)
             elif record is not None and record.round.phase == AGGREGATING:
+                owner, _ = transaction.lease(name, record.number) or ("", 0.0)
                 expires_s = now_s + self._lease_s
-                if transaction.take_lease(name, record.number, self._owner, now_s, expires_s):
+                if (room or owner == self._owner) and transaction.take_lease(
+                    name, record.number, self._owner, now_s, expires_s
+                ):
+                    record, _ = self._progress.apply(transaction, task, record, Begun(), now_s)
+                    if owner != self._owner:
+                        transaction.say("step 5 of %s has started", record.name)
                     due.append(self._job(record))
         if record is not None:
             self._progress.remember(record)

@@ -81,6 +81,8 @@ rounds = Table(
     Column("phase", String(20), nullable=False),
     Column("opened_s", Double, nullable=False),
     Column("deadline_s", Double, nullable=False),
+    # when its step 5 began
+    Column("begun_s", Double),
     Column("closed_s", Double),
     Column("reason", Text),
     Column("published", _DIGEST),
@@ -157,6 +159,14 @@ leases = Table(
     Column("owner", String(40), nullable=False),
     Column("expires_s", Double, nullable=False),
     _of_round(),
+)
+
+# blobs that were to be deleted because nothing referred to them: whoever stores one anew looks whether it is there
+orphans = Table(
+    "orphans",
+    metadata,
+    Column("digest", _DIGEST, primary_key=True),
+    Column("found_s", Double, nullable=False),
 )
 
 counters = Table(

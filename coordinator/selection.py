@@ -81,3 +81,15 @@ def work_for(
         "size_bytes": size_bytes,
         "seed": credentials.derive_seed(record.name, device.name),
     }
+
+
+def standing_of(task: Task, record: RoundRecord | None, now_s: float) -> dict[str, Any]:
+    """STANDING of docs/federation.md: how far the task's present round is."""
+    round = None if record is None else record.round
+    return {
+        "round": None if record is None else record.name,
+        "phase": None if round is None else round.phase,
+        "uploads": 0 if round is None else len(round.accepted),
+        "goal": task.goal,
+        "seconds_left": None if round is None or round.final else max(0.0, round.deadline_s - now_s),
+    }

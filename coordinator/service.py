@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from coordinator import credentials, step5
 from coordinator.admission import UploadTicket, parse_round_name
-from coordinator.blobs import Blobs
+from coordinator.blobs import BlobError, Blobs
 from coordinator.overview import overview_of_rounds
 from coordinator.problems import Problem
 from coordinator.progress import Progress, may_open
@@ -31,7 +31,7 @@ from coordinator.records import (
 from coordinator.refusals import RefusalCounts
 from coordinator.rounds import Ask, Failed, Published
 from coordinator.schedule import Schedule
-from coordinator.selection import Hearing, may_select, student_of, work_for
+from coordinator.selection import Hearing, may_select, standing_of, student_of, work_for
 from coordinator.step5 import Step5
 from coordinator.store import Store
 from coordinator.sweep import Sweep
@@ -92,14 +92,15 @@ class Service:
             for name, samples in (("transfer", task.transfer), ("test", task.test))
             if samples is not None
         ]
-        for what, digest, size_bytes in blobs:
-            if self.blobs.size(digest) != size_bytes:
-                raise UsageError(
-                    f"task {task.name}: {what}: no blob {digest} of {size_bytes} bytes",
-                    "store its blobs first",
-                )
         now_s = self.clock()
         with self.store.write() as transaction:
+            transaction.lock_all_tasks()  # under which `Sweep` deletes blobs
+            for what, digest, size_bytes in blobs:
+                if self.blobs.size(digest) != size_bytes:
+                    raise UsageError(
+                        f"task {task.name}: {what}: no blob {digest} of {size_bytes} bytes",
+                        "store its blobs first",
+                    )
             if transaction.lock_task(task.name):
                 raise Problem("task_exists", f"there is a task {task.name} already")
             transaction.add_task(task, now_s)
@@ -131,6 +132,7 @@ class Service:
                 raise Problem("code_refused")
             transaction.add_device(name, task, credentials.hash_token(token), info, now_s)
             transaction.note(task, "device", now_s, device=name)
+            transaction.say("device %s is enrolled for task %s", name, task)
         return {"device": name, "token": token, "task": task}
 
     def authenticate(self, token: str) -> DeviceRecord:
@@ -194,6 +196,12 @@ class Service:
             self._hear((device, status, now_s))
         return work
 
+    def standing(self, device: DeviceRecord) -> dict[str, Any]:
+        """STANDING of the present round of the device's task, for a device that waits for the others."""
+        with self.store.read() as transaction:
+            task = self._progress.task(transaction, device.task)
+            return standing_of(task, self._progress.load(transaction, task.name), self.clock())
+
     def check_upload(
         self,
         device: DeviceRecord,
@@ -204,7 +212,7 @@ class Service:
         content_encoding: str = "identity",
     ) -> UploadTicket:
         """Everything that can be refused before a body is read; `content_digest` in hexadecimal. Errors: Problem."""
-        with self._counting(device.task, round_name):
+        with self._counting("upload", device.name, device.task, round_name):
             _check_own(device, device_name)
             return self._uploads.check(device, round_name, content_length, content_digest, content_encoding)
 
@@ -220,7 +228,8 @@ class Service:
         Durable when this returns. Errors: Problem; BlobError and StoreError when it could not be kept, so that the
         device tries again.
         """
-        with self._counting(ticket.task.name, f"{ticket.task.name}.{ticket.number}"):
+        round_name = f"{ticket.task.name}.{ticket.number}"
+        with self._counting("upload", ticket.device, ticket.task.name, round_name):
             return self._uploads.take(ticket, body, content_digest, content_encoding)
 
     def submit(
@@ -242,7 +251,7 @@ class Service:
         self, device: DeviceRecord, round_name: str, device_name: str, report: Mapping[str, Any]
     ) -> None:
         """Keeps what a device says about a round; the last report wins. Errors: Problem."""
-        with self._counting(device.task, round_name):
+        with self._counting("report", device.name, device.task, round_name):
             _check_own(device, device_name)
             number, now_s = parse_round_name(round_name, device.task), self.clock()
             with self.store.write() as transaction:
@@ -269,13 +278,13 @@ class Service:
 
     # clockwork
 
-    def tick(self) -> list[Step5]:
+    def tick(self, at_most: int = 1, running: Collection[Step5] = ()) -> list[Step5]:
         """Applies deadlines, opens rounds, and gives the aggregations to run here: see `Schedule.tick`.
 
         Deletes what an ended round has left, too: see `Sweep`.
         """
         self._refused.write()
-        due = self._schedule.tick()
+        due = self._schedule.tick(at_most, running)
         self._sweep.run()
         return due
 
@@ -306,7 +315,16 @@ class Service:
             path = work_folder / "student.safetensors"
             wire.save(path, result.state)
             state = self.blobs.put_file(path)
-        return self._schedule.end(job, Published(published), state, len(result.body), result.metrics)
+
+        def check() -> None:  # the same bytes may have been an orphan's, see `Sweep`
+            for digest in filter(None, (published, state)):
+                if self.blobs.size(digest) is None:
+                    raise BlobError(
+                        f"blob {digest} was deleted while it was published", "nothing; it is rare"
+                    )
+
+        event = Published(published)
+        return self._schedule.end(job, event, state, len(result.body), result.metrics, check)
 
     def fail_step5(self, job: Step5, reason: str) -> bool:
         """Abandons the round of a job that cannot be done; False when that no longer matters."""
@@ -350,10 +368,6 @@ class Service:
         with self.store.read() as transaction:
             return transaction.last_change()
 
-    def count_refusal(self, task: str, round_name: str, kind: str) -> None:
-        """Counts a refusal; written down by the next tick, for refusing must cost less than being refused."""
-        self._refused.add(task, round_name, kind)
-
     # inside
 
     def _hear_all(self, heard: Sequence[tuple[DeviceRecord, Mapping[str, Any], float]]) -> list[None]:
@@ -379,12 +393,13 @@ class Service:
             raise Problem("no_such_task", f"there is no task {task}")
 
     @contextmanager
-    def _counting(self, task: str, round_name: str) -> Iterator[None]:
-        """Counts the problem that the block raises."""
+    def _counting(self, what: str, device: str, task: str, round_name: str) -> Iterator[None]:
+        """Counts and logs the problem that the block raises."""
         try:
             yield
         except Problem as problem:
-            self.count_refusal(task, round_name, problem.kind)
+            self._refused.add(task, round_name, problem.kind)
+            _LOG.info("%s of %s for round %.60r is refused: %s", what, device, round_name, problem.kind)
             raise
 
 

@@ -37,6 +37,7 @@ class Settings:
         "", "what a browser needs for the dashboard and /metrics; empty: open to all", secret=True
     )
     public_url: str = _setting("", "address that devices are told, where it is not http(s)://HOST:PORT")
+    allowed_hosts: str = _setting("", "further names, separated by commas, that requests may ask for (Host)")
     trusted_proxies: str = _setting("127.0.0.1", "addresses whose X-Forwarded-For and -Proto are believed")
     quota_bytes: int = _setting(1 << 30, "bytes of uploads that one device may store in a task", low=1)
     max_body_bytes: int = _setting(256 << 20, "largest upload, whatever the task allows", low=1)

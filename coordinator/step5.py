@@ -10,7 +10,8 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,10 +24,11 @@ from coordinator.task import StudentEntry, Task
 from edge_runtime import outputs, wire
 from edge_runtime.bundle import Bundle
 from edge_runtime.engines import open_engine
-from edge_runtime.errors import Interrupted
+from edge_runtime.errors import EdgestillError, Interrupted
 from edge_runtime.evaluation import score
 from edge_runtime.local_training import Transfer, with_parameters
 
+Read = TypeVar("Read")
 Stop = Callable[[], bool]
 
 
@@ -88,7 +90,7 @@ def compute(
         )
     transfer = None
     if task.global_student is not None or (task.transfer.labelled and task.exchange != "parameters"):
-        transfer = Transfer.load(blobs.path(task.transfer.blob))
+        transfer = _load(blobs, task.transfer.blob, "the transfer set", Transfer.load)
     labels = None if transfer is None else transfer.labels
     aggregated = aggregate(uploads, task.aggregation, previous, labels)
     del uploads
@@ -117,6 +119,17 @@ def compute(
     return Result(packed.body, state, {k: value for k, value in metrics.items() if math.isfinite(value)})
 
 
+def _load(blobs: Blobs, digest: str, what: str, read: Callable[[Path], Read]) -> Read:
+    """A blob read from its file. Errors: those of `read`, which name `what` and not where this machine keeps it."""
+    path = blobs.path(digest)
+    try:
+        return read(path)
+    except EdgestillError as error:
+        raise EdgestillError(
+            error.message.replace(str(path), f"{what}, blob {digest}"), error.hint
+        ) from error
+
+
 def _load_upload(
     upload: UploadRecord, blobs: Blobs, expected: Mapping[str, tuple[int, ...]], job: Step5
 ) -> Upload:
@@ -139,18 +152,18 @@ def _distil(
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """The global student after training, and its outputs; adds to `metrics`."""
     task = inputs.task
-    with Bundle.open(blobs.path(student.bundle)) as bundle:
+    with _load(blobs, student.bundle, "the global student's bundle", Bundle.open) as bundle:
         engine = open_engine(bundle, threads=threads)
         if inputs.student_state is None:
             state = bundle.initial_state()
         else:
-            state = wire.load(blobs.path(inputs.student_state)).arrays
+            state = _load(blobs, inputs.student_state, "the global student's state", wire.load).arrays
         seed = derive_seed(job.round_name, "coordinator")
         settings = task.as_json()["distil"]
         result = distil(bundle, engine, state, transfer, aggregated, settings, seed, should_stop)
         metrics |= {"distil_loss": result.loss, "distil_steps": result.steps}
         if task.test is not None:
-            test = Transfer.load(blobs.path(task.test.blob))
+            test = _load(blobs, task.test.blob, "the test set", Transfer.load)
             evaluation = evaluate_global(bundle, engine, result.state, test)
             metrics |= {"t_uni": evaluation.accuracy, "loss": evaluation.loss}
     exchanged = {name: result.outputs[name] for name in task.expected_upload()}
@@ -166,8 +179,9 @@ def _evaluate_parameters(
 ) -> None:
     if task.test is None:
         return
-    with Bundle.open(blobs.path(task.students[0].bundle)) as bundle:
+    test = _load(blobs, task.test.blob, "the test set", Transfer.load)
+    with _load(blobs, task.students[0].bundle, "the student's bundle", Bundle.open) as bundle:
         engine = open_engine(bundle, threads=threads)
         state = with_parameters(bundle, bundle.initial_state(), aggregated)
-        evaluation = evaluate_global(bundle, engine, state, Transfer.load(blobs.path(task.test.blob)))
+        evaluation = evaluate_global(bundle, engine, state, test)
     metrics |= {"t_uni": evaluation.accuracy, "loss": evaluation.loss}

@@ -6,6 +6,7 @@ round's transition (read, step, write) is one step for every replica. A commit i
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from coordinator.schema import metadata
 from coordinator.transaction import Transaction
 from edge_runtime.errors import EdgestillError
 
+_LOG = logging.getLogger("coordinator")
 _BUSY_S = 20
 
 
@@ -38,7 +40,7 @@ class Store:
     def __init__(self, url: str = "sqlite://") -> None:
         self.url = _parse_url(url)
         self._sqlite = self.url.get_backend_name() == "sqlite"
-        self._in_memory = self._sqlite and self.url.database in (None, "", ":memory:")
+        self.in_memory = self._sqlite and self.url.database in (None, "", ":memory:")
         # SQLite has one writer: waiting here is fair and cheap, its own waiting polls
         self._lock = threading.RLock()
         try:
@@ -61,11 +63,13 @@ class Store:
             except BaseException:
                 connection.rollback()
                 raise
+        for message, values in transaction.said:
+            _LOG.info(message, *values)
 
     @contextmanager
     def read(self) -> Iterator[Transaction]:
         """A consistent view of the database, not to be written to."""
-        with self._exclusive(self._in_memory), self._errors(), self.engine.connect() as connection:
+        with self._exclusive(self.in_memory), self._errors(), self.engine.connect() as connection:
             if self._sqlite:
                 connection.exec_driver_sql("BEGIN")
             else:
@@ -87,7 +91,7 @@ class Store:
         if not self._sqlite:
             return create_engine(self.url, pool_pre_ping=True, pool_size=8, max_overflow=8)
         options: dict[str, Any] = {"connect_args": {"check_same_thread": False, "timeout": _BUSY_S}}
-        if self._in_memory:
+        if self.in_memory:
             options["poolclass"] = StaticPool
         else:
             options["pool_size"] = (
@@ -98,7 +102,7 @@ class Store:
         return engine
 
     def _migrate(self) -> None:
-        if self._in_memory:
+        if self.in_memory:
             metadata.create_all(self.engine)  # nothing older can be there
         else:
             with self._exclusive(self._sqlite):

@@ -8,11 +8,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from coordinator.fields import Node, field_error
 from coordinator.rounds import Rules
-from edge_runtime.augmentation import AUGMENTATIONS
-from edge_runtime.local_training import EXCHANGES
-from edge_runtime.outputs import PRECISIONS
+from edge_runtime.fields import Node, field_error
+from edge_runtime.local_settings import LocalSettings
+from edge_runtime.local_training import EXCHANGED_OUTPUTS, EXCHANGES
+from edge_runtime.outputs import MOST_CLASS_COUNTS, PRECISIONS
 
 MODES = ("global", "consensus")
 RULES = ("mean", "class_mean", "median", "trimmed_mean", "krum")
@@ -68,22 +68,6 @@ class Aggregation:
 
 
 @dataclass(frozen=True)
-class Local:
-    """What devices train with."""
-
-    epochs: int = 1
-    learning_rate: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    alpha: float = 0.5
-    temperature: float = 4.0
-    logit_share: float = 0.5
-    transfer_fraction: float = 0.5
-    augment: str = ""
-    """Names of augmentations, separated by commas."""
-
-
-@dataclass(frozen=True)
 class Distil:
     """What step 5 trains the global student with, and how long it may take."""
 
@@ -107,7 +91,7 @@ class Task:
     latent_size: int = 128
     classes: int = 10
     aggregation: Aggregation = Aggregation()
-    local: Local = Local()
+    local: LocalSettings = LocalSettings()
     distil: Distil = Distil()
     precision: str = "fp16"
     rounds: int = 10
@@ -122,6 +106,16 @@ class Task:
         """What `parse_task` reads; lists for tuples, every field present."""
         return _as_json(self)
 
+    def risks(self) -> list[str]:
+        """What an operator should know before devices that he does not trust take part, a sentence each."""
+        spec = self.aggregation
+        if self.exchange == "parameters" and spec.rule == "mean" and spec.clip is None:
+            return [
+                "the mean of parameters without clip: one hostile or broken device decides what all devices start "
+                "from; where they are not all your own, add --clip median, or take --aggregation median"
+            ]
+        return []
+
     def rules(self) -> Rules:
         return Rules(self.goal, self.minimum, self.over_selection, self.deadline_s, self.distil.deadline_s)
 
@@ -133,8 +127,7 @@ class Task:
         if self.exchange == "parameters":
             return dict(self.parameter_shapes)
         widths = {"latents": self.latent_size, "logits": self.classes}
-        names = widths if self.exchange == "both" else (self.exchange,)
-        return {name: (self.transfer.samples, widths[name]) for name in names}
+        return {name: (self.transfer.samples, widths[name]) for name in EXCHANGED_OUTPUTS[self.exchange]}
 
     def fitting_student(self, engines: Collection[str], memory_bytes: int | None) -> StudentEntry | None:
         """The largest student that a device can train, by parameters, then memory; None where none fits."""
@@ -226,22 +219,9 @@ def _parse_clip(node: Node) -> float | str:
     return node.one_of(("median",)) if isinstance(node.value, str) else node.number(1e-9, 1e30)
 
 
-def _parse_local(node: Node) -> Local:
-    node.check_fields(Local)
-    augment = node.get("augment", "").text()
-    if set(augment.split(",")) - {"", *AUGMENTATIONS}:
-        raise node.get("augment").error(f"some of {', '.join(AUGMENTATIONS)}, separated by commas")
-    return Local(
-        epochs=node.get("epochs", 1).integer(1, 10_000),
-        learning_rate=node.get("learning_rate", 0.01).number(0.0, 1e3),
-        momentum=node.get("momentum", 0.9).number(0.0, 1.0, below=True),
-        weight_decay=node.get("weight_decay", 0.0).number(0.0, 1e3),
-        alpha=node.get("alpha", 0.5).number(0.0, 1.0),
-        temperature=node.get("temperature", 4.0).number(1e-3, 1e3),
-        logit_share=node.get("logit_share", 0.5).number(0.0, 1.0),
-        transfer_fraction=node.get("transfer_fraction", 0.5).number(0.0, 1.0, below=True),
-        augment=augment,
-    )
+def _parse_local(node: Node) -> LocalSettings:
+    node.check_fields(LocalSettings)
+    return LocalSettings.from_json(node.mapping())
 
 
 def _parse_distil(node: Node, labelled: bool) -> Distil:
@@ -286,6 +266,12 @@ def _check_consistency(task: Task) -> None:
     if spec.rule == "class_mean" and (task.exchange == "parameters" or not task.transfer.labelled):
         raise field_error(
             "aggregation.rule", spec.rule, "class_mean only for outputs on a labelled transfer set"
+        )
+    if spec.rule == "class_mean" and task.classes > MOST_CLASS_COUNTS:
+        raise field_error(
+            "aggregation.rule",
+            spec.rule,
+            f"another rule for {task.classes} classes: an upload has room for the counts of {MOST_CLASS_COUNTS}",
         )
     if spec.align and task.exchange not in ("latents", "both"):
         raise field_error("aggregation.align", True, "true only where latents are exchanged")

@@ -22,7 +22,8 @@ class _Entry(Generic[Item, Result]):
 class Together(Generic[Item, Result]):
     """Gathers the items of threads that call while `run` is busy, and gives them to its next call all at once.
 
-    `run` returns a result for each item in order. What it raises, all of its callers get: nothing of theirs was done.
+    `run` returns a result for each item in order. What it raises, all of its callers get, each a copy of its own that
+    names the original as its cause: nothing of theirs was done.
     """
 
     def __init__(self, run: Callable[[Sequence[Item]], Sequence[Result]]) -> None:
@@ -40,7 +41,7 @@ class Together(Generic[Item, Result]):
             if not entry.done:  # the turn before may have included it
                 self._run_waiting()
         if entry.error is not None:
-            raise entry.error
+            raise _copy_of(entry.error) from entry.error
         return cast(Result, entry.result)
 
     def _run_waiting(self) -> None:
@@ -55,3 +56,10 @@ class Together(Generic[Item, Result]):
                 entry.error = error
         for entry in entries:
             entry.done = True
+
+
+def _copy_of(error: BaseException) -> BaseException:
+    """The same error without its traceback and context, which belong to one thread."""
+    copy = type(error).__new__(type(error), *error.args)
+    copy.__dict__.update(error.__dict__)
+    return copy

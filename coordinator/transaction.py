@@ -34,6 +34,7 @@ class Transaction:
         self._connection = connection
         self._locks_rows = locks_rows
         self._noted: list[dict[str, Any]] = []
+        self.said: list[tuple[str, tuple[object, ...]]] = []
 
     # tasks
 
@@ -47,6 +48,11 @@ class Transaction:
         """Locks the task's row until this transaction ends; whether there is such a task."""
         query = select(s.tasks.c.name).where(s.tasks.c.name == name)
         return self._one(query.with_for_update() if self._locks_rows else query) is not None
+
+    def lock_all_tasks(self) -> None:
+        """Locks every task there is, in the one order in which all do."""
+        for name in sorted(self._connection.scalars(select(s.tasks.c.name))):
+            self.lock_task(name)
 
     def is_finished(self, name: str) -> bool:
         """Whether a task has no rounds left."""
@@ -177,6 +183,7 @@ class Transaction:
             .values(
                 phase=round.phase,
                 deadline_s=round.deadline_s,
+                begun_s=round.begun_s,
                 reason=round.reason,
                 published=round.published,
                 version=version + 1,
@@ -249,10 +256,21 @@ class Transaction:
 
     # blobs of uploads
 
-    def sent_before(self, digests: Collection[str]) -> set[str]:
-        """Those of the digests that an accepted upload of any round has."""
-        query = select(s.uploads.c.digest).where(s.uploads.c.digest.in_(digests)).distinct()
-        return set(self._connection.scalars(query))
+    def perhaps_deleted(self, digests: Collection[str]) -> set[str]:
+        """Those of the digests whose bytes may have been deleted: an accepted upload of any round has them, or nothing
+        had."""
+        uploads, orphans = s.uploads.c.digest, s.orphans.c.digest
+        queries = (select(uploads).where(uploads.in_(digests)), select(orphans).where(orphans.in_(digests)))
+        return {digest for query in queries for digest in self._connection.scalars(query)}
+
+    def note_orphans(self, digests: Collection[str], now_s: float) -> None:
+        """Makes `perhaps_deleted` name the digests, before they are deleted."""
+        for digest in sorted(digests):
+            self._put(s.orphans, {"digest": digest}, {"found_s": now_s})
+
+    def forget_orphans(self, before_s: float) -> None:
+        """Those that were noted so long ago that whoever stored their bytes meanwhile is long done."""
+        self._connection.execute(delete(s.orphans).where(s.orphans.c.found_s < before_s))
 
     def round_to_sweep(self) -> tuple[str, int] | None:
         """Task and number of a round that has ended and whose uploads' blobs may still be there."""
@@ -340,6 +358,10 @@ class Transaction:
     ) -> None:
         """Announces a change; it gets its sequence when the transaction commits."""
         self._noted.append({"task": task, "kind": kind, "at_s": now_s, "number": number, "device": device})
+
+    def say(self, message: str, *values: object) -> None:
+        """A line for the log once the transaction is committed; never a token, a code, or what devices wrote."""
+        self.said.append((message, values))
 
     def write_changes(self) -> None:
         """Numbers the changes noted so far.

@@ -141,8 +141,8 @@ class Uploads:
         return record, answers
 
     def _still_there(self, transaction: Transaction, arrived: Sequence[_Arrived]) -> list[_Arrived]:
-        """All but those whose bytes an older upload had, with which they were deleted after they were stored."""
-        old = transaction.sent_before([one.upload.digest for one in arrived])
+        """All but those whose bytes were deleted after they were stored: an older upload had them, or nothing had."""
+        old = transaction.perhaps_deleted([one.upload.digest for one in arrived])
         return [
             one
             for one in arrived

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 from coordinator.clockwork import StepRunner
 from coordinator.context import Context
-from coordinator.opening import is_shared, open_service
+from coordinator.opening import is_shared, open_service, start_logging
 from coordinator.service import Step5
 from coordinator.settings import Settings, load_settings
 
@@ -96,10 +96,12 @@ async def _work(order: bytes, command: tuple[str, ...], timeout_s: float) -> str
 
 
 async def _last_bytes(stream: asyncio.StreamReader) -> bytes:
-    """Reads all, so that the worker never waits for us, and keeps the end."""
+    """Reads all, so that the worker never waits for us, hands it on, and keeps the end."""
     kept = b""
     while chunk := await stream.read(4096):
+        sys.stderr.write(chunk.decode(errors="replace"))
         kept = (kept + chunk)[-_KEPT_OUTPUT_BYTES:]
+    sys.stderr.flush()
     return kept
 
 
@@ -108,7 +110,9 @@ def main(stdin: BinaryIO | None = None) -> int:
     stdin = stdin or sys.stdin.buffer
     order: dict[str, Any] = json.loads(stdin.readline())
     threading.Thread(target=_end_with, args=(stdin.fileno(),), daemon=True).start()
-    service = open_service(load_settings({k: v for k, v in order["settings"].items() if v is not None}))
+    settings = load_settings({k: v for k, v in order["settings"].items() if v is not None})
+    start_logging(settings)
+    service = open_service(settings)
     service.run_step5(Step5(**order["job"]), Path(order["folder"]))
     return 0
 

@@ -10,6 +10,7 @@ import numpy as np
 from edge_runtime.augmentation import augment
 from edge_runtime.data import Dataset
 from edge_runtime.randomness import ORDER, TRANSFER_ORDER, permutation
+from edge_runtime.relations import draw_negatives, neighbour_weights
 from edge_runtime.teacher import TeacherOutputs
 
 
@@ -41,6 +42,11 @@ class BatchPlan:
     """Latent size and classes of a step that takes a teacher, where the private samples have none."""
     labelled: bool = True
     """Whether the labels of `dataset` count."""
+    negatives: int = 0
+    """How many teacher latents of samples outside of the batch a step takes; needs `teacher`."""
+    neighbours: int = 0
+    """How many neighbours of each sample a step is told of, among the samples of the batch with a teacher."""
+    neighbour_scale: float = 1.0
 
     @property
     def private_count(self) -> int:
@@ -65,6 +71,7 @@ class BatchPlan:
         if outputs is None and self.teacher_sizes is not None:
             outputs = TeacherOutputs.zeros(self.private_count, *self.teacher_sizes)
             teacher_weights[: self.private_count] = 0
+        batch_samples = chosen
         if self.transfer is not None and self.transfer_count:
             others = self._transfer_indices(step)
             images = np.concatenate([images, self.transfer.images[others]])
@@ -72,6 +79,7 @@ class BatchPlan:
             labels = np.concatenate([labels, np.zeros(len(others), np.int64)])
             label_weights[self.private_count :] = 0
             outputs = TeacherOutputs.joined(outputs, self.transfer.outputs.take(others))
+            batch_samples = np.concatenate([chosen, len(self.dataset) + others])
         inputs = {
             "images": augment(images, self.augmentations, self.seed, epoch, position),
             "labels": labels,
@@ -80,7 +88,26 @@ class BatchPlan:
         if outputs is not None:
             inputs["teacher_latents"], inputs["teacher_logits"] = outputs.latents, outputs.logits
             inputs["teacher_weights"] = teacher_weights
+        if self.negatives:
+            inputs["teacher_negatives"] = self._negatives(step, batch_samples)
+        if self.neighbours:
+            inputs["neighbour_weights"] = neighbour_weights(
+                outputs.latents, teacher_weights > 0, self.neighbours, self.neighbour_scale
+            )
         return inputs
+
+    def _negatives(self, step: int, batch_samples: np.ndarray) -> np.ndarray:
+        """Teacher latents of private samples and, after them, of transfer samples."""
+        pool = [self.teacher.latents]
+        if self.transfer is not None and self.transfer_count:
+            pool.append(self.transfer.outputs.latents)
+        drawn = draw_negatives(self.seed, step, self.negatives, sum(map(len, pool)), batch_samples)
+        private = drawn < len(pool[0])
+        latents = np.empty((len(drawn), pool[0].shape[1]), np.float32)
+        latents[private] = pool[0][drawn[private]]
+        if not private.all():
+            latents[~private] = pool[1][drawn[~private] - len(pool[0])]
+        return latents
 
     def _transfer_indices(self, step: int) -> np.ndarray:
         """The next samples in an endless row of orders of the transfer set."""

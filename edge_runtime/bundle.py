@@ -18,7 +18,7 @@ from typing import IO
 import numpy as np
 
 from edge_runtime import wire
-from edge_runtime.errors import BundleError, EdgestillError, StateError
+from edge_runtime.errors import BundleError, EdgestillError, StateError, UsageError
 from edge_runtime.files import sha256_of_file
 from edge_runtime.manifest import (
     GraphSpec,
@@ -52,17 +52,21 @@ class Bundle:
     def open(cls, path: str | Path) -> Bundle:
         """Opens a folder or a .zip and checks names, sizes and digests of all its files.
 
-        Errors: BundleError saying which file or field and why.
+        Errors: BundleError saying which file or field and why; UsageError when there is nothing.
         """
         source = Path(path)
         if source.is_dir():
             return cls(source, _check_folder(source), source)
         if not source.exists():
-            raise BundleError(f"{source}: no such bundle", "make one with `edgestill export --output DIR`")
+            raise UsageError(f"{source}: no such bundle", "make one with `edgestill export --output DIR`")
         temporary = tempfile.TemporaryDirectory(prefix="edgestill-bundle-")
         try:
             _extract(source, Path(temporary.name))
             return cls(Path(temporary.name), _check_folder(Path(temporary.name)), source, temporary)
+        except BundleError as error:
+            temporary.cleanup()
+            # the folder is gone, and nobody knows its name
+            raise BundleError(error.message.replace(temporary.name, str(source)), error.hint) from error
         except BaseException:
             temporary.cleanup()
             raise
@@ -166,7 +170,7 @@ class Bundle:
                 manifest.classes,
                 manifest.batch,
                 [list(manifest.input.shape), manifest.input.dtype, manifest.input.mean, manifest.input.std],
-                [manifest.objective.name, manifest.objective.kd_loss],
+                _objective_of(manifest),
                 [manifest.optimizer.name, manifest.optimizer.nesterov],
                 list(manifest.freeze),
                 [[s.name, list(s.shape), s.dtype, s.role, s.written] for s in manifest.state],
@@ -190,6 +194,13 @@ class Bundle:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _objective_of(manifest: Manifest) -> list[str | int | None]:
+    """With sizes only where there are some, so that the digests of older bundles stay as they were."""
+    objective = manifest.objective
+    sizes = (objective.negatives, objective.features, objective.teacher_latent_size)
+    return [objective.name, objective.kd_loss, *(size for size in sizes if size is not None)]
 
 
 def _check_folder(folder: Path) -> Manifest:

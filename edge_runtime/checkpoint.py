@@ -12,7 +12,7 @@ import numpy as np
 
 from edge_runtime import wire
 from edge_runtime.bundle import Bundle
-from edge_runtime.errors import StateError, TrainingError
+from edge_runtime.errors import StateError, TrainingError, UsageError
 
 FORMAT = "edgestill-state"
 
@@ -72,7 +72,9 @@ def load_checkpoint(path: Path, bundle: Bundle) -> Checkpoint:
 
 
 def load_state(path: Path, bundle: Bundle) -> dict[str, np.ndarray]:
-    """The tensors of any state file that fits the bundle. Errors: StateError, WireError."""
+    """The tensors of any state file that fits the bundle. Errors: UsageError for no file, StateError, WireError."""
+    if not path.exists():
+        raise UsageError(f"{path}: no such state", "give a file that `edgestill train` wrote with --state")
     return bundle.check_state(wire.load(path).arrays, source=str(path))
 
 

@@ -1,6 +1,7 @@
 """The command `edgestill`: finds the subcommand, runs it, and turns errors into messages and exit codes.
 
-Exit codes: 0 ok, 1 failure, 2 usage. A subcommand's module is imported only when it is asked for; it has
+Exit codes: 0 ok; 1 what failed while it ran; 2 what was typed wrongly, such as an option, a value, or a name or path
+of something that is not there. A subcommand's module is imported only when it is asked for; it has
 `add_parser(subparsers)`, which sets `run`, a function of the parsed arguments that returns the exit code.
 """
 
@@ -9,29 +10,29 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 
 from edge_runtime.errors import EdgestillError
 
 COMMANDS = {
-    "export": ("export.cli", "turn a PyTorch student into a bundle", "edgestill[export]"),
-    "verify": ("export.cli", "compare a bundle's engines with eager PyTorch", "edgestill[export]"),
-    "train": ("edge_runtime.commands.train", "train a bundle on this machine", "edgestill"),
-    "evaluate": ("edge_runtime.commands.evaluate", "accuracy and confusion matrix of a state", "edgestill"),
-    "inspect": ("edge_runtime.inspect_bundle", "what is in a bundle", "edgestill"),
-    "doctor": ("edge_runtime.doctor", "which engines work here, and what to install", "edgestill"),
-    "serve": ("coordinator.commands.serve", "run the coordinator", "edgestill[coordinator]"),
-    "task": ("coordinator.commands.task", "create, list and show tasks", "edgestill[coordinator]"),
-    "enrol": (
-        "coordinator.commands.enrol",
-        "print codes for devices to join a task",
-        "edgestill[coordinator]",
-    ),
-    "join": ("edge_runtime.commands.join", "take part in a task as a device", "edgestill[device]"),
-    "simulate": ("benchmarks.simulate", "a federation of virtual devices", "edgestill[export]"),
-    "bench": ("benchmarks.cli", "measure engines side by side", "edgestill[export]"),
+    "export": ("export.cli", "turn a PyTorch student into a bundle", "export"),
+    "verify": ("export.cli", "compare a bundle's engines with eager PyTorch", "export"),
+    "train": ("edge_runtime.commands.train", "train a bundle on this machine", "onnxruntime"),
+    "evaluate": ("edge_runtime.commands.evaluate", "accuracy and confusion matrix of a state", "onnxruntime"),
+    "inspect": ("edge_runtime.inspect_bundle", "what is in a bundle", "onnxruntime"),
+    "doctor": ("edge_runtime.doctor", "which engines work here, and what to install", "onnxruntime"),
+    "serve": ("coordinator.commands.serve", "run the coordinator", "coordinator"),
+    "task": ("coordinator.commands.task", "create, list and show tasks", "coordinator"),
+    "enrol": ("coordinator.commands.enrol", "print codes for devices to join a task", "coordinator"),
+    "join": ("edge_runtime.commands.join", "take part in a task as a device", "device"),
+    "simulate": ("benchmarks.simulate", "a federation of virtual devices", "coordinator"),
+    "reproduce": ("benchmarks.reproduce", "repeat the experiments on real images", "coordinator"),
+    "bench": ("benchmarks.cli", "measure engines side by side", "export"),
 }
+"""A subcommand's module, what it is for, and the extra of the package with what it needs."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,8 +93,24 @@ def _add_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
 def _missing_package(command: str, error: ModuleNotFoundError) -> EdgestillError:
     return EdgestillError(
         f"`edgestill {command}` needs the Python package {error.name!r}, which is not installed here",
-        f"pip install '{COMMANDS[command][2]}'",
+        f"pip install 'edgestill[{_extra_with(error.name or '', COMMANDS[command][2])}]'",
     )
+
+
+def _extra_with(package: str, likely: str) -> str:
+    """The extra of this distribution that brings a package, the likely one if it does or if none is known to."""
+    try:
+        requirements = metadata.requires("edgestill") or []
+    except metadata.PackageNotFoundError:
+        return likely
+
+    def normal(name: str) -> str:
+        return re.sub(r"[-_.]+", "-", name).lower()
+
+    found = [re.match(r"([A-Za-z0-9._-]+).*extra == ['\"]([^'\"]+)", one) for one in requirements]
+    wanted = normal(package.partition(".")[0])
+    extras = [one[2] for one in found if one is not None and normal(one[1]) == wanted]
+    return likely if likely in extras or not extras else extras[0]
 
 
 def _complain(error: EdgestillError) -> int:
@@ -109,8 +126,6 @@ def _printable(text: str) -> str:
 
 
 def _version() -> str:
-    from importlib import metadata
-
     try:
         return f"edgestill {metadata.version('edgestill')}"
     except metadata.PackageNotFoundError:

@@ -76,6 +76,9 @@ class Coordinator(Protocol):
     def work(self, status: Mapping[str, Any], wait_s: float) -> dict[str, Any] | None:
         """WORK when the device is selected for a round; None after at most about `wait_s` without any."""
 
+    def standing(self) -> dict[str, Any] | None:
+        """STANDING of the task's present round; None where the coordinator does not say."""
+
     def blob(self, digest: str, size_bytes: int, target: Path) -> Path:
         """Puts a blob at `target`, going on with a partial download, and checks it. Errors: DamagedBlob."""
 
@@ -149,6 +152,13 @@ class HttpCoordinator:
             return None
         return _json_object(answer, ("round",))
 
+    def standing(self) -> dict[str, Any] | None:
+        try:
+            answer = self._ask("GET", "/v1/standing", attempts=1)
+        except (Refused, Unreachable):  # for people only: what is wrong shows when work is asked for
+            return None
+        return _json_object(answer, ("round", "phase", "uploads", "goal", "seconds_left"))
+
     def blob(self, digest: str, size_bytes: int, target: Path) -> Path:
         if target.exists() and target.stat().st_size == size_bytes and sha256_of_file(target) == digest:
             return target
@@ -184,11 +194,13 @@ class HttpCoordinator:
         *,
         once_sent: bool = False,
         damaged_is_transient: bool = False,
+        attempts: int | None = None,
         **request: Any,
     ) -> Any:
         """The first answer that is not a transient failure, if it is a success. Errors: Refused, Unreachable."""
-        for attempt in range(self._attempts):
-            last = attempt + 1 == self._attempts
+        attempts = self._attempts if attempts is None else attempts
+        for attempt in range(attempts):
+            last = attempt + 1 == attempts
             wanted_s = None
             try:
                 with self._client.stream(method, path, **request) as answer:
@@ -205,7 +217,7 @@ class HttpCoordinator:
                 if last or (once_sent and not unsent):
                     raise self._unreachable(error) from error
             self._pause(attempt, wanted_s)
-        raise UsageError(f"{self._attempts} attempts at a request", "give one or more")
+        raise UsageError(f"{attempts} attempts at a request", "give one or more")
 
     def _download(self, digest: str, size_bytes: int, partial: Path) -> None:
         """Fills `partial` to `size_bytes`; every attempt goes on where the one before ended."""
@@ -368,6 +380,7 @@ def _import_httpx2() -> ModuleType:
         import httpx2
     except ImportError as error:
         raise EdgestillError(
-            "talking to a coordinator needs the Python package httpx2", "pip install httpx2"
+            f"talking to a coordinator needs the Python package httpx2, which does not load here: {error}",
+            "pip install 'edgestill[device]'",
         ) from error
     return httpx2

@@ -54,9 +54,9 @@ class Splits:
     test: Dataset | None
 
     def choose(self, name: str | None) -> Dataset:
-        """The named split; with None the test split if there is one, else all there is. Errors: DataError."""
+        """The named split; with None the test split if there is one, else all there is. Errors: UsageError."""
         if name == "test" and self.test is None:
-            raise DataError("the data have no test split", "leave --split out, or give data with one")
+            raise UsageError("the data have no test split", "leave --split out, or give data with one")
         if name == "train" or self.test is None:
             return self.train
         return self.test

@@ -31,6 +31,7 @@ from edge_runtime.local_round import (
 )
 from edge_runtime.local_training import EXCHANGES, train_locally
 from edge_runtime.participant import Participant, Work
+from edge_runtime.trainer import StepRecord
 
 LONG_POLL_S = 25.0
 _OUT_OF_REACH_S = (1.0, 60.0)
@@ -81,6 +82,8 @@ class Device:
         self.participant: Participant = self.keep.read()
         self._done = 0
         self._out_of_reach_s = 0.0
+        self._without_work = False
+        self._told: dict[str, Any] = {}
         work = self.participant.work
         self.keep.clean(None if work is None else work.round)
 
@@ -90,6 +93,8 @@ class Device:
         Errors: Interrupted when `stop_requested`, and whatever a person must mend; the journal is in order then.
         """
         before, first_done = self.participant.completed, self._done
+        if self.participant.work is not None and self.participant.phase != "training":
+            self.watch("continuing", round=self.participant.work.round, phase=self.participant.phase)
         self._follow(machine.resume(self.participant), lambda: rounds == self._done - first_done)
         return self.participant.completed - before
 
@@ -146,8 +151,10 @@ class Device:
                     event = self._upload(work, digest, content_encoding)
                 case machine.Settle(work, report):
                     event = self._settle(work, report)
-                case machine.Discard(work, reason):
+                case machine.Discard(work, reason, trained):
                     self._done += 1
+                    if trained and self.equipment.exchange != "parameters":
+                        self.keep.settle(work.round, self.equipment.bundle)
                     self.keep.clean(None)
                     self.watch("given up", round=work.round, reason=reason)
                     return None
@@ -167,8 +174,10 @@ class Device:
         return machine.Checked(reasons, self.clock())
 
     def _ask_for_work(self) -> machine.Event:
+        self._tell_standing()
         self.watch("asking")
         answer = self.coordinator.work(self.read_status(), self.long_poll_s)
+        self._without_work = answer is None
         if answer is None:
             return machine.NothingYet()
         now_s = self.clock()
@@ -176,6 +185,19 @@ class Device:
         if work.round != self.participant.last_round:
             self.watch("round", round=work.round, number=work.number, seconds_left=work.deadline_s - now_s)
         return machine.Offered(work, now_s)
+
+    def _tell_standing(self) -> None:
+        """Says what this device waits for, once after each change, if it has done its part or got none."""
+        last = self.participant.last_round
+        if last is None and not self._without_work:
+            return
+        standing = self.coordinator.standing()
+        if standing is None or (standing["round"] != last and not self._without_work):
+            return
+        told = {name: value for name, value in standing.items() if name != "seconds_left"}
+        if told != self._told:
+            self._told = told
+            self.watch("standing", **standing)
 
     def _fetch(self, work: Work) -> machine.Event:
         try:
@@ -202,6 +224,15 @@ class Device:
         kit, stop = self.equipment, _Stop(self, work.deadline_s)
         student, published = self.keep.student(kit.bundle), self._published(work)
         self.watch("training", round=work.round, samples=len(kit.private), student=kit.bundle.student.name)
+        first = True
+
+        def tell(record: StepRecord) -> None:
+            nonlocal first
+            if first and record.step > 1:
+                self.watch("continuing", round=work.round, phase="training", step=record.step - 1)
+            first = False
+            self.watch("step", **record.as_json())
+
         self.training = True
         try:
             state, report = train_round(
@@ -212,7 +243,7 @@ class Device:
                 train=self.train,
                 state_path=self.keep.training_path(work.round),
                 should_stop=stop,
-                on_step=lambda record: self.watch("step", **record.as_json()),
+                on_step=tell,
             )
         except TrainingError as error:
             return machine.RoundGone(error.message)

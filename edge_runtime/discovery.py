@@ -110,6 +110,6 @@ def _import_zeroconf() -> ModuleType:
     except ImportError as error:
         raise EdgestillError(
             "finding a coordinator by mDNS needs the Python package zeroconf",
-            "pip install zeroconf, or give the coordinator's address",
+            "pip install 'edgestill[discovery]', or give the coordinator's address",
         ) from error
     return zeroconf

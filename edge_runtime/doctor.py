@@ -9,23 +9,33 @@ from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
+from edge_runtime.console import add_json_option
 from edge_runtime.engines import available_engines
 from edge_runtime.machine import cores, memory_bytes, processor
 
 OPTIONAL_PACKAGES = {
-    "numpy": "needed by everything",
-    "pillow": "reads folders of images",
-    "matplotlib": "draws confusion matrices and benchmarks",
-    "torch": "exports and verifies bundles",
-    "onnx": "exports bundles",
+    "numpy": ("needed by everything", None),
+    "httpx2": ("talks to a coordinator: `edgestill join`", "device"),
+    "zstandard": ("compresses uploads: `edgestill join`, `edgestill serve`", "device"),
+    "zeroconf": ("finds a coordinator and announces it: --discover, --mdns", "discovery"),
+    "pillow": ("reads folders of images", "images"),
+    "matplotlib": ("draws confusion matrices and benchmarks", "plots"),
+    "torch": ("exports and verifies bundles", "export"),
+    "onnx": ("exports bundles", "export"),
+    "fastapi": ("serves the coordinator: `edgestill serve`", "coordinator"),
+    "sqlalchemy": ("the coordinator's database: `edgestill serve`, `task`, `enrol`", "coordinator"),
+    "obstore": ("the coordinator's blobs in S3", "coordinator"),
+    "psycopg": ("the coordinator's database in PostgreSQL", "postgresql"),
+    "dp-accounting": ("says epsilon with --noise-multiplier", None),
 }
+"""By name in the package index: what it is for, and the extra that brings it."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "doctor", help="which engines work here, and what to install", description=__doc__
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    add_json_option(parser, "one JSON object")
     parser.set_defaults(run=run)
 
 
@@ -69,7 +79,10 @@ def describe(report: dict[str, Any]) -> str:
                 lines.append(f"  {'':<22} to install: {engine['hint']}")
     lines += ["", "packages"]
     for name, version in report["packages"].items():
-        lines.append(f"  {name:<22} {version or 'not installed'}  ({OPTIONAL_PACKAGES[name]})")
+        purpose, extra = OPTIONAL_PACKAGES[name]
+        lines.append(f"  {name:<22} {version or 'not installed'}  ({purpose})")
+        if version is None:
+            lines.append(f"  {'':<22} to install: pip install '{f'edgestill[{extra}]' if extra else name}'")
     return "\n".join(lines)
 
 

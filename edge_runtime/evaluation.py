@@ -75,7 +75,7 @@ def draw_confusion(evaluation: Evaluation, path: Path, title: str) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise EdgestillError(
-            "a PNG needs matplotlib", "pip install matplotlib, or leave --confusion out"
+            "a PNG needs matplotlib", "pip install 'edgestill[plots]', or leave --confusion out"
         ) from error
     count = len(evaluation.confusion)
     names = [*evaluation.class_names, *map(str, range(len(evaluation.class_names), count))][:count]

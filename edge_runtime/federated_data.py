@@ -86,8 +86,13 @@ def share_of(dataset: Dataset, number: int, devices: int, gamma: float, seed: in
 def parse_share(text: str) -> tuple[int, int]:
     """`3/10` as (3, 10): the third of ten devices. Errors: UsageError."""
     found = re.fullmatch(r"([0-9]{1,7})/([0-9]{1,7})", text)
-    if found is None or not 1 <= int(found[1]) <= int(found[2]):
-        raise UsageError(f"share {text!r}", "give NUMBER/DEVICES such as 3/10, counted from 1")
+    if found is None:
+        raise UsageError(f"--share {text} is not K/N", "give device K of N devices, such as 3/10")
+    if not 1 <= int(found[1]) <= int(found[2]):
+        raise UsageError(
+            f"--share {text}: there is no device {int(found[1])} among {int(found[2])}",
+            f"give 1/{int(found[2])} to {int(found[2])}/{int(found[2])}, or more devices",
+        )
     return int(found[1]), int(found[2])
 
 

@@ -90,5 +90,7 @@ def _import_pillow() -> ModuleType:
     try:
         from PIL import Image
     except ImportError as error:
-        raise DataError("a folder of images needs Pillow", "pip install pillow, or give an .npz") from error
+        raise DataError(
+            "a folder of images needs Pillow", "pip install 'edgestill[images]', or give an .npz"
+        ) from error
     return Image

@@ -6,10 +6,12 @@ import argparse
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from edge_runtime.bundle import Bundle
+from edge_runtime.console import add_json_option
 from edge_runtime.manifest import ROLES
 
 
@@ -18,7 +20,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "bundle", type=Path, metavar="BUNDLE", help="a folder or .zip from `edgestill export`"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    add_json_option(parser, "one JSON object")
     parser.set_defaults(run=run)
 
 
@@ -65,7 +67,11 @@ def examine(bundle: Bundle) -> dict[str, Any]:
         "classes": manifest.classes,
         "batch": manifest.batch,
         "input": {"shape": list(manifest.input.shape), "dtype": manifest.input.dtype},
-        "objective": {"name": manifest.objective.name, "kd_loss": manifest.objective.kd_loss},
+        "objective": {
+            key: value
+            for key, value in asdict(manifest.objective).items()
+            if key in ("name", "kd_loss") or value is not None
+        },
         "optimizer": {"name": manifest.optimizer.name, "nesterov": manifest.optimizer.nesterov},
         "freeze": list(manifest.freeze),
         "flops_per_step": manifest.flops_per_step,
@@ -83,6 +89,8 @@ def describe(report: dict[str, Any]) -> str:
     student, shape = report["student"], "x".join(map(str, report["input"]["shape"]))
     options = ", ".join(f"{name} {value}" for name, value in student["options"].items())
     objective = " ".join(filter(None, [report["objective"]["name"], report["objective"]["kd_loss"]]))
+    if negatives := report["objective"].get("negatives"):
+        objective += f" with {negatives} negatives"
     nesterov = " with Nesterov momentum" if report["optimizer"]["nesterov"] else ""
     flops = report["flops_per_step"]
     lines = [

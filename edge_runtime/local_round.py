@@ -20,9 +20,10 @@ from edge_runtime.data import Dataset
 from edge_runtime.engines import Engine
 from edge_runtime.errors import StateError, UsageError
 from edge_runtime.evaluation import evaluate
+from edge_runtime.local_settings import LocalSettings
 from edge_runtime.local_training import (
+    EXCHANGED_OUTPUTS,
     LocalResult,
-    LocalSettings,
     Transfer,
     own_outputs,
     parameters_of,
@@ -87,6 +88,11 @@ class Equipment:
     def precision(self) -> str:
         return self.options.precision or str(self.task.get("precision", "fp32"))
 
+    @property
+    def shares_class_counts(self) -> bool:
+        """Whether the owner lets them out and there is room for them in an upload."""
+        return self.options.share_class_counts and self.bundle.classes <= outputs.MOST_CLASS_COUNTS
+
     def spend_privacy(self, spent: float | None) -> float | None:
         """What all releases have spent with one more body, `spent` without it; None: no noise bounds it."""
         if self.options.privacy is None:
@@ -109,8 +115,7 @@ def expected_outputs(
         "latents": (len(transfer), bundle.latent_size),
         "logits": (len(transfer), bundle.classes),
     }
-    wanted = {"latents": ("latents",), "logits": ("logits",), "both": ("latents", "logits")}
-    return {name: shapes[name] for name in wanted[exchange]}
+    return {name: shapes[name] for name in EXCHANGED_OUTPUTS[exchange]}
 
 
 def read_published(body: bytes, expected: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
@@ -162,7 +167,7 @@ def train_round(
     }
     if result.step_ms is not None:
         report["step_ms"] = result.step_ms
-    if equipment.options.share_class_counts:
+    if equipment.shares_class_counts:
         report["class_counts"] = class_counts(equipment)
     return result.state, report
 
@@ -192,7 +197,7 @@ def pack_round(
         if privacy_spent is not None:
             report["epsilon"] = epsilon_of_spent(privacy_spent, privacy.delta)
     metadata = {"samples": str(len(equipment.private))}
-    if options.share_class_counts:
+    if equipment.shares_class_counts:
         metadata["class_counts"] = json.dumps(class_counts(equipment), separators=(",", ":"))
     packed = outputs.pack(own, equipment.precision, metadata, options.compress)
     report |= {"max_error": max(packed.max_error.values(), default=None), "bytes_up": len(packed.body)}

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,6 +16,7 @@ from edge_runtime.bundle import Bundle
 from edge_runtime.data import Dataset, digest_of_arrays
 from edge_runtime.engines import Engine
 from edge_runtime.errors import DataError, StateError, TrainingError, UsageError, WireError
+from edge_runtime.local_settings import LocalSettings
 from edge_runtime.teacher import TeacherOutputs, encode_all
 from edge_runtime.trainer import (
     Run,
@@ -30,57 +29,9 @@ from edge_runtime.trainer import (
     transfer_count,
 )
 
-EXCHANGES = ("latents", "logits", "both", "parameters")
-_EXCHANGED = {"latents": ("latents",), "logits": ("logits",), "both": ("latents", "logits")}
+EXCHANGED_OUTPUTS = {"latents": ("latents",), "logits": ("logits",), "both": ("latents", "logits")}
+EXCHANGES = (*EXCHANGED_OUTPUTS, "parameters")
 _EXCHANGED_ROLES = ("parameter", "statistic")
-
-
-@dataclass(frozen=True)
-class LocalSettings:
-    """What a task asks of every device's training; the defaults are those of docs/federation.md.
-
-    `augment` is a list with commas, as `edgestill train --augment` takes it. A number that the bundle's step does not
-    take (momentum for AdamW, temperature without KL divergence) is not used.
-    """
-
-    epochs: int = 1
-    learning_rate: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    alpha: float = 0.5
-    temperature: float = 4.0
-    transfer_fraction: float = 0.5
-    augment: str = ""
-    logit_share: float = 0.5
-    checkpoint_every: int = 50
-
-    @classmethod
-    def from_json(cls, given: Mapping[str, Any]) -> LocalSettings:
-        """From the field `local` of a task; fields that this version does not know are ignored.
-
-        Errors: UsageError naming a field of another type. Ranges are checked against the bundle when training starts.
-        """
-        values: dict[str, Any] = {}
-        for name, default in cls().__dict__.items():
-            value = given.get(name, default)
-            # bool is an int in Python, and JSON writes 1.0 as 1
-            right = (
-                type(value) in (int, float) if isinstance(default, float) else type(value) is type(default)
-            )
-            if not right or (isinstance(default, float) and not math.isfinite(value)):
-                raise UsageError(
-                    f"local.{name}: {value!r:.80} is not a {_KINDS[type(default)]}",
-                    "mend the task's local settings",
-                )
-            values[name] = type(default)(value)
-        return cls(**values)
-
-    @property
-    def augmentations(self) -> tuple[str, ...]:
-        return tuple(name for name in self.augment.split(",") if name)
-
-
-_KINDS = {int: "whole number", float: "finite number", str: "text"}
 
 
 @dataclass(frozen=True)
@@ -201,7 +152,7 @@ def own_outputs(
         raise UsageError(f"exchange {exchange} needs a transfer set", "give the task's transfer set")
     check_transfer(bundle, transfer)
     outputs = encode_all(engine, transfer.images, bundle.batch)
-    return {name: getattr(outputs, name) for name in _EXCHANGED[exchange]}
+    return {name: getattr(outputs, name) for name in EXCHANGED_OUTPUTS[exchange]}
 
 
 def parameters_of(bundle: Bundle, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

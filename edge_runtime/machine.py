@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -25,39 +27,38 @@ def peak_rss_bytes() -> int | None:
 
     From VmHWM: `getrusage` would carry over the peak of the process that started this one.
     """
-    peaks = [_peak_of(process) for process in _family("self")]
-    known = [peak for peak in peaks if peak is not None]
+    known = [peak for pid in process_tree(os.getpid()) if (peak := peak_rss_of(pid)) is not None]
     return sum(known) if known else None
 
 
+def peak_rss_of(pid: int) -> int | None:
+    """Peak resident memory of one process; None if it ended or where there is no /proc."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return None
+
+
+def process_tree(pid: int) -> list[int]:
+    """A process and its descendants, itself first; just itself where there is no /proc."""
+    found = [pid]
+    for parent in found:
+        # a process or a thread of it may end meanwhile
+        with suppress(OSError):
+            for task in list(Path(f"/proc/{parent}/task").iterdir()):
+                with suppress(OSError):
+                    found += [int(child) for child in (task / "children").read_text().split()]
+    return found
+
+
 def processor() -> str:
-    """The processor's name, or its architecture."""
+    """The processor's name as the kernel gives it, or its architecture where it gives none."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        pass
-    return platform.machine()
-
-
-def _family(process: str) -> list[str]:
-    try:
-        children = [
-            child
-            for task in Path(f"/proc/{process}/task").iterdir()
-            for child in (task / "children").read_text().split()
-        ]
-    except OSError:
-        children = []
-    return [process, *(member for child in children for member in _family(child))]
-
-
-def _peak_of(process: str) -> int | None:
-    try:
-        for line in Path(f"/proc/{process}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
+        text = ""
+    for key in ("model name", "Model", "Hardware"):
+        if found := re.search(rf"^{key}\s*:\s*(.+)$", text, re.MULTILINE):
+            return found.group(1).strip()
+    return platform.processor() or platform.machine()

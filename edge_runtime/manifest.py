@@ -19,7 +19,7 @@ from edge_runtime.errors import BundleError
 
 FORMAT = "edgestill-bundle"
 FORMAT_VERSION = 1
-OBJECTIVES = ("ce", "kd", "lkd", "both")
+OBJECTIVES = ("ce", "kd", "lkd", "both", "crd", "lpd")
 KD_LOSSES = ("mse", "kl")
 OPTIMIZERS = ("sgd", "adamw")
 GRAPHS = ("train_step", "encode")
@@ -81,8 +81,13 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class Objective:
+    """`negatives`, `features` and `teacher_latent_size` are of `crd` alone."""
+
     name: str
     kd_loss: str | None
+    negatives: int | None = None
+    features: int | None = None
+    teacher_latent_size: int | None = None
 
     @property
     def needs_teacher(self) -> bool:
@@ -95,6 +100,11 @@ class Objective:
     @property
     def takes_logits(self) -> bool:
         return self.name in ("kd", "both")
+
+    @property
+    def relates_samples(self) -> bool:
+        """Whether a sample's loss depends on the teacher's latents of other samples."""
+        return self.name in ("crd", "lpd")
 
 
 @dataclass(frozen=True)
@@ -161,7 +171,9 @@ def parse_manifest(text: bytes) -> Manifest:
         batch=root.get("batch").size(1),
         input=_parse_input(root.get("input")),
         objective=Objective(
-            objective.get("name").one_of(OBJECTIVES), objective.get("kd_loss").one_of((None, *KD_LOSSES))
+            objective.get("name").one_of(OBJECTIVES),
+            objective.get("kd_loss").one_of((None, *KD_LOSSES)),
+            *(objective.optional_size(key) for key in ("negatives", "features", "teacher_latent_size")),
         ),
         optimizer=Optimizer(
             optimizer.get("name").one_of(OPTIMIZERS), optimizer.get("nesterov", False).expect(bool)
@@ -258,6 +270,12 @@ def _check_consistency(manifest: Manifest) -> None:
     if manifest.objective.takes_logits and manifest.objective.kd_loss is None:
         raise BundleError(
             f"manifest.json: objective.kd_loss is missing for objective {manifest.objective.name}"
+        )
+    if manifest.objective.name == "crd" and not (
+        manifest.objective.negatives and manifest.objective.teacher_latent_size
+    ):
+        raise BundleError(
+            "manifest.json: objective.negatives or .teacher_latent_size is missing for objective crd"
         )
 
 

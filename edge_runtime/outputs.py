@@ -32,6 +32,8 @@ _SMALLEST_GAIN = 0.05
 """Share of the bytes that compression must save: below it, a device's time to decode costs more."""
 
 _METADATA_BYTES = 32 * 2**10
+MOST_CLASS_COUNTS = 3000
+"""Up to so many classes, counts of 999,999,999 samples each still fit into the metadata."""
 _ENTRY_BYTES = 256
 _WINDOW_BYTES = 8 * 2**20  # what RFC 8878 asks every decoder to support
 
@@ -226,7 +228,7 @@ def _decompress(body: bytes, limit_bytes: int, source: str) -> bytes:
     zstandard = _import_zstandard()
     if zstandard is None:
         raise UnknownEncoding(
-            f"{source}: compressed by Zstandard, which is not installed", "pip install zstandard"
+            f"{source}: compressed by Zstandard, which is not installed", "pip install 'edgestill[device]'"
         )
     try:
         frame = zstandard.get_frame_parameters(body)

@@ -260,10 +260,15 @@ class Settle:
 
 @dataclass(frozen=True)
 class Discard:
-    """Remove the round's files; leads to no event."""
+    """Remove the round's files; leads to no event.
+
+    `trained`: training has come to its end, and only the upload came to nothing. Where the device's model is its own
+    (every exchange but `parameters`) the trained state is carried over first.
+    """
 
     work: Work
     reason: str
+    trained: bool = False
 
 
 Effect = CheckConditions | AskForWork | Fetch | Train | Pack | Upload | Settle | Discard
@@ -282,9 +287,10 @@ def step(state: Participant, event: Event) -> tuple[Participant, tuple[Effect, .
     now_s = getattr(event, "now_s", None)
     if work is not None and phase in _BEFORE_DEADLINE:
         if now_s is not None and now_s >= work.deadline_s:
-            return _give_up(state, "its deadline passed")
+            trained = phase in ("packing", "uploading") or isinstance(event, Trained)
+            return _give_up(state, "its deadline passed", trained)
         if isinstance(event, RoundGone):
-            return _give_up(state, event.reason)
+            return _give_up(state, event.reason, phase == "uploading")
     match event:
         case TaskFinished() if phase in ("idle", "waiting"):
             return replace(_outside(state), phase="finished"), ()
@@ -342,10 +348,10 @@ def resume(state: Participant) -> tuple[Effect, ...]:
     return (Settle(work, state.report),)
 
 
-def _give_up(state: Participant, reason: str) -> tuple[Participant, tuple[Effect, ...]]:
+def _give_up(state: Participant, reason: str, trained: bool) -> tuple[Participant, tuple[Effect, ...]]:
     assert state.work is not None
     after = replace(_outside(state), last_round=state.work.round)
-    return after, (Discard(state.work, reason), CheckConditions())
+    return after, (Discard(state.work, reason, trained), CheckConditions())
 
 
 def _outside(state: Participant) -> Participant:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-ORDER, TRANSFER_ORDER, AUGMENTATION, SUBSET, PARTITION, HELD_OUT, TESTS = range(7)
+ORDER, TRANSFER_ORDER, AUGMENTATION, SUBSET, PARTITION, HELD_OUT, TESTS, NEGATIVES = range(8)
 """Streams that one seed gives rise to; two of them never share a number."""
 
 

@@ -120,6 +120,12 @@ def _check_fits(teacher: Bundle, student: Bundle) -> None:
             f"{teacher.source}: latents of {teacher.latent_size}, the student's are of {student.latent_size}",
             f"export the teacher with --latent-size {student.latent_size}",
         )
+    wanted = student.objective.teacher_latent_size
+    if wanted is not None and teacher.latent_size != wanted:
+        raise BundleError(
+            f"{teacher.source}: latents of {teacher.latent_size}, the student's heads take {wanted}",
+            f"export the student with --teacher-latent-size {teacher.latent_size}",
+        )
     if student.objective.takes_logits and teacher.classes != student.classes:
         raise BundleError(
             f"{teacher.source}: {teacher.classes} classes, the student has {student.classes}",

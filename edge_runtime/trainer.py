@@ -25,6 +25,8 @@ DEFAULTS: dict[str, dict[str, float]] = {
     "adamw": {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "weight_decay": 1e-2},
 }
 OBJECTIVE_DEFAULTS = {"alpha": 0.5, "temperature": 4.0, "logit_share": 0.5}
+CONTRASTIVE_TEMPERATURE = 0.07
+NEIGHBOURS, NEIGHBOUR_SCALE = 5, 1.0
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ class TrainSettings:
     hyperparameters: Mapping[str, float] = field(default_factory=dict)
     augmentations: tuple[str, ...] = ()
     transfer_fraction: float = 0.5
+    neighbours: int | None = None
+    neighbour_scale: float | None = None
+    """Of objective `lpd`; None is the default."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,11 @@ class Run:
         """The run as JSON values, by which a state file knows the run that it belongs to."""
         settings = self.settings
         initial = self.initial_state
+        of_lpd = (
+            {"neighbours": self.plan.neighbours, "neighbour_scale": self.plan.neighbour_scale}
+            if self.plan.neighbours
+            else {}
+        )
         return {
             "model": self.bundle.model_digest,
             "data": self.plan.dataset.digest,
@@ -89,6 +99,7 @@ class Run:
             "warmup_steps": settings.schedule.warmup_steps,
             "augment": ",".join(settings.augmentations),
             "transfer_count": self.plan.transfer_count,
+            **of_lpd,
             **dict(self.hyperparameters),
             **{name: digest for name, digest in self.origins.items() if digest is not None},
         }
@@ -144,9 +155,45 @@ def plan_run(
         teacher=teacher,
         transfer=transfer,
         transfer_count=0 if transfer is None else transfer_count(bundle.batch, settings.transfer_fraction),
+        negatives=bundle.objective.negatives or 0,
+        **_neighbourhood(bundle, settings),
     )
+    _check_negatives(bundle, plan)
     hyperparameters = resolve_hyperparameters(bundle, settings.hyperparameters)
     return Run(bundle, plan, settings, hyperparameters, initial_state, origins or {})
+
+
+def _neighbourhood(bundle: Bundle, settings: TrainSettings) -> dict[str, int | float]:
+    """Errors: UsageError for settings of `lpd` that another objective does not use, or out of range."""
+    count, scale = settings.neighbours, settings.neighbour_scale
+    if bundle.objective.name != "lpd":
+        if count is not None or scale is not None:
+            raise UsageError(
+                f"{bundle.source}: objective {bundle.objective.name} knows no neighbours",
+                "leave --neighbours and --neighbour-scale out, or export the student with --objective lpd",
+            )
+        return {}
+    count, scale = NEIGHBOURS if count is None else count, NEIGHBOUR_SCALE if scale is None else scale
+    if not 0 < count < bundle.batch:
+        raise UsageError(
+            f"{count} neighbours in a batch of {bundle.batch}", f"give --neighbours 1 to {bundle.batch - 1}"
+        )
+    if not 0 < scale < float("inf"):
+        raise UsageError(f"a neighbour scale of {scale}", "give --neighbour-scale above 0")
+    return {"neighbours": count, "neighbour_scale": scale}
+
+
+def _check_negatives(bundle: Bundle, plan: BatchPlan) -> None:
+    """Errors: UsageError where a batch may hold every sample, so that none is left to tell it from."""
+    spare = len(plan.dataset) > plan.private_count
+    if plan.transfer is not None:
+        spare = spare or len(plan.transfer.images) > plan.transfer_count
+    if plan.negatives and not spare:
+        raise UsageError(
+            f"{bundle.source}: objective crd tells the samples of a batch from others, "
+            f"but one batch of {plan.batch} holds all {len(plan.dataset)}",
+            "train on more samples, or export the student with a smaller --batch",
+        )
 
 
 def transfer_count(batch: int, fraction: float) -> int:
@@ -166,6 +213,8 @@ def resolve_hyperparameters(bundle: Bundle, given: Mapping[str, float]) -> dict[
     Errors: UsageError for one that the step does not take, or a value outside its range.
     """
     defaults = {**DEFAULTS[bundle.optimizer.name], **OBJECTIVE_DEFAULTS}
+    if bundle.objective.name == "crd":
+        defaults["temperature"] = CONTRASTIVE_TEMPERATURE
     taken = {spec.name for spec in bundle.inputs("train_step")}
     for name, value in given.items():
         if name not in taken:

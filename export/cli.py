@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from edge_runtime.console import add_json_option
 from edge_runtime.errors import UsageError
 
 
@@ -55,7 +56,12 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
     p.add_argument(
         "--widths", type=_integers, metavar="W1,W2,…", help="channels of each block of a built-in student"
     )
-    p.add_argument("--normalization", choices=("batch", "group", "none"), default="batch")
+    p.add_argument(
+        "--normalization",
+        choices=("batch", "group", "none"),
+        default="batch",
+        help="after each convolution of a built-in student (default: %(default)s)",
+    )
     p.add_argument(
         "--input-shape", type=_integers, default=(3, 32, 32), metavar="C,H,W", help="default: 3,32,32"
     )
@@ -73,13 +79,32 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
     )
     p.add_argument("--std", type=_numbers, metavar="S,…", help="a channel, of values 0-1")
     p.add_argument(
-        "--objective", choices=("ce", "kd", "lkd", "both"), default="lkd", help="default: %(default)s"
+        "--objective",
+        choices=("ce", "kd", "lkd", "both", "crd", "lpd"),
+        default="lkd",
+        help="labels alone, or besides them a teacher's logits, latents, both, latents against those of other samples, "
+        "or neighbourhoods of latents (default: %(default)s)",
     )
     p.add_argument(
         "--kd-loss",
         choices=("mse", "kl"),
         default=None,
         help="for kd and both: squared error of logits, or KL divergence at the temperature (default: mse)",
+    )
+    p.add_argument(
+        "--negatives",
+        type=int,
+        metavar="N",
+        help="for crd: other samples that each sample is told apart from (default: 512)",
+    )
+    p.add_argument(
+        "--features", type=int, metavar="D", help="for crd: size of the projected latents (default: 128)"
+    )
+    p.add_argument(
+        "--teacher-latent-size",
+        type=int,
+        metavar="L",
+        help="for crd: size of the teacher's latent (default: the student's)",
     )
     p.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd", help="default: %(default)s")
     p.add_argument("--nesterov", action="store_true", help="Nesterov momentum (sgd)")
@@ -92,7 +117,7 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
     )
     p.add_argument("--seed", type=int, default=0, help="of the initial weights (default: %(default)s)")
     p.add_argument("--overwrite", action="store_true", help="replace a bundle that is there already")
-    p.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    add_json_option(p, "one JSON object")
     p.set_defaults(run=run_export)
 
 
@@ -125,7 +150,7 @@ def run_export(args: argparse.Namespace) -> int:
         widths=args.widths,
         normalization=args.normalization,
         input=InputOptions(args.input_shape, args.input_dtype, args.mean, args.std),
-        objective=Objective(args.objective, kd_loss),
+        objective=Objective(args.objective, kd_loss, args.negatives, args.features, args.teacher_latent_size),
         optimizer=Optimizer(args.optimizer, args.nesterov),
         freeze=tuple(args.freeze),
         engines=engines,
@@ -151,7 +176,7 @@ def _add_verify(subparsers: argparse._SubParsersAction) -> None:
         description="Trains the bundle on each engine and in eager PyTorch from the same state on the same images, "
         "and writes the largest differences into the manifest.",
     )
-    p.add_argument("bundle", type=Path, metavar="DIR")
+    p.add_argument("bundle", type=Path, metavar="DIR", help="a folder from `edgestill export`")
     p.add_argument("--steps", type=int, default=20, help="consecutive steps (default: %(default)s)")
     p.add_argument("--engines", metavar="LIST", help="default: every engine in the bundle")
     p.add_argument(
@@ -163,9 +188,9 @@ def _add_verify(subparsers: argparse._SubParsersAction) -> None:
     p.add_argument(
         "--student", default=None, metavar="NAME", help="where the student's factory is now, if it has moved"
     )
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help="of the images' order (default: %(default)s)")
     p.add_argument("--threads", type=int, default=0, help="0: every core")
-    p.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json_option(p, "one JSON object")
     p.set_defaults(run=run_verify)
 
 

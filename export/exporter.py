@@ -19,8 +19,9 @@ from edge_runtime.files import sha256_of_file, write_atomically
 from edge_runtime.manifest import FORMAT, FORMAT_VERSION
 from edge_runtime.wire import save
 from export.lowering.capture import LoweringError, capture_student
-from export.objectives import Objective
+from export.objectives import Objective, objective_parameters
 from export.optimizers import Optimizer
+from export.relational import HEADS
 from export.step import InputOptions, StepSpec, frozen_layers, frozen_names, student_state
 from export.student import StudentOptions, build_student
 from export.targets import open_target
@@ -71,16 +72,22 @@ def prepare_step(options: ExportOptions, student: nn.Module) -> StepSpec:
             f"the student's {name} does not enter its outputs",
             hint="remove what `output(representation(perception(images)))` does not use",
         )
+    objective = options.objective.completed(options.latent_size)
+    own = objective_parameters(objective, options.latent_size, options.seed)
+    for name in own.keys() & initial.keys():
+        raise UsageError(
+            f"the student has a parameter {name}, as objective {objective.name} has", hint="rename it"
+        )
     frozen = frozen_names(student, list(options.freeze)) if options.freeze else frozenset()
     return StepSpec(
         captured,
-        initial,
+        initial | own,
         statistics,
         frozen,
         frozen_layers(captured.layers, frozen),
         options.batch,
         _with_statistics(options.input),
-        options.objective,
+        objective,
         options.optimizer,
     )
 
@@ -148,6 +155,17 @@ def check_options(options: ExportOptions) -> None:
         raise UsageError(f"--seed {options.seed} is out of range", hint="give 0 or more, below 2^63")
     if options.classes < 2:
         raise UsageError("--classes must be at least 2")
+    given = options.objective
+    for flag in ("negatives", "features", "teacher_latent_size"):
+        value = getattr(given, flag)
+        if value is not None and given.name != "crd":
+            raise UsageError(f"--{flag.replace('_', '-')} is for --objective crd, not {given.name}")
+        if value is not None and value < 1:
+            raise UsageError(f"--{flag.replace('_', '-')} must be at least 1, not {value}")
+    if given.relates_samples and options.batch < 2:
+        raise UsageError(
+            f"--objective {given.name} compares samples, a batch has {options.batch}", hint="--batch 32"
+        )
     if not options.engines:
         raise UsageError("--engines names no engine", hint="--engines onnxruntime,executorch")
 
@@ -241,14 +259,20 @@ def _manifest(options: ExportOptions, spec: StepSpec, graphs: dict) -> dict:
             if ":" not in options.student
             else {"seed": options.seed},
             "parameters": sum(
-                spec.initial[name].size for name in spec.initial if name not in spec.statistics
+                data.size
+                for name, data in spec.initial.items()
+                if name not in spec.statistics and not name.startswith(HEADS)
             ),
         },
         "latent_size": options.latent_size,
         "classes": options.classes,
         "batch": options.batch,
         "input": {key: value for key, value in asdict(spec.input).items() if value is not None},
-        "objective": asdict(options.objective),
+        "objective": {
+            key: value
+            for key, value in asdict(spec.objective).items()
+            if key == "kd_loss" or value is not None
+        },
         "optimizer": asdict(options.optimizer),
         "freeze": list(options.freeze),
         "flops_per_step": spec.flops(),

@@ -2,23 +2,43 @@
 
 loss = (1 − α)·CE + α·D (CE alone for `ce`), each term a weighted mean over the batch; docs/bundle.md has the formulas.
 Sources: kd, Hinton et al. 2015 (KL at temperature T) and its form with the mean squared error of logits (Ba and Caruana
-2014); lkd, the mean squared error of latents; both, their mixture.
+2014); lkd, the mean squared error of latents; both, their mixture; crd and lpd: relational.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import OrderedDict
+from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from export.lowering.formulations import Layout
 from export.lowering.graph import Value
+from export.relational import contrastive, initial_heads, locality
+
+NEGATIVES, FEATURES = 512, 128
 
 
 @dataclass(frozen=True)
 class Objective:
-    """`ce`, `lkd`, or with `kd_loss` mse or kl `kd` or `both`."""
+    """`ce`, `lkd`, `lpd`, with `kd_loss` mse or kl `kd` or `both`, or `crd` with the three sizes below."""
 
     name: str = "lkd"
     kd_loss: str | None = None
+    negatives: int | None = None
+    features: int | None = None
+    teacher_latent_size: int | None = None
+
+    def completed(self, latent_size: int) -> Objective:
+        """With the defaults of what is not given."""
+        if self.name != "crd":
+            return self
+        return replace(
+            self,
+            negatives=self.negatives or NEGATIVES,
+            features=self.features or FEATURES,
+            teacher_latent_size=self.teacher_latent_size or latent_size,
+        )
 
     @property
     def distills(self) -> bool:
@@ -31,6 +51,11 @@ class Objective:
     @property
     def takes_logits(self) -> bool:
         return self.name in ("kd", "both")
+
+    @property
+    def relates_samples(self) -> bool:
+        """Whether a sample's loss depends on the other samples."""
+        return self.name in ("crd", "lpd")
 
 
 def batch_inputs(
@@ -52,14 +77,26 @@ def batch_inputs(
         specs.append(_spec("teacher_latents", (batch, latent_size), "latent units"))
     if objective.takes_logits:
         specs.append(_spec("teacher_logits", (batch, classes), "nat"))
+    if objective.name == "crd":
+        for name, samples in (("teacher_latents", batch), ("teacher_negatives", objective.negatives)):
+            specs.append(_spec(name, (samples, objective.teacher_latent_size), "latent units"))
+    if objective.name == "lpd":
+        specs.append(_spec("neighbour_weights", (batch, batch), "weight of a pair, 0-1"))
     if objective.distills:
         specs.append(_spec("teacher_weights", (batch,), "weight of a sample in the distillation term"))
         specs.append(_spec("alpha", (1,), "share of the distillation term, 0-1"))
     if objective.name == "both":
         specs.append(_spec("logit_share", (1,), "share of the logits in the distillation term, 0-1"))
-    if objective.kd_loss == "kl":
+    if objective.kd_loss == "kl" or objective.name == "crd":
         specs.append(_spec("temperature", (1,), "softmax temperature"))
     return specs
+
+
+def objective_parameters(objective: Objective, latent_size: int, seed: int) -> OrderedDict[str, np.ndarray]:
+    """What the objective trains besides the student, by state name, at its start: the heads of `crd`."""
+    if objective.name != "crd":
+        return OrderedDict()
+    return initial_heads(objective.features, latent_size, objective.teacher_latent_size, seed)
 
 
 def _spec(name: str, shape: tuple[int, ...], unit: str, dtype: str = "float32") -> dict:
@@ -73,12 +110,15 @@ class LossAndGradients:
     distillation_loss: Value | None
     d_latents: Value | None  # None: the loss reaches the latents through the logits alone
     d_logits: Value
+    d_parameters: dict[str, Value] = field(
+        default_factory=dict
+    )  # of what the objective trains, by state name
 
 
 def loss_and_gradients(
     objective: Objective, layout: Layout, inputs: dict[str, Value], latents: Value, logits: Value
 ) -> LossAndGradients:
-    """Losses of shape [1] and their gradients; `inputs` by the names of `batch_inputs`."""
+    """Losses of shape [1] and their gradients; `inputs` by the names of `batch_inputs` and `objective_parameters`."""
     graph, classes = logits.graph, logits.shape[1]
 
     def total(column: Value) -> Value:
@@ -97,7 +137,12 @@ def loss_and_gradients(
     alpha_column = alpha.reshape(1, 1)
     d_ce = d_ce * (1.0 - alpha_column)
     share = weights * alpha_column
-    if objective.name == "lkd":
+    d_parameters: dict[str, Value] = {}
+    if objective.relates_samples:
+        compare = contrastive if objective.name == "crd" else locality
+        found = compare(layout, inputs, latents, share)
+        rows, d_latents, d_logits, d_parameters = found.rows, found.d_latents, d_ce, found.d_parameters
+    elif objective.name == "lkd":
         rows, d_latents = _squared_error(layout, latents, inputs["teacher_latents"], share)
         d_logits = d_ce
     elif objective.name == "kd":
@@ -111,7 +156,7 @@ def loss_and_gradients(
         rows, d_logits = latent_rows * rest + logit_rows * beta, d_ce + gradient
     distillation_loss = total(rows * weights)
     loss = ce_loss * (1.0 - alpha) + distillation_loss * alpha
-    return LossAndGradients(loss, ce_loss, distillation_loss, d_latents, d_logits)
+    return LossAndGradients(loss, ce_loss, distillation_loss, d_latents, d_logits, d_parameters)
 
 
 def _of_logits(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -32,9 +33,7 @@ def rebuild_student(bundle: Bundle, name: str | None = None) -> nn.Module:
         options.get("seed", 0),
     )
     load_student_state(student, bundle.initial_state())
-    written = {spec.name for spec in bundle.state_specs if spec.written}
-    for parameter_name, parameter in student.named_parameters():
-        parameter.requires_grad_(parameter_name in written)
+    set_training(student, bundle)
     return student
 
 
@@ -47,12 +46,33 @@ def load_student_state(student: nn.Module, state: Arrays) -> None:
 
 
 def set_training(student: nn.Module, bundle: Bundle) -> None:
-    """Training mode, but a BatchNorm whose statistics the step does not write keeps them."""
+    """Training mode for what the step writes: other parameters get no gradient, other BatchNorms keep statistics."""
     student.train()
     written = {spec.name for spec in bundle.state_specs if spec.written}
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(name in written)
     for name, module in student.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{name}.running_mean" not in written:
             module.eval()
+
+
+def make_optimizer(
+    student: nn.Module,
+    name: str,
+    nesterov: bool,
+    hyperparameters: Mapping[str, float],
+    more: Iterable[nn.Parameter] = (),
+) -> torch.optim.Optimizer:
+    """The bundle's optimizer as `torch.optim` has it, over what `set_training` left to train and `more`."""
+    trained = [*(parameter for parameter in student.parameters() if parameter.requires_grad), *more]
+    h = hyperparameters
+    if name == "sgd":
+        return torch.optim.SGD(
+            trained, h["learning_rate"], h["momentum"], weight_decay=h["weight_decay"], nesterov=nesterov
+        )
+    return torch.optim.AdamW(
+        trained, h["learning_rate"], (h["beta1"], h["beta2"]), h["epsilon"], h["weight_decay"]
+    )
 
 
 class ReferenceStep:
@@ -68,20 +88,16 @@ class ReferenceStep:
         self.bundle = bundle
         self.dtype = dtype
         self.student = student.to(dtype)
-        h = hyperparameters
-        trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-        if bundle.optimizer.name == "sgd":
-            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
-                trained,
-                h["learning_rate"],
-                h["momentum"],
-                weight_decay=h["weight_decay"],
-                nesterov=bundle.optimizer.nesterov,
-            )
-        else:
-            self.optimizer = torch.optim.AdamW(
-                trained, h["learning_rate"], (h["beta1"], h["beta2"]), h["epsilon"], h["weight_decay"]
-            )
+        own = dict(student.named_parameters())
+        initial = bundle.initial_state()
+        self.heads = {  # what the objective trains besides the student
+            spec.name: nn.Parameter(torch.from_numpy(np.array(initial[spec.name])).to(dtype))
+            for spec in bundle.state_specs
+            if spec.role == "parameter" and spec.name not in own
+        }
+        self.optimizer = make_optimizer(
+            student, bundle.optimizer.name, bundle.optimizer.nesterov, hyperparameters, self.heads.values()
+        )
 
     def train_step(self, inputs: Arrays) -> dict[str, np.ndarray]:
         """One step; the metrics of docs/bundle.md."""
@@ -109,10 +125,10 @@ class ReferenceStep:
         """A copy of parameters, statistics and slots by the bundle's names."""
         state = {
             name: tensor.detach().numpy().copy()
-            for name, tensor in [*self.student.named_parameters(), *self.student.named_buffers()]
+            for name, tensor in [*self._parameters(), *self.student.named_buffers()]
             if not name.endswith("num_batches_tracked")
         }
-        for name, parameter in self.student.named_parameters():
+        for name, parameter in self._parameters():
             slots = self.optimizer.state.get(parameter, {})
             for ours, theirs in (
                 ("momentum", "momentum_buffer"),
@@ -125,6 +141,9 @@ class ReferenceStep:
                 for i, beta in enumerate(self.optimizer.defaults["betas"], 1):
                     state[f"optimizer.bias_correction{i}"] = np.array([1 - beta ** float(slots["step"])])
         return state
+
+    def _parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return [*self.student.named_parameters(), *self.heads.items()]
 
     def outputs(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents and logits in the mode that the student is in."""
@@ -147,7 +166,13 @@ class ReferenceStep:
         objective = self.bundle.objective
         if objective.name == "ce":
             return {"loss": ce, "ce_loss": ce}
-        rows = 0.0
+        if objective.name == "crd":
+            rows = self._contrastive_rows(given, latents)
+        elif objective.name == "lpd":
+            apart = (latents.unsqueeze(1) - latents.unsqueeze(0)).square().mean(2)
+            rows = (given["neighbour_weights"] * apart).sum(1) / 2
+        else:
+            rows = 0.0
         logit_share = given["logit_share"][0] if objective.name == "both" else float(objective.takes_logits)
         if objective.takes_latents:
             of_latents = F.mse_loss(latents, given["teacher_latents"], reduction="none").mean(1)
@@ -171,3 +196,30 @@ class ReferenceStep:
             "ce_loss": ce,
             "distillation_loss": distillation,
         }
+
+    def _contrastive_rows(self, given, latents: torch.Tensor) -> torch.Tensor:
+        """Binary cross-entropies of the critic h = e^(g/τ) / (e^(g/τ) + N·z), sample by sample."""
+
+        def project(side: str, x: torch.Tensor) -> torch.Tensor:
+            return F.normalize(F.linear(x, self.heads[f"crd.{side}.weight"], self.heads[f"crd.{side}.bias"]))
+
+        def entropies(scores: torch.Tensor, count: int, related: float) -> torch.Tensor:
+            scores = scores / temperature - math.log(count) - 1 / (2 * student.shape[1] * temperature**2)
+            targets = torch.full_like(scores, related)
+            return F.binary_cross_entropy_with_logits(scores, targets, reduction="none")
+
+        temperature = given["temperature"]
+        student = project("student_head", latents)
+        teacher = project("teacher_head", given["teacher_latents"])
+        others = project("teacher_head", given["teacher_negatives"])
+        rows = []
+        for i in range(len(student)):
+            rest = torch.cat([student[:i], student[i + 1 :]])
+            positive = (student[i] @ teacher[i]).reshape(1)
+            of_student = entropies(others @ student[i], len(others), 0.0).sum()
+            of_teacher = entropies(rest @ teacher[i], len(rest), 0.0).sum()
+            rows.append(
+                entropies(positive, len(others), 1.0)[0] + of_student
+                + entropies(positive, len(rest), 1.0)[0] + of_teacher
+            )  # fmt: skip
+        return torch.stack(rows)

@@ -13,7 +13,7 @@ from edge_runtime.errors import UsageError
 from export.lowering.capture import CapturedStudent, Layer
 from export.lowering.formulations import Context, Layout, run_backward, run_forward
 from export.lowering.graph import Graph, Value
-from export.objectives import Objective, batch_inputs, loss_and_gradients
+from export.objectives import LossAndGradients, Objective, batch_inputs, loss_and_gradients
 from export.optimizers import Optimizer, hyperparameters, slots, update
 
 
@@ -32,7 +32,9 @@ class StepSpec:
     """Everything that decides a student's graphs, whatever the engine."""
 
     student: CapturedStudent
-    initial: OrderedDict[str, np.ndarray]  # parameters and statistics, float32
+    initial: OrderedDict[
+        str, np.ndarray
+    ]  # parameters (the student's, then the objective's) and statistics, float32
     statistics: frozenset[str]
     frozen_parameters: frozenset[str]
     frozen_layers: frozenset[
@@ -108,6 +110,10 @@ class StepSpec:
                 total += int(2 * positions * weight.size) * (
                     1 + (layer.parameters["weight"] in trained) + before
                 )
+        if (given := self.objective).name == "crd":
+            of_student = self.batch * self.student.latent_size * (2 + reached[self.student.latents])
+            of_teacher = (self.batch + given.negatives) * given.teacher_latent_size * 2
+            total += 2 * given.features * (of_student + of_teacher)
         return total
 
 
@@ -194,28 +200,20 @@ def build_train_step(spec: StepSpec, layout: Layout) -> Graph:
     graph, state, inputs = _start(spec, spec.step_inputs())
     ctx = Context(graph, state, batch_statistics=True)
     latents, logits, tape = _forward(spec, layout, ctx, inputs["images"])
-    result = loss_and_gradients(spec.objective, layout, inputs, latents, logits)
+    result = loss_and_gradients(spec.objective, layout, state | inputs, latents, logits)
     gradients = {spec.student.logits: result.d_logits}
     if result.d_latents is not None:
         alone = (
             spec.student.latents != spec.student.logits
         )  # an output layer that is nn.Identity adds no node
         gradients[spec.student.latents] = result.d_latents if alone else result.d_logits + result.d_latents
-    of_parameters = run_backward(tape, gradients)
+    of_parameters = run_backward(tape, gradients) | result.d_parameters
     trained = {name: of_parameters[name] for name in spec.trained()}
     new = update(spec.optimizer, graph, state, trained, inputs, layout.joint_update_size) | ctx.updates
     for tensor in spec.state_specs():
         if tensor["written"]:
             graph.output("next." + tensor["name"], new[tensor["name"]])
-    losses = {
-        "loss": result.loss,
-        "ce_loss": result.ce_loss,
-        "distillation_loss": result.distillation_loss,
-        "latents": latents,
-        "logits": logits,
-    }
-    for metric in spec.metrics():
-        graph.output(metric["name"], losses[metric["name"]])
+    _output_metrics(graph, spec, result, latents, logits)
     graph.prune(set(state))
     return graph
 
@@ -230,6 +228,20 @@ def build_encode(spec: StepSpec, layout: Layout) -> Graph:
     graph.output("logits", logits)
     graph.prune(set(state))
     return graph
+
+
+def _output_metrics(
+    graph: Graph, spec: StepSpec, result: LossAndGradients, latents: Value, logits: Value
+) -> None:
+    values = {
+        "loss": result.loss,
+        "ce_loss": result.ce_loss,
+        "distillation_loss": result.distillation_loss,
+        "latents": latents,
+        "logits": logits,
+    }
+    for metric in spec.metrics():
+        graph.output(metric["name"], values[metric["name"]])
 
 
 def _start(spec: StepSpec, inputs: list[dict]) -> tuple[Graph, dict[str, Value], dict[str, Value]]:

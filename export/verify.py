@@ -16,6 +16,7 @@ from edge_runtime.data import load_splits
 from edge_runtime.engines import open_engine
 from edge_runtime.engines.protocol import Engine
 from edge_runtime.errors import DataError, EngineError, UsageError
+from edge_runtime.trainer import CONTRASTIVE_TEMPERATURE
 from export.exporter import publish, write_manifest
 from export.kinks import move_off_kinks
 from export.reference import ReferenceStep, rebuild_student
@@ -124,9 +125,12 @@ def _positions(count: int, batch: int, index: int) -> np.ndarray:
 def _batch(bundle: Bundle, images, labels, random: np.random.Generator) -> dict[str, np.ndarray]:
     """With uneven sample weights, so that a step that ignored them would be found out."""
     batch = {"images": images, "labels": labels.astype(np.int64)}
+    numbers = HYPERPARAMETERS
+    if bundle.objective.name == "crd":
+        numbers = numbers | {"temperature": CONTRASTIVE_TEMPERATURE}
     for spec in bundle.inputs("train_step"):
-        if spec.name in HYPERPARAMETERS:
-            batch[spec.name] = np.full(spec.shape, HYPERPARAMETERS[spec.name], np.float32)
+        if spec.name in numbers:
+            batch[spec.name] = np.full(spec.shape, numbers[spec.name], np.float32)
         elif spec.name.endswith("_weights"):
             batch[spec.name] = random.uniform(0.5, 1.5, spec.shape).astype(np.float32)
         elif spec.name.startswith("teacher_"):

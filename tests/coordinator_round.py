@@ -103,3 +103,7 @@ def run_due(service: Service, folder: Path) -> int:
     for job in jobs:
         service.run_step5(job, folder)
     return len(jobs)
+
+
+def add_task(service: Service, folder: Path, **fields: Any) -> Task:
+    return service.create_task(describe_task(folder / "task", service.blobs, **fields))

@@ -89,7 +89,8 @@ def make_site(folder: Path, database: str = "sqlite://", **settings: Any) -> Sit
     service = Service(Store(database), blobs, clock)
     bundle = np.random.default_rng(0).bytes(3000)
     add_task(service, folder, bundle)
-    chosen = Settings(data_dir=folder, database=database, blobs=str(folder / "blobs"), **settings)
+    named = {"allowed_hosts": "testserver,c", **settings}  # the names of test clients
+    chosen = Settings(data_dir=folder, database=database, blobs=str(folder / "blobs"), **named)
     app = make_app(service, chosen, clockwork=False)
     return Site(folder, service, chosen, clock, app, TestClient(app, raise_server_exceptions=False), bundle)
 
@@ -132,3 +133,18 @@ def problem_of(answer: Any) -> str:
     assert set(body) == {"type", "title", "status", "detail", "hint"} and body["hint"] and body["detail"]
     assert body["status"] == answer.status_code
     return str(body["type"]).removeprefix("urn:edgestill:problem:")
+
+
+def start_round(site: Site, count: int = 2) -> list[Device]:
+    devices = [site.enrol() for _ in range(count)]
+    site.service.tick()
+    for device in devices:
+        assert device.get("/v1/assignment").status_code == 200
+        assert device.work().json()["round"] == "birds.1"
+    return devices
+
+
+def finish_step5(site: Site) -> None:
+    for job in site.service.tick():
+        site.service.run_step5(job, site.folder)
+    site.service.tick()

@@ -94,6 +94,18 @@ class FakeCoordinator:
             "seed": 100 + number,
         }
 
+    def standing(self) -> dict | None:
+        number = len(self.uploads)
+        if not 0 < number < self.rounds:
+            return None
+        return {
+            "round": f"birds.{number}",
+            "phase": "collecting",
+            "uploads": 2,
+            "goal": 3,
+            "seconds_left": 240.4,
+        }
+
     def blob(self, digest: str, size_bytes: int, target: Path) -> Path:
         self.before("blob")
         assert len(self.blobs[digest]) == size_bytes
@@ -156,6 +168,8 @@ def served(fake: FakeCoordinator) -> Iterator[tuple[str, list[tuple[str, dict[st
                 self.send(201, json.dumps(fake.enrol(asked["code"], asked["device"])).encode())
             elif path == "/v1/assignment":
                 self.send(200, json.dumps(fake.assignment()).encode())
+            elif path == "/v1/standing" and fake.standing() is not None:
+                self.send(200, json.dumps(fake.standing()).encode())
             elif path == "/v1/work":
                 work = fake.work(json.loads(body), 0)
                 self.send(200 if work else 204, json.dumps(work).encode() if work else b"")

@@ -25,6 +25,8 @@ OBJECTIVES = (
     Objective("lkd"),
     Objective("both", "mse"),
     Objective("both", "kl"),
+    Objective("crd", negatives=7, features=6, teacher_latent_size=3),
+    Objective("lpd"),
 )
 LATENT_SIZE, CLASSES = 5, 4
 
@@ -182,6 +184,7 @@ def is_well_posed(student: nn.Module, spec: StepSpec, images: np.ndarray) -> boo
         input=spec.input,
         objective=spec.objective,
         state_specs=[SimpleNamespace(**given) for given in spec.state_specs()],
+        initial_state=spec.initial_state,
     )
     spreads: list[torch.Tensor] = []
 

@@ -111,7 +111,12 @@ class Eager:
         parameters = dict(self.student.named_parameters())
         for name in spec.frozen_parameters:
             parameters[name].requires_grad_(False)
-        self.trained = {name: p for name, p in parameters.items() if p.requires_grad}
+        self.heads = {
+            name: nn.Parameter(torch.from_numpy(array).double())
+            for name, array in spec.initial.items()
+            if name not in self.student.state_dict()
+        }
+        self.trained = {name: p for name, p in parameters.items() if p.requires_grad} | self.heads
         if spec.optimizer.name == "sgd":
             self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
                 self.trained.values(), 1.0, 0.5, nesterov=spec.optimizer.nesterov
@@ -147,7 +152,8 @@ class Eager:
 
     def state(self) -> Arrays:
         """Parameters, running statistics and slots by the bundle's names; no bias corrections."""
-        state = {n: t.detach().numpy().copy() for n, t in self.student.state_dict().items() if t.ndim}
+        tensors = self.student.state_dict() | self.heads
+        state = {n: t.detach().numpy().copy() for n, t in tensors.items() if t.ndim}
         for name, parameter in self.trained.items():
             for ours, theirs in self.slots.items():
                 slot = self.optimizer.state[parameter].get(theirs)
@@ -179,6 +185,10 @@ class Eager:
         return latents, self.student.output(latents)
 
     def _distances(self, given: dict[str, torch.Tensor], latents, logits) -> torch.Tensor:
+        if self.spec.objective.name == "crd":
+            return contrastive_rows(given, self.heads, latents)
+        if self.spec.objective.name == "lpd":
+            return locality_rows(given["neighbour_weights"], latents)
         if self.spec.objective.name == "both":
             share = given["logit_share"][0]
             of_latents = (latents - given["teacher_latents"]).square().mean(1)
@@ -193,6 +203,36 @@ class Eager:
         t = given["temperature"][0]
         teacher = F.softmax(given["teacher_logits"] / t, 1)
         return t * t * F.kl_div(F.log_softmax(logits / t, 1), teacher, reduction="none").sum(1)
+
+
+def contrastive_rows(given: dict[str, torch.Tensor], heads, latents: torch.Tensor) -> torch.Tensor:
+    """Equations 17-19 of Tian et al. as they stand, with probabilities and their logarithms, from both sides."""
+
+    def project(side: str, x: torch.Tensor) -> torch.Tensor:
+        y = x @ heads[f"crd.{side}.weight"].T + heads[f"crd.{side}.bias"]
+        return y / y.norm(dim=1, keepdim=True)
+
+    tau = given["temperature"][0]
+    student, teacher = project("student_head", latents), project("teacher_head", given["teacher_latents"])
+    others = project("teacher_head", given["teacher_negatives"])
+    z = torch.exp(1 / (2 * student.shape[1] * tau**2))
+
+    def rows(anchors: torch.Tensor, positives: torch.Tensor, negatives: torch.Tensor, keep: torch.Tensor):
+        count = keep.sum(1, keepdim=True)
+        near = torch.exp((anchors * positives).sum(1, keepdim=True) / tau)
+        far = torch.exp(anchors @ negatives.T / tau)
+        h_near, h_far = near / (near + count * z), far / (far + count * z)
+        return -h_near.log()[:, 0] - ((1 - h_far).log() * keep).sum(1)
+
+    everyone = torch.ones(len(student), len(others), dtype=student.dtype)
+    apart = 1 - torch.eye(len(student), dtype=student.dtype)
+    return rows(student, teacher, others, everyone) + rows(teacher, student, student, apart)
+
+
+def locality_rows(weights: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    return (weights * torch.cdist(latents, latents, compute_mode="donot_use_mm_for_euclid_dist") ** 2).sum(
+        1
+    ) / (2 * latents.shape[1])
 
 
 def weighted_mean(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.eager import EagerStep, load_student_state
+from benchmarks.eager import EagerStep
 from benchmarks.workload import hyperparameters, make_batches
+from export.reference import load_student_state, set_training
 from tests import bench_fakes
 
 STEPS = 4
@@ -38,6 +40,8 @@ def make(frozen: tuple[str, ...] = (), **options: Any) -> tuple[LocalStudent, di
     manifest["state"]["tensors"] = [
         {"name": name, "written": not name.startswith(frozen) if frozen else True} for name, _ in tensors
     ]
+    specs = [SimpleNamespace(**tensor) for tensor in manifest["state"]["tensors"]]
+    set_training(student, SimpleNamespace(state_specs=specs))
     return student, manifest
 
 

@@ -91,8 +91,6 @@ def test_engines_take_turns_and_keep_their_times(case: Case) -> None:
     assert measured[QUICK].first_losses == (1.0, 2.0)
     assert min(measured[QUICK].step_ms) >= QUICK_S * 1000
     assert min(measured[SLOW].step_ms) >= SLOW_S * 1000
-    # the sleeps are exact from below only, and a busy machine adds to both
-    assert 1.5 < paired_ratio(measured[SLOW], measured[QUICK]) < 4
     assert peak is not None and 1e8 < peak < 1e14
 
 

@@ -1,30 +1,22 @@
-"""The dashboard: what its pages say and are built of, who may see them, and that they stay up to date."""
+"""The dashboard: what its pages say and are built of, and who may see them."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import dataclasses
 import hashlib
-import json
 import re
-import socket
-import threading
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 
-import httpx2
 import numpy as np
 import pytest
-import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from coordinator import dashboard, views
 from coordinator.blobs import FileBlobs
 from coordinator.dashboard import make_dashboard_router
-from coordinator.live import RETRY_MS, SUBSCRIBERS_AT_MOST, ChangeFeed, News, format_event, news_of
+from coordinator.live import RETRY_MS, SUBSCRIBERS_AT_MOST
 from coordinator.pages import DEVICES_A_PAGE, ROUNDS_SHOWN
 from coordinator.problems import Problem
 from coordinator.records import RefusalCount
@@ -32,7 +24,6 @@ from coordinator.service import Service
 from coordinator.settings import Settings
 from coordinator.store import Store
 from edge_runtime.outputs import pack
-from tests.chromium import EXECUTABLE, chromium
 from tests.dashboard_service import DashboardService, device_name, make_task
 
 VOID = {"meta", "link", "input", "br", "hr", "img"}
@@ -264,227 +255,6 @@ def test_browsers_that_ask_together_share_one_reading(monkeypatch):
         service.advance()
         assert "round 6 collecting" in client.get("/").text
         assert service.reads == 2
-
-
-def test_events_are_in_the_form_of_the_standard():
-    event = format_event(News(17, frozenset({"birds", "ants"})))
-    assert event == b'id: 17\nevent: change\ndata: {"tasks": ["ants", "birds"]}\n\n'
-    assert news_of([]) is None
-    assert news_of([(3, "a"), (5, "b"), (4, "a")]) == News(5, frozenset("ab"))
-
-
-class Changes:
-    """What a ChangeFeed reads, counted; `fails` makes the next readings raise."""
-
-    def __init__(self) -> None:
-        self.entries: list[tuple[int, str]] = []
-        self.readings = self.fails = 0
-
-    async def read(self, since: int) -> News | None:
-        self.readings += 1
-        if self.fails:
-            self.fails -= 1
-            raise OSError("away")
-        return news_of(one for one in self.entries if one[0] > since)
-
-    async def latest(self) -> int:
-        return len(self.entries)
-
-    def add(self, task: str) -> None:
-        self.entries.append((len(self.entries) + 1, task))
-
-    def feed(self, **options) -> ChangeFeed:
-        return ChangeFeed(self.read, self.latest, **{"poll_s": 0.01, "heartbeat_s": 30.0, **options})
-
-
-def parse_events(data: bytes) -> list[tuple[int, list[str]]]:
-    return [(int(number), json.loads(tasks)["tasks"]) for number, tasks in
-            re.findall(rb"id: (\d+)\nevent: change\ndata: (.*)\n\n", data)]  # fmt: skip
-
-
-def run(coroutine):
-    return asyncio.run(asyncio.wait_for(coroutine, 30))
-
-
-def test_many_streams_are_fed_by_one_reading():
-    async def scenario():
-        changes = Changes()
-        feed = changes.feed(poll_s=0.2)
-        streams = [feed.stream(None) for _ in range(50)]
-        assert {await anext(one) for one in streams} == {b"retry: 2000\n\n"}
-        changes.add("birds")
-        changes.add("ants")
-        got = [parse_events(await anext(one)) for one in streams]
-        assert got == [[(2, ["ants", "birds"])]] * 50
-        assert changes.readings < 50
-        for one in streams:
-            await one.aclose()
-        readings = changes.readings
-        await asyncio.sleep(0.5)
-        assert changes.readings == readings  # nobody listens, nothing is read
-
-    run(scenario())
-
-
-@pytest.mark.parametrize(("since", "expected"), [(1, [(3, [])]), (3, []), (99, [(3, [])]), (None, [])])
-def test_a_stream_resumes_after_what_was_seen(since, expected):
-    async def scenario():
-        changes = Changes()
-        for task in ("a", "b", "c"):
-            changes.add(task)
-        stream = changes.feed().stream(since)
-        await anext(stream)
-        got = [parse_events(await anext(stream))[0] for _ in expected]
-        changes.add("d")
-        got += parse_events(await anext(stream))
-        await stream.aclose()
-        assert got == [*expected, (4, ["d"])]
-
-    run(scenario())
-
-
-def test_a_store_that_is_away_for_a_while_ends_no_stream(caplog):
-    async def scenario():
-        changes = Changes()
-        stream = changes.feed().stream(None)
-        await anext(stream)
-        changes.fails = 3
-        changes.add("birds")
-        assert parse_events(await anext(stream)) == [(1, ["birds"])]
-        await stream.aclose()
-
-    run(scenario())
-    assert "cannot read changes" in caplog.text
-
-
-def test_a_quiet_stream_is_kept_open_and_streams_are_counted():
-    async def scenario():
-        changes = Changes()
-        feed = changes.feed(heartbeat_s=0.01)
-        streams = [feed.stream(None) for _ in range(SUBSCRIBERS_AT_MOST)]
-        for one in streams:
-            await anext(one)
-        assert feed.full
-        assert await anext(streams[0]) == b": still here\n\n"
-        for one in streams:
-            await one.aclose()
-        assert not feed.full
-
-    run(scenario())
-
-
-@contextlib.contextmanager
-def serving(service, token=""):
-    """The dashboard on a free port of this machine."""
-    app = FastAPI(docs_url=None)
-    app.include_router(make_dashboard_router(service, Settings(dashboard_token=token)))
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
-
-
-@pytest.mark.contract
-def test_events_over_http_resume_by_last_event_id():
-    service = DashboardService()
-    with serving(service) as url, httpx2.Client(timeout=30) as client:
-        service.advance()
-        with client.stream("GET", f"{url}/events?since=2", headers={"Last-Event-ID": "1"}) as answer:
-            assert answer.headers["content-type"].startswith("text/event-stream")
-            lines = answer.iter_lines()
-            assert next(lines) == "retry: 2000"
-            assert [next(lines) for _ in range(4)] == ["", "id: 2", "event: change", 'data: {"tasks": []}']
-            service.note("upload")
-            assert [next(lines) for _ in range(4)] == [
-                "",
-                "id: 3",
-                "event: change",
-                'data: {"tasks": ["birds"]}',
-            ]
-
-
-needs_chromium = pytest.mark.skipif(EXECUTABLE is None, reason="no Chromium on this machine")
-NAMES = ("raspberry-pi-5", "W" * 80, "Anna's phone")
-TEXT_CONTRASTS = """(() => {
-  const light = (c) => {
-    const [r, g, b] = c.map((v) => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-  const parts = (c) => c.match(/[\\d.]+/g).map(Number);
-  const ground = (e) => { for (; e; e = e.parentElement) { const c = parts(getComputedStyle(e).backgroundColor);
-    if (c.length < 4 || c[3] === 1) return c; } return [255, 255, 255]; };
-  let least = 99;
-  for (const e of document.querySelectorAll("main *")) {
-    if (![...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim())) continue;
-    if (e.closest("title, desc")) continue; // tooltips, drawn by the browser
-    const style = getComputedStyle(e);
-    const color = parts(e.closest("svg") ? style.fill : style.color);
-    const [a, b] = [light(color.slice(0, 3)), light(ground(e).slice(0, 3))];
-    least = Math.min(least, (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05));
-  }
-  return least; })()"""
-
-
-@pytest.mark.contract
-@needs_chromium
-def test_in_a_browser_pages_fit_read_well_and_follow_changes(tmp_path):
-    service = DashboardService(names=NAMES)
-    with serving(service, "s3cret") as url, chromium() as browser:
-        browser.open(f"{url}/", 360, 800)
-        browser.evaluate("document.getElementById('token').value = 's3cret'; document.forms[0].submit()")
-        browser.wait_for("document.querySelector('.tasks') !== null")
-        browser.messages.clear()  # that the form came with 401 is as it should be
-        for width, height in ((360, 800), (1280, 900)):
-            for dark in (False, True):
-                for path in ("/", "/tasks/birds"):
-                    browser.open(url + path, width, height, dark)
-                    assert browser.evaluate("document.documentElement.scrollWidth") <= width
-                    assert browser.evaluate(TEXT_CONTRASTS) >= 4.5, (width, dark, path)
-                    browser.screenshot(tmp_path / "page.png")
-                    assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
-        browser.wait_for("document.getElementById('connection').dataset.state === 'live'")
-        browser.evaluate("document.querySelector('#curves details').open = true")
-        service.advance()
-        browser.wait_for("document.querySelector('#state .lead').textContent.includes('Round 6 of 12')")
-        browser.wait_for("document.getElementById('news').textContent.includes('round 6 collecting')")
-        assert browser.evaluate("document.querySelector('#curves details').open")
-        assert browser.evaluate("document.querySelectorAll('#rounds tbody tr').length") == 6
-        assert browser.evaluate("document.querySelector('[data-deadline]').textContent").endswith("left")
-        seen = browser.evaluate("[...document.querySelectorAll('#devices time')].map((e) => e.textContent)")
-        assert seen[2:] == ["11 min ago", "2 h ago", "2 d ago"]  # the script's words are the server's
-        assert browser.messages == []
-
-
-@pytest.mark.contract
-@needs_chromium
-def test_in_a_browser_the_keyboard_reaches_the_content_first():
-    with serving(DashboardService()) as url, chromium() as browser:
-        browser.open(f"{url}/tasks/birds", 1280, 900)
-        browser.press("Tab")
-        assert browser.evaluate("document.activeElement.className") == "skip"
-        assert browser.evaluate("document.activeElement.getBoundingClientRect().top") >= 0
-        browser.press("Enter")
-        browser.wait_for("document.activeElement.id === 'content'")
-
-
-def test_a_page_is_never_older_than_what_its_browser_was_told(monkeypatch):
-    """Though pages are kept for ever here: the announcement alone must make them new."""
-    monkeypatch.setattr(dashboard, "PAGE_AGE_S", 1e9)
-    service = DashboardService()
-    with serving(service) as url, httpx2.Client(timeout=30) as client:
-        with client.stream("GET", f"{url}/events") as answer:
-            lines = answer.iter_lines()
-            assert next(lines) == "retry: 2000"
-            assert "round 5 collecting" in client.get(url).text
-            service.advance()
-            assert [next(lines) for _ in range(2)] == ["", "id: 2"]
-            assert "round 6 collecting" in client.get(url).text
 
 
 def test_the_real_service_fills_the_page_and_no_secret_is_on_it(tmp_path):

@@ -46,6 +46,7 @@ def device(site: Site) -> Device:
 OPERATIONS = [
     ("POST", "/v1/enrol"),
     ("GET", "/v1/assignment"),
+    ("GET", "/v1/standing"),
     ("POST", "/v1/work"),
     ("GET", "/v1/blobs/{digest}"),
     ("PUT", "/v1/rounds/{round}/devices/{device}/report"),

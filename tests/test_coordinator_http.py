@@ -5,30 +5,25 @@ from __future__ import annotations
 import asyncio
 import gzip
 import logging
-import threading
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from coordinator.problems import Problem
-from coordinator.routes.blobs import parse_range
 from coordinator.routes.bodies import MAX_JSON_BYTES, sha256_of_content_digest
 from edge_runtime.outputs import unpack
 from tests.coordinator_site import (
     INFO,
     LATENT_SIZE,
     SAMPLES,
-    Device,
     Site,
     content_digest,
+    finish_step5,
     make_site,
     outputs,
     problem_of,
+    start_round,
 )
 
 pytestmark = pytest.mark.unit
@@ -37,21 +32,6 @@ pytestmark = pytest.mark.unit
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
     return make_site(tmp_path)
-
-
-def start_round(site: Site, count: int = 2) -> list[Device]:
-    devices = [site.enrol() for _ in range(count)]
-    site.service.tick()
-    for device in devices:
-        assert device.get("/v1/assignment").status_code == 200
-        assert device.work().json()["round"] == "birds.1"
-    return devices
-
-
-def finish_step5(site: Site) -> None:
-    for job in site.service.tick():
-        site.service.run_step5(job, site.folder)
-    site.service.tick()
 
 
 def test_two_rounds_over_http(site: Site) -> None:
@@ -217,10 +197,20 @@ def test_uploads_that_do_not_fit_in_memory_wait(tmp_path: Path) -> None:
     site = make_site(tmp_path, upload_memory_bytes=100)
     one, _ = start_round(site)
     memory = site.app.state.context.upload_memory
-    memory.take(90)
-    refused = one.upload("birds.1", outputs())
-    assert problem_of(refused) == "unavailable" and int(refused.headers["Retry-After"]) >= 5
-    memory.give_back(90)
+    with memory.taken("d-other", 90):
+        refused = one.upload("birds.1", outputs())
+        assert problem_of(refused) == "unavailable" and int(refused.headers["Retry-After"]) >= 5
+    assert one.upload("birds.1", outputs()).status_code == 201
+
+
+def test_a_device_that_dribbles_keeps_no_other_out(site: Site) -> None:
+    one, two = start_round(site)
+    memory = site.app.state.context.upload_memory
+    with memory.taken(one.name, 1), memory.taken(one.name, 1):
+        refused = one.upload("birds.1", outputs())
+        assert problem_of(refused) == "unavailable" and int(refused.headers["Retry-After"]) >= 5
+        assert two.upload("birds.1", outputs(1)).status_code == 201
+    assert memory.used_bytes == 0
     assert one.upload("birds.1", outputs()).status_code == 201
 
 
@@ -303,161 +293,6 @@ def test_a_bug_is_answered_without_its_text(site: Site, monkeypatch: pytest.Monk
     monkeypatch.setattr(site.service, "assignment", fail)
     answer = device.get("/v1/assignment")
     assert problem_of(answer) == "internal" and "inner workings" not in answer.text
-
-
-# blobs
-
-
-def test_ranges_and_conditions_of_a_blob(site: Site) -> None:
-    device = site.enrol()
-    digest = device.get("/v1/assignment").json()["student"]["bundle"]
-    path, etag, size = f"/v1/blobs/{digest}", f'"{digest}"', len(site.bundle)
-    whole = device.get(path)
-    assert whole.headers["etag"] == etag and whole.headers["accept-ranges"] == "bytes"
-    assert "private" in whole.headers["cache-control"]
-    part = device.get(path, Range="bytes=100-199")
-    assert (part.status_code, part.content) == (206, site.bundle[100:200])
-    assert part.headers["content-range"] == f"bytes 100-199/{size}"
-    assert device.get(path, Range="bytes=2990-", **{"If-Range": etag}).content == site.bundle[2990:]
-    assert device.get(path, Range="bytes=1-2", **{"If-Range": '"other"'}).status_code == 200
-    assert device.get(path, Range="bytes=0-1,5-6").content == site.bundle
-    beyond = device.get(path, Range=f"bytes={size}-")
-    assert (
-        problem_of(beyond) == "range_not_satisfiable" and beyond.headers["content-range"] == f"bytes */{size}"
-    )
-    for match in (etag, "*", f'"x", W/{etag}'):
-        unchanged = device.get(path, **{"If-None-Match": match})
-        assert unchanged.status_code == 304 and unchanged.content == b"" and unchanged.headers["etag"] == etag
-    assert device.get(path, **{"If-None-Match": '"other"'}).content == site.bundle
-    head = site.client.head(path, headers=device.headers)
-    assert head.content == b"" and head.headers["content-length"] == str(size)
-
-
-@given(st.integers(0, 40), st.integers(0, 60), st.one_of(st.none(), st.integers(0, 60)))
-def test_a_range_is_a_slice(size: int, first: int, last: int | None) -> None:
-    data = bytes(range(size))
-    text = f"bytes={first}-{'' if last is None else last}"
-    expected = data[first:] if last is None else data[first : last + 1]
-    if last is not None and last < first:
-        assert parse_range(text, size) is None
-    elif not expected:
-        with pytest.raises(Problem):
-            parse_range(text, size)
-    else:
-        start, stop = parse_range(text, size)
-        assert data[start:stop] == expected
-
-
-@given(st.integers(1, 40), st.integers(1, 60))
-def test_a_suffix_range_is_the_end(size: int, count: int) -> None:
-    data = bytes(range(size))
-    start, stop = parse_range(f"bytes=-{count}", size)
-    assert data[start:stop] == data[-count:]
-
-
-@given(st.text(max_size=30))
-def test_any_other_range_is_ignored(text: str) -> None:
-    try:
-        found = parse_range(text, 10)
-    except Problem as problem:
-        assert problem.kind == "range_not_satisfiable"
-    else:
-        assert found is None or 0 <= found[0] < found[1] <= 10
-
-
-def test_a_digest_among_others_is_found() -> None:
-    digest = sha256_of_content_digest(content_digest(b"x"))
-    for header in (f"md5=:abc=:, {content_digest(b'x')}", f"{content_digest(b'x')};q=1, unknown=?1"):
-        assert sha256_of_content_digest(header) == digest
-
-
-# waiting
-
-
-def test_five_hundred_wait_without_threads_and_are_woken(tmp_path: Path) -> None:
-    site = make_site(tmp_path, long_poll_s=60, threads=4)
-    device, other = start_round(site)
-    assert device.upload("birds.1", outputs()).status_code == 201
-    assert other.upload("birds.1", outputs(1)).status_code == 201
-    context = site.app.state.context
-
-    async def session() -> list[int]:
-        transport = httpx2.ASGITransport(app=site.app)
-        async with httpx2.AsyncClient(transport=transport, base_url="http://c", timeout=60) as client:
-
-            async def ask() -> int:
-                answer = await client.post("/v1/work", params={"wait_s": 60}, json={}, headers=device.headers)
-                return answer.status_code
-
-            before = threading.active_count()
-            asking = [asyncio.create_task(ask()) for _ in range(500)]
-            while context.metrics.waiting._value.get() < 500:
-                await asyncio.sleep(0.01)
-            assert threading.active_count() - before <= 4 + 1
-            await context.call(finish_step5, site)  # opens the next round
-            context.waiting.wake("crows")  # another task's news wakes nobody
-            await asyncio.sleep(0.05)
-            assert not any(one.done() for one in asking)
-            context.waiting.wake("birds")
-            return await asyncio.gather(*asking)
-
-    assert asyncio.run(session()) == [200] * 500
-
-
-def test_who_hangs_up_is_not_selected(tmp_path: Path) -> None:
-    site = make_site(tmp_path, long_poll_s=60)
-    device, other = start_round(site)
-    assert device.upload("birds.1", outputs()).status_code == 201
-    context = site.app.state.context
-
-    async def session() -> list[Any]:
-        sent: list[Any] = []
-        gone = asyncio.Event()
-        messages = [{"type": "http.request", "body": b"{}", "more_body": False}]
-
-        async def receive() -> Any:
-            if messages:
-                return messages.pop()
-            await gone.wait()
-            return {"type": "http.disconnect"}
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-
-        scope = {
-            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "path": "/v1/work",
-            "raw_path": b"/v1/work", "query_string": b"wait_s=60", "root_path": "", "scheme": "http",
-            "headers": [(b"authorization", device.headers["Authorization"].encode())], "server": ("t", 80),
-        }  # fmt: skip
-        asking = asyncio.create_task(site.app(scope, receive, send))
-        while not context.metrics.waiting._value.get():
-            await asyncio.sleep(0.01)
-        gone.set()
-        await asking
-        return sent
-
-    asyncio.run(session())
-    assert other.upload("birds.1", outputs(1)).status_code == 201
-    finish_step5(site)
-    context.waiting.wake("birds")
-    assert site.service.rounds("birds")[-1].selected == ()
-    assert context.metrics.waiting._value.get() == 0
-
-
-def test_the_clockwork_opens_rounds_and_wakes_who_waits(tmp_path: Path) -> None:
-    from starlette.testclient import TestClient
-
-    from coordinator.app import make_app
-
-    site = make_site(tmp_path, tick_s=0.02, long_poll_s=30)
-    device = site.enrol()
-    with TestClient(make_app(site.service, site.settings)) as client:
-        answer = client.post("/v1/work", params={"wait_s": 30}, json={}, headers=device.headers)
-        assert answer.status_code == 200
-        assert device.upload("birds.1", outputs()).status_code == 201
-        site.clock.now_s += 61  # the deadline passes with one upload, which is enough
-        answer = client.post("/v1/work", params={"wait_s": 30}, json={}, headers=device.headers)
-        assert answer.json()["round"] == "birds.2" and answer.json()["global_outputs"]
 
 
 # figures, secrets, and the description

@@ -17,11 +17,13 @@ from coordinator.rounds import (
     AGGREGATING,
     COLLECTING,
     COMPLETED,
+    QUEUED_AT_MOST_S,
     Abandoned,
     Accepted,
     AcceptedUpload,
     Aggregate,
     Ask,
+    Begun,
     Completed,
     Failed,
     Offer,
@@ -61,7 +63,7 @@ def test_a_round_that_reaches_its_goal_completes() -> None:
         AcceptedUpload("d-a", "cafe"),
         Aggregate(("d-a", "d-b")),
     ]
-    assert (round.phase, round.deadline_s) == (AGGREGATING, 60.0)
+    assert (round.phase, round.deadline_s) == (AGGREGATING, 10.0 + QUEUED_AT_MOST_S)
     assert round.accepted == {"d-a": Accepted("cafe", 5), "d-b": Accepted("beef", 7)}
     round, effects = run(round, Published("f00d"))
     assert (round.phase, round.published, effects) == (COMPLETED, "f00d", [Completed("f00d")])
@@ -71,7 +73,8 @@ def test_the_deadline_ends_the_collection_with_the_minimum() -> None:
     round, _ = run(opened(), Ask("d-a"), Offer("d-a", "cafe", 5))
     assert run(round, Tick(), now_s=99.9) == (round, [])
     round, effects = run(round, Tick(), now_s=100.0)
-    assert (round.phase, round.deadline_s, effects) == (AGGREGATING, 150.0, [Aggregate(("d-a",))])
+    assert (round.phase, effects) == (AGGREGATING, [Aggregate(("d-a",))])
+    assert round.deadline_s == 100.0 + QUEUED_AT_MOST_S
 
 
 def test_the_deadline_abandons_a_round_below_the_minimum() -> None:
@@ -82,10 +85,20 @@ def test_the_deadline_abandons_a_round_below_the_minimum() -> None:
 
 def test_aggregation_has_a_deadline_of_its_own() -> None:
     round, _ = run(run(opened(), Ask("d-a"), Offer("d-a", "cafe", 5))[0], Tick(), now_s=200.0)
-    assert run(round, Tick(), now_s=249.9) == (round, [])
-    round, effects = run(round, Tick(), now_s=250.0)
+    assert run(round, Tick(), now_s=1000.0) == (round, []), "it waits for its turn"
+    round, _ = run(round, Begun(), now_s=1000.0)
+    assert (round.begun_s, round.deadline_s) == (1000.0, 1050.0)
+    assert run(round, Begun(), Tick(), now_s=1049.9) == (round, []), "who begins anew gets no more time"
+    round, effects = run(round, Tick(), now_s=1050.0)
     assert (round.phase, effects) == (ABANDONED, [Abandoned("aggregation took longer than 50 s")])
-    assert run(round, Published("f00d"), now_s=251.0) == (round, [])
+    assert run(round, Published("f00d"), now_s=1051.0) == (round, [])
+
+
+def test_a_round_does_not_wait_for_its_turn_for_ever() -> None:
+    round, _ = run(run(opened(), Ask("d-a"), Offer("d-a", "cafe", 5))[0], Tick(), now_s=200.0)
+    round, effects = run(round, Begun(), Tick(), now_s=200.0 + QUEUED_AT_MOST_S)
+    assert effects == [Abandoned("aggregation did not begin within 24 hours")]
+    assert round.phase == ABANDONED and round.begun_s is None
 
 
 @pytest.mark.parametrize("phase", [COLLECTING, AGGREGATING])
@@ -145,6 +158,7 @@ EVENTS = st.one_of(
     st.builds(Ask, DEVICES),
     st.builds(Offer, DEVICES, DIGESTS, st.integers(0, 100)),
     st.just(Tick()),
+    st.just(Begun()),
     st.builds(Published, DIGESTS),
     st.builds(Failed, st.just("it failed")),
 )

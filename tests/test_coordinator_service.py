@@ -28,7 +28,16 @@ from tests.coordinator_backends import (  # noqa: F401  fixtures
     store,
     store_url,
 )
-from tests.coordinator_round import Clock, describe_task, enrol, make_upload, own_arrays, run_due, submit
+from tests.coordinator_round import (
+    Clock,
+    add_task,
+    describe_task,
+    enrol,
+    make_upload,
+    own_arrays,
+    run_due,
+    submit,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -41,10 +50,6 @@ def clock() -> Clock:
 @pytest.fixture
 def service(clock: Clock) -> Service:
     return Service(Store(), ObjectBlobs("memory://"), clock)
-
-
-def add_task(service: Service, folder: Path, **fields: Any) -> Task:
-    return service.create_task(describe_task(folder / "task", service.blobs, **fields))
 
 
 def refusal(call: Callable[[], object]) -> str:
@@ -241,93 +246,6 @@ def test_a_device_cannot_store_more_than_its_quota(clock: Clock, tmp_path: Path)
     assert service.ask(device, {}) is not None
     assert refusal(lambda: submit(service, task, device, "birds.2")) == "quota"
     assert submit(service, task, device, "birds.1") == "same"
-
-
-def test_a_round_whose_devices_vanish_ends_at_its_deadline(
-    service: Service, clock: Clock, tmp_path: Path
-) -> None:
-    task = add_task(service, tmp_path, goal=2, minimum=2, over_selection=1.0)
-    one, two = enrol(service), enrol(service)
-    assert service.ask(one, {}) is not None and service.ask(two, {}) is not None
-    submit(service, task, one, "birds.1")
-    assert service.tick() == []
-    clock.now_s += task.deadline_s
-    assert service.tick() == []
-    first = service.rounds("birds")[0]
-    assert first.phase == "abandoned" and "1 of at least 2" in str(first.reason)
-    # nobody has been heard of for a whole deadline: no further round is wasted
-    clock.now_s += task.deadline_s
-    service.tick()
-    assert [one.number for one in service.rounds("birds")] == [1]
-    assert service.ask(one, {})["round"] == "birds.2"  # type: ignore[index]
-
-
-def test_a_minimum_at_the_deadline_is_enough(service: Service, clock: Clock, tmp_path: Path) -> None:
-    task = add_task(service, tmp_path)
-    one, two = enrol(service), enrol(service)
-    service.ask(one, {})
-    service.ask(two, {})
-    submit(service, task, one, "birds.1")
-    clock.now_s += task.deadline_s
-    assert run_due(service, tmp_path) == 1
-    assert service.rounds("birds")[0].phase == "completed"
-    assert service.rounds("birds")[0].metrics["uploads"] == 1
-
-
-def test_a_failing_step_abandons_the_round_with_the_reason(service: Service, tmp_path: Path) -> None:
-    task = add_task(service, tmp_path, global_student=True)
-    one, two = enrol(service), enrol(service)
-    for device in (one, two):
-        service.ask(device, {})
-        submit(service, task, device, "birds.1")
-    service.blobs.delete(task.transfer.blob)
-    assert run_due(service, tmp_path) == 1
-    first = service.rounds("birds")[0]
-    assert first.phase == "abandoned" and task.transfer.blob in str(first.reason)
-    assert first.published is None
-
-
-def test_only_one_replica_runs_a_step_and_another_takes_over(
-    store_url: str,  # noqa: F811
-    clock: Clock,
-    tmp_path: Path,
-) -> None:
-    if store_url == "sqlite://":
-        pytest.skip("a database in memory has no replicas")
-    blobs = FileBlobs(tmp_path / "blobs")  # noqa: F811
-    first, second = (Service(Store(store_url), blobs, clock) for _ in range(2))
-    task = add_task(first, tmp_path)
-    devices = [enrol(first), enrol(second)]
-    for service, device in zip((first, second), devices, strict=True):
-        assert service.ask(device, {}) is not None
-    for service, device in zip((second, first), devices, strict=True):
-        assert submit(service, task, device, "birds.1") == "created"
-    (job,) = first.tick()
-    assert second.tick() == [] and first.tick() == [job]
-    clock.now_s += 10
-    assert second.tick() == [] and first.tick() == [job]  # renewed
-    clock.now_s += 14
-    assert second.tick() == []
-    clock.now_s += 10
-    (taken,) = second.tick()
-    assert first.tick() == []
-    assert not first.fail_step5(job, "too late: the right has passed to another")
-    second.run_step5(taken, tmp_path)
-    first.run_step5(job, tmp_path)
-    assert [one.phase for one in first.rounds("birds")] == ["completed"]
-
-
-def test_a_step_past_its_deadline_is_abandoned(service: Service, clock: Clock, tmp_path: Path) -> None:
-    task = add_task(service, tmp_path, distil={"deadline_s": 30.0})
-    for device in (enrol(service), enrol(service)):
-        service.ask(device, {})
-        submit(service, task, device, "birds.1")
-    (job,) = service.tick()
-    clock.now_s += 30
-    assert service.tick() == []
-    service.run_step5(job, tmp_path)
-    assert service.rounds("birds")[0].phase == "abandoned"
-    assert "longer than 30 s" in str(service.rounds("birds")[0].reason)
 
 
 def test_devices_get_the_largest_student_that_fits_and_keep_it(service: Service, tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from coordinator.task import (
     RULES,
     Aggregation,
     Distil,
-    Local,
     StudentEntry,
     Task,
     TransferEntry,
@@ -25,6 +24,8 @@ from coordinator.task import (
     share_of,
 )
 from edge_runtime.errors import UsageError
+from edge_runtime.local_settings import LocalSettings
+from edge_runtime.outputs import MOST_CLASS_COUNTS
 
 STUDENT = {
     "student": "cnn3",
@@ -66,6 +67,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         "logit_share": 0.5,
         "transfer_fraction": 0.5,
         "augment": "",
+        "checkpoint_every": 50,
     }
     assert task.as_json()["distil"] == {"epochs": 1, "learning_rate": 0.01, "alpha": 1.0, "deadline_s": 600.0}
     assert task.as_json()["aggregation"] == {
@@ -257,6 +259,30 @@ def test_fields_that_are_right_together_are_taken(fields: dict[str, Any]) -> Non
     assert parse_task(parse_task(LEAST | fields).as_json()) == parse_task(LEAST | fields)
 
 
+def test_counts_a_class_need_room_in_an_upload() -> None:
+    labelled = LEAST | {"transfer": TRANSFER | {"labelled": True}, "aggregation": {"rule": "class_mean"}}
+    assert parse_task(labelled | {"classes": MOST_CLASS_COUNTS}).classes == MOST_CLASS_COUNTS
+    with pytest.raises(UsageError, match="class_mean") as caught:
+        parse_task(labelled | {"classes": MOST_CLASS_COUNTS + 1})
+    assert "room for the counts of 3000" in str(caught.value.hint)
+    assert parse_task(LEAST | {"classes": 100_000}).classes == 100_000
+
+
+@pytest.mark.parametrize(
+    ("fields", "risky"),
+    [
+        ({"exchange": "latents"}, False),
+        ({"exchange": "parameters"}, True),
+        ({"exchange": "parameters", "aggregation": {"clip": "median"}}, False),
+        ({"exchange": "parameters", "aggregation": {"clip": 1.5}}, False),
+        ({"exchange": "parameters", "aggregation": {"rule": "median"}}, False),
+    ],
+)
+def test_a_mean_that_one_device_decides_is_a_risk(fields: dict[str, Any], risky: bool) -> None:
+    risks = parse_task(LEAST | fields).risks()
+    assert bool(risks) == risky and all("--clip median" in risk for risk in risks)
+
+
 def test_a_share_that_is_a_whole_number_is_not_rounded_away() -> None:
     assert [share_of(100, 0.29), share_of(5, 0.2), share_of(4, 0.2), share_of(9, 0.4)] == [29, 1, 0, 3]
 
@@ -302,7 +328,7 @@ def tasks(draw: st.DrawFn) -> Task:
         latent_size=draw(st.integers(1, 4096)),
         classes=draw(st.integers(2, 1000)),
         aggregation=aggregation,
-        local=Local(
+        local=LocalSettings(
             epochs=draw(st.integers(1, 9)),
             learning_rate=draw(st.floats(0, 10)),
             alpha=draw(st.floats(0, 1)),

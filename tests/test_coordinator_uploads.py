@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from coordinator.blobs import FileBlobs, ObjectBlobs
 from coordinator.problems import Problem
 from coordinator.records import DeviceRecord
 from coordinator.service import Service
-from coordinator.store import Store
+from coordinator.store import Store, StoreError
 from coordinator.task import Task
 from coordinator.together import Together
-from edge_runtime.outputs import pack
+from edge_runtime.outputs import MOST_CLASS_COUNTS, pack, unpack
 from tests.coordinator_round import Clock, describe_task, enrol, make_upload, own_arrays, run_due, submit
 
 pytestmark = pytest.mark.unit
@@ -76,6 +78,43 @@ def test_what_a_run_raises_all_of_its_callers_get_and_no_one_else() -> None:
     with pytest.raises(ValueError, match="bad"):
         together("bad")
     assert together("good") == "good"
+
+
+def test_every_caller_gets_an_error_of_its_own() -> None:
+    entered, go_on = threading.Event(), threading.Event()
+
+    def run(items: list[int]) -> list[int]:
+        entered.set()
+        go_on.wait(30)
+        raise StoreError(f"no room for {len(items)}", "make room")
+
+    together: Together[int, int] = Together(run)
+    caught: list[StoreError] = []
+
+    def call(item: int) -> None:
+        with pytest.raises(StoreError) as error:
+            together(item)
+        caught.append(error.value)
+
+    threads = in_threads([lambda: call(0)])
+    assert entered.wait(30)
+    threads += in_threads([lambda item=item: call(item) for item in (1, 2, 3)])
+    wait_until(lambda: len(together._waiting) == 3)
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert len({id(error) for error in caught}) == 4 and len({id(error.__cause__) for error in caught}) == 2
+    assert sorted(error.message for error in caught) == ["no room for 1"] + ["no room for 3"] * 3
+    assert {error.hint for error in caught} == {"make room"}
+
+
+@pytest.mark.parametrize("encoding", ["identity", "zstd"])
+def test_an_upload_has_room_for_the_largest_counts_of_most_classes(encoding: str) -> None:
+    counts, latents = [999_999_999] * MOST_CLASS_COUNTS, np.zeros((2, 3), np.float32)
+    metadata = {"samples": "999999999", "class_counts": json.dumps(counts, separators=(",", ":"))}
+    body = pack({"latents": latents}, "int8", metadata, encoding == "zstd")
+    _, read = unpack(body.body, body.content_encoding, {"latents": (2, 3)})
+    assert body.content_encoding == encoding and json.loads(read["class_counts"]) == counts
 
 
 class CountingStore(Store):

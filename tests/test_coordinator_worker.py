@@ -49,8 +49,11 @@ def first_round(site: Site):
     return next(one for one in site.service.rounds("birds") if one.number == 1)
 
 
-def test_a_worker_publishes_what_a_thread_would(site: Site, tmp_path: Path) -> None:
+def test_a_worker_publishes_what_a_thread_would(
+    site: Site, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     run_step(site, WORKER)
+    assert "INFO coordinator: round birds.1 is completed" in capfd.readouterr().err
     site.service.tick()
     published = first_round(site)
     assert published.phase == "completed" and published.reason is None

@@ -93,6 +93,14 @@ def test_every_input_of_the_step_stands_in_the_manifest_as_documented(tmp_path: 
         Objective("lkd"): [*batch, rows["lkd"], *teacher],
         Objective("kd", "mse"): [*batch, rows["mse"], *teacher],
         Objective("kd", "kl"): [*batch, rows["kl"], *teacher, ("temperature", [1])],
+        Objective("lpd"): [*batch, ("neighbour_weights", [4, 4]), *teacher],
+        Objective("crd", negatives=9, teacher_latent_size=5): [
+            *batch,
+            ("teacher_latents", [4, 5]),
+            ("teacher_negatives", [9, 5]),
+            *teacher,
+            ("temperature", [1]),
+        ],
         Objective("both", "mse"): [*batch, rows["lkd"], rows["mse"], *teacher, ("logit_share", [1])],
         Objective("both", "kl"): [
             *batch,
@@ -242,6 +250,7 @@ def test_export_prints_one_object_or_what_to_do_next(
     [
         (["--engines", "tensorrt"], 2, "no engine is called 'tensorrt'"),
         (["--kd-loss", "kl"], 2, "--kd-loss is for --objective kd"),
+        (["--negatives", "9"], 2, "--negatives is for --objective crd, not lkd"),
         (["--optimizer", "adamw", "--nesterov"], 2, "--nesterov is for --optimizer sgd"),
         (["--input-shape", "3,32"], 2, "--input-shape needs channels,height,width"),
         (["--input-shape", "3,x,32"], 2, "invalid"),

@@ -97,6 +97,11 @@ VARIANTS = {
     "mse-nesterov-group": {
         "objective": Objective("kd", "mse"), "optimizer": Optimizer("sgd", True), "normalization": "group"
     },
+    "crd-other-teacher": {
+        "objective": Objective("crd", negatives=40, features=16, teacher_latent_size=5),
+        "optimizer": Optimizer("adamw"),
+    },
+    "lpd": {"objective": Objective("lpd")},
     "ce-resnet8": {"objective": Objective("ce"), "student": "resnet8", "widths": (4, 6, 8)},
     "mobilenet-windows": {
         "student": "mobilenet-tiny", "widths": (4, 6, 8), "input": InputOptions((9, 1, 128), "float32"),
@@ -282,7 +287,7 @@ def test_wrong_arguments(
 
 
 def test_no_bundle_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert verify(tmp_path / "nowhere") == 1
+    assert verify(tmp_path / "nowhere") == 2
     assert "no such bundle" in capsys.readouterr().err
     with pytest.raises(UsageError, match="no graphs for"):
         verify_bundle(export_bundle(SMALL, tmp_path / "bundle"), 1, ("onnxruntime-training",))

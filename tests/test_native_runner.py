@@ -140,12 +140,28 @@ def test_the_library_is_built_once_for_the_same_sources(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build, "folders", lambda: iter([tmp_path / "built"]))
+    older = tmp_path / "built" / "libedgestill_runner-0123456789abcdef.so"
+    older.parent.mkdir()
+    older.touch()
     path = build.ensure_library()
     assert path.parent == tmp_path / "built"
     assert ctypes.CDLL(str(path)).edgestill_runner_version() == 1
     monkeypatch.setenv("CXX", "/nonexistent/compiler")
     assert build.ensure_library() == path
-    assert [*path.parent.iterdir()] == [path]
+    assert {*path.parent.iterdir()} == {path, older}  # not beside the sources: another environment's, perhaps
+
+
+def test_beside_the_sources_a_library_takes_the_place_of_older_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in build._SOURCES:
+        (tmp_path / name).write_bytes((build._SOURCE_FOLDER / name).read_bytes())
+    monkeypatch.setattr(build, "_SOURCE_FOLDER", tmp_path)
+    other = tmp_path / "libother-0123456789abcdef.so"
+    for path in (other, tmp_path / "libedgestill_runner-0123456789abcdef.so"):
+        path.touch()
+    path = build.ensure_library()
+    assert {*tmp_path.glob("*.so")} == {path, other}
 
 
 def test_the_name_changes_with_wheel_and_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from export.optimizers import Optimizer
 from export.step import InputOptions
 from export.targets.onnxruntime_training import build_train_step
 from export.targets.onnxruntime_training_operators import GradientError
+from tests.export_oracle import contrastive_rows, locality_rows
 
 pytestmark = [
     pytest.mark.contract,
@@ -52,6 +53,13 @@ def options(student: str, objective: Objective, optimizer: Optimizer, **changed:
 
 CONFIGURATIONS = {
     "cnn3-both-kl": options("cnn3", Objective("both", "kl"), Optimizer("sgd")),
+    "cnn3-crd-sgd": options(
+        "cnn3", Objective("crd", negatives=20, features=7, teacher_latent_size=4), Optimizer("sgd")
+    ),
+    "cnn3-crd-frozen-adamw": options(
+        "cnn3", Objective("crd", negatives=9, features=16), Optimizer("adamw"), freeze=("perception",)
+    ),
+    "cnn3-lpd-sgd": options("cnn3", Objective("lpd"), Optimizer("sgd")),
     "cnn3-lkd-sgd": options("cnn3", Objective("lkd"), Optimizer("sgd")),
     "resnet8-kd-adamw": options("resnet8", Objective("kd", "mse"), Optimizer("adamw")),
     "mobilenet-tiny-ce-nesterov": options("mobilenet-tiny", Objective("ce"), Optimizer("sgd", nesterov=True)),
@@ -82,12 +90,28 @@ def batch(configuration: ExportOptions, seed: int) -> dict[str, np.ndarray]:
         numbers = numbers | {"alpha": 0.3}
     if objective.name == "both":
         numbers = numbers | {"logit_share": 0.7}
+    if objective.name == "crd":
+        size = objective.teacher_latent_size or LATENT
+        inputs["teacher_latents"] = random.standard_normal((BATCH, size)).astype(np.float32)
+        inputs["teacher_negatives"] = random.standard_normal((objective.negatives, size)).astype(np.float32)
+        numbers = numbers | {"temperature": 0.07}
+    if objective.name == "lpd":
+        inputs["neighbour_weights"] = random.random((BATCH, BATCH)).astype(np.float32)
     if objective.kd_loss == "kl":
         numbers = numbers | {"temperature": 4.0}
     return inputs | {name: np.array([number], np.float32) for name, number in numbers.items()}
 
 
-def eager_losses(student: nn.Module, configuration: ExportOptions, inputs: dict[str, torch.Tensor]):
+def heads_of(state: dict[str, np.ndarray]) -> dict[str, nn.Parameter]:
+    return {n: nn.Parameter(torch.from_numpy(a).double()) for n, a in state.items() if n.startswith("crd.")}
+
+
+def eager_losses(
+    student: nn.Module,
+    configuration: ExportOptions,
+    inputs: dict[str, torch.Tensor],
+    heads: dict[str, torch.Tensor],
+):
     """(loss, ce_loss, distillation_loss or None, latents, logits) with the formulas of docs/bundle.md."""
     given = configuration.input
     mean, std = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (given.mean, given.std))
@@ -98,7 +122,11 @@ def eager_losses(student: nn.Module, configuration: ExportOptions, inputs: dict[
     objective = configuration.objective
     if not objective.distills:
         return ce, ce, None, latents, logits
-    if objective.name == "lkd":
+    if objective.name == "crd":
+        rows = contrastive_rows(inputs, heads, latents)
+    elif objective.name == "lpd":
+        rows = locality_rows(inputs["neighbour_weights"], latents)
+    elif objective.name == "lkd":
         rows = F.mse_loss(latents, inputs["teacher_latents"], reduction="none").mean(1)
     elif objective.kd_loss == "mse":
         rows = F.mse_loss(logits, inputs["teacher_logits"], reduction="none").mean(1)
@@ -131,7 +159,8 @@ def eager_step(
     for name, module in student.named_modules():
         if isinstance(module, nn.BatchNorm2d) and f"{name}.weight" in frozen:
             module.eval()
-    parameters = {name: p for name, p in student.named_parameters() if name not in frozen}
+    heads = heads_of(state)
+    parameters = {name: p for name, p in student.named_parameters() if name not in frozen} | heads
     number = {name: float(array[0]) for name, array in inputs.items() if array.shape == (1,)}
     if configuration.optimizer.name == "sgd":
         optimizer = torch.optim.SGD(
@@ -154,10 +183,11 @@ def eager_step(
         name: torch.from_numpy(array).double() if array.dtype != np.int64 else torch.from_numpy(array)
         for name, array in inputs.items()
     }
-    losses = eager_losses(student, configuration, tensors)
+    losses = eager_losses(student, configuration, tensors, heads)
     losses[0].backward()
     optimizer.step()
-    after = {name: t.detach().numpy() for name, t in student.state_dict().items() if name in state}
+    tensors = student.state_dict() | heads
+    after = {name: t.detach().numpy() for name, t in tensors.items() if name in state}
     for name, parameter in parameters.items():
         for ours, theirs in slots.items():
             after[f"optimizer.{ours}.{name}"] = optimizer.state[parameter][theirs].numpy()
@@ -197,7 +227,7 @@ def test_every_step_equals_eager_pytorch(name: str, tmp_path: Path) -> None:
         student.load_state_dict({n: torch.from_numpy(state[n]) if n in state else t for n, t in own.items()})
         with torch.no_grad():
             tensors = {n: torch.from_numpy(a).double() for n, a in inputs.items()}
-            _, _, _, latents, logits = eager_losses(student, configuration, tensors)
+            _, _, _, latents, logits = eager_losses(student, configuration, tensors, heads_of(state))
         for ours, eager in zip(opened.encode(images), (latents, logits), strict=True):
             np.testing.assert_allclose(ours, eager.numpy(), rtol=1e-4, atol=1e-4)
     finally:

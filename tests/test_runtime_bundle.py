@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.bundle import Bundle
-from edge_runtime.errors import BundleError, EdgestillError, StateError
+from edge_runtime.errors import BundleError, EdgestillError, StateError, UsageError
 from tests.handmade_bundle import BATCH, CLASSES, LATENT, file_records, write_handmade_bundle, write_manifest
 
 
@@ -191,7 +191,8 @@ def test_zip_links_bombs_and_rubbish_are_refused(
     assert_refused(path, "is a link")
     (tmp_path / "rubbish.zip").write_bytes(b"PK\x03\x04 and nothing")
     assert_refused(tmp_path / "rubbish.zip", "not a readable .zip")
-    assert_refused(tmp_path / "absent.zip", "no such bundle")
+    with pytest.raises(UsageError, match="no such bundle"):
+        Bundle.open(tmp_path / "absent.zip")
     monkeypatch.setattr("edge_runtime.bundle.MAX_BUNDLE_BYTES", 1000)
     assert_refused(pack(folder, tmp_path / "bomb.zip"), "unpacks to more than")
 

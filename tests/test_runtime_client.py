@@ -344,4 +344,4 @@ def test_the_client_is_there_without_httpx2() -> None:
         "except EdgestillError as error: print(error.hint)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.stdout.strip() == "pip install httpx2", done.stderr
+    assert done.stdout.strip() == "pip install 'edgestill[device]'", done.stderr

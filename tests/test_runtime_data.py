@@ -60,7 +60,7 @@ def test_npz_images_become_channels_first(tmp_path: Path) -> None:
     alone = load_splits(first, SMALL, 3)
     np.testing.assert_array_equal(alone.train.images, np.moveaxis(x, 3, 1))
     assert alone.test is None and alone.choose(None) is alone.train
-    with pytest.raises(DataError, match="no test split"):
+    with pytest.raises(UsageError, match="no test split"):
         alone.choose("test")
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from edge_runtime.bundle import Bundle
 from edge_runtime.engines import ENGINES, available_engines, open_engine
-from edge_runtime.errors import EngineError
+from edge_runtime.errors import EngineError, UsageError
 from tests.handmade_bundle import BATCH, CLASSES, LATENT, SIZE, reference_step, write_handmade_bundle
 
 
@@ -86,10 +86,10 @@ def test_the_first_usable_engine_of_the_bundle_is_chosen(bundle: Bundle) -> None
 
 
 def test_an_engine_that_the_bundle_lacks_is_refused(bundle: Bundle) -> None:
-    with pytest.raises(EngineError, match="no graphs for engine executorch") as error:
+    with pytest.raises(UsageError, match="no graphs for engine executorch") as error:
         open_engine(bundle, "executorch")
     assert "--engines onnxruntime,executorch" in error.value.hint
-    with pytest.raises(EngineError, match="no engine is called 'tensorrt'"):
+    with pytest.raises(UsageError, match="no engine is called 'tensorrt'"):
         open_engine(bundle, "tensorrt")
 
 
@@ -99,7 +99,7 @@ def test_an_engine_that_does_not_work_says_what_to_install(
     monkeypatch.setattr("edge_runtime.engines.onnxruntime.check", lambda: "it is broken")
     with pytest.raises(EngineError, match="it is broken") as error:
         open_engine(bundle, "onnxruntime")
-    assert "pip install onnxruntime" in error.value.hint
+    assert "pip install 'edgestill[onnxruntime]'" in error.value.hint
     with pytest.raises(EngineError, match="no engine of this bundle works here"):
         open_engine(bundle)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import re
 import signal
 import stat
 import subprocess
@@ -192,7 +194,11 @@ def test_a_round_that_is_given_up_is_a_failure_of_once(
         (["--privacy-clip", "1"], 2, "go together"),
         (["--privacy-clip", "0", "--noise-multiplier", "1"], 2, "out of range"),
         (["--gamma", "0.5"], 2, "--share"),
-        (["--share", "3/2"], 2, "share"),
+        (["--share", "3/2"], 2, "no device 3 among 2"),
+        (["--share", "half"], 2, "not K/N"),
+        (["--name", ""], 2, "1 to 80 characters"),
+        (["--name", "a\tb"], 2, "1 to 80 characters"),
+        (["--engine", "executorch"], 2, "no graphs for --engine executorch, only for onnxruntime"),
         (["--min-battery", "30"], 2, "battery"),
         (["--min-memory", "-1"], 2, "--min-memory"),
         (["--discover"], 2, "one of them"),
@@ -349,3 +355,81 @@ def test_discovery_says_what_to_install_and_chooses_nobody_by_chance(monkeypatch
     monkeypatch.setitem(sys.modules, "zeroconf", None)
     with pytest.raises(EdgestillError, match="zeroconf"):
         discovery.find_one()
+
+
+def test_a_person_is_told_what_the_device_waits_for(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fake = FakeCoordinator(work / "c")
+    with served(fake) as (url, _):
+        assert main(arguments(work, url)) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said.count("edgestill: waiting for others: 2 of 3 uploads, 4 min left") == 1
+    uploads = [place for place, line in enumerate(said) if line.startswith("edgestill: uploaded")]
+    assert said.index("edgestill: waiting for others: 2 of 3 uploads, 4 min left") == uploads[0] + 1
+
+
+@pytest.mark.contract
+def test_a_restart_says_where_it_goes_on(work: Path) -> None:
+    fake = FakeCoordinator(work / "c", rounds=1, epochs=40)
+    command = [sys.executable, "-m", "edge_runtime.cli"]
+    with served(fake) as (url, _):
+        started = subprocess.Popen(
+            [*command, *arguments(work, url, "--json")], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        assert started.stdout is not None
+        for line in started.stdout:
+            if json.loads(line).get("step") == 5:
+                started.kill()
+                break
+        started.communicate()
+        done = subprocess.run([*command, *arguments(work, url)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"continuing round birds\.1 from step (\d+)", done.stderr)
+    assert found is not None and int(found[1]) >= 4
+
+
+def test_a_restart_before_the_upload_says_so(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fake = FakeCoordinator(work / "c", rounds=1)
+
+    def interrupt(call: str) -> None:
+        if call == "submit":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    fake.before = interrupt
+    with served(fake) as (url, _):
+        assert main(arguments(work, url)) == 1
+        fake.before = lambda call: None
+        capsys.readouterr()
+        assert main(arguments(work, url, "--json")) == 0
+    said = events(capsys.readouterr().out)
+    assert {"event": "continuing", "round": "birds.1", "phase": "uploading"} in said
+
+
+def test_devices_of_one_host_have_names_of_their_own(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = []
+    for folder in ("1", "2"):
+        fake = FakeCoordinator(work / folder)
+        enrol = fake.enrol
+        fake.enrol = lambda code, info, enrol=enrol: told.append(info["name"]) or enrol(code, info)  # type: ignore
+        with served(fake) as (url, _):
+            assert main(arguments(work, url, "--once", "--work-dir", str(work / "w" / folder))) == 0
+        assert json.loads((work / "w" / folder / "identity.json").read_text())["name"] == told[-1]
+    assert len(set(told)) == 2
+    assert all(name.startswith(f"{platform.node()[:75]}-") and len(name) <= 80 for name in told)
+
+
+def test_an_engine_that_does_not_do_gets_a_hint_for_who_has_the_device(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = FakeCoordinator(work / "c")
+    with served(fake) as (url, _):
+        assert main(arguments(work, url, "--once")) == 0
+        capsys.readouterr()
+        assert main(arguments(work, url, "--once", "--engine", "executorch")) == 2
+        said = capsys.readouterr().err
+        assert "only for onnxruntime" in said and "leave --engine out: onnxruntime works here" in said
+        monkeypatch.setattr("edge_runtime.engines.onnxruntime.check", lambda: "it is broken")
+        assert main(arguments(work, url, "--once")) == 1
+        said += capsys.readouterr().err
+    assert "onnxruntime: it is broken" in said
+    assert "hint: for onnxruntime: pip install 'edgestill[onnxruntime]'" in said
+    assert fake.student["bundle"][:12] not in said and "--engines" not in said

@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import hypothesis
 import numpy as np
 import pytest
-import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime import wire
-from edge_runtime.batches import BatchPlan, TransferSet
 from edge_runtime.bundle import Bundle
 from edge_runtime.data import Dataset
 from edge_runtime.engines import open_engine
 from edge_runtime.errors import DataError, Interrupted, StateError, TrainingError, UsageError
+from edge_runtime.local_settings import LocalSettings
 from edge_runtime.local_training import (
     LocalResult,
-    LocalSettings,
     Transfer,
     own_outputs,
     parameters_of,
     train_locally,
     with_parameters,
 )
-from edge_runtime.teacher import TeacherOutputs
 from export.exporter import ExportOptions, export_bundle
 from export.objectives import Objective
 from export.optimizers import Optimizer
@@ -46,7 +41,6 @@ from tests.handmade_bundle import (
     write_handmade_bundle,
 )
 
-ROOT = Path(__file__).parent.parent
 SETTINGS = LocalSettings(epochs=3, learning_rate=0.02, alpha=0.4, transfer_fraction=0.375, checkpoint_every=4)
 SEED = 11
 
@@ -129,29 +123,6 @@ def assert_same(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray
 def assert_close(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]) -> None:
     for name, array in first.items():
         np.testing.assert_allclose(array, second[name], rtol=1e-3, atol=2e-5, err_msg=name)
-
-
-# batches
-
-
-@given(st.integers(1, 20), st.integers(1, 9), st.integers(1, BATCH - 1), st.integers(0, 30))
-def test_batches_of_private_and_transfer_samples(samples: int, others: int, count: int, step: int) -> None:
-    dataset, transfer = private(samples), Transfer(images(others, seed=9))
-    outputs = outputs_on(transfer)
-    plan = BatchPlan(
-        dataset, BATCH, SEED, transfer=TransferSet(transfer.images, TeacherOutputs(**outputs)),
-        transfer_count=count, teacher_sizes=(LATENT, CLASSES),
-    )  # fmt: skip
-    batch, own = plan.inputs(step), BATCH - count
-    assert batch["label_weights"].tolist() == [1] * own + [0] * count
-    assert batch["teacher_weights"].tolist() == [0] * own + [1] * count
-    known = {image.tobytes(): label for image, label in zip(dataset.images, dataset.labels, strict=True)}
-    assert [known[image.tobytes()] for image in batch["images"][:own]] == batch["labels"][:own].tolist()
-    rows = {image.tobytes(): row for row, image in enumerate(transfer.images)}
-    chosen = [rows[image.tobytes()] for image in batch["images"][own:]]
-    for name, array in outputs.items():
-        assert not batch[f"teacher_{name}"][:own].any()
-        np.testing.assert_array_equal(batch[f"teacher_{name}"][own:], array[chosen])
 
 
 # training
@@ -409,56 +380,3 @@ def test_a_training_that_diverges_leaves_nothing_behind(
     with pytest.raises(TrainingError):
         trained(handmade, private(21), settings=replace(SETTINGS, learning_rate=1e30), state_path=path)
     assert list(tmp_path.iterdir()) == []
-
-
-# settings and files
-
-
-def test_settings_are_those_of_the_contract() -> None:
-    """docs/federation.md, row `local`."""
-    row = re.search(r"\| `local` \|[^{]*(\{[^}]*\})", (ROOT / "docs/federation.md").read_text())
-    documented = json.loads(row[1])
-    mine = asdict(LocalSettings())
-    assert documented == {name: mine[name] for name in documented}
-    assert LocalSettings.from_json(documented) == LocalSettings() == LocalSettings.from_json({"later": 1})
-    changed = LocalSettings.from_json({"epochs": 3, "momentum": 0, "augment": "flip,crop"})
-    assert (changed.epochs, changed.momentum, changed.augmentations) == (3, 0.0, ("flip", "crop"))
-
-
-@pytest.mark.parametrize(
-    "bad", [{"epochs": 1.5}, {"epochs": True}, {"alpha": "1"}, {"alpha": float("nan")}, {"augment": None}]
-)
-def test_settings_of_another_type_are_named(bad: dict[str, object]) -> None:
-    with pytest.raises(UsageError, match=f"local.{next(iter(bad))}"):
-        LocalSettings.from_json(bad)
-
-
-@pytest.mark.parametrize("labelled", [True, False])
-def test_a_transfer_set_is_a_safetensors_file(tmp_path: Path, labelled: bool) -> None:
-    labels = np.arange(5) % CLASSES if labelled else None
-    Transfer(images(5), labels).save(tmp_path / "t.safetensors")
-    official = safetensors.numpy.load_file(tmp_path / "t.safetensors")
-    assert official.keys() == ({"images", "labels"} if labelled else {"images"})
-    loaded = Transfer.load(tmp_path / "t.safetensors")
-    np.testing.assert_array_equal(loaded.images, official["images"])
-    assert len(loaded) == 5 and (loaded.labels is None) != labelled
-    assert not labelled or loaded.labels.tolist() == labels.tolist()
-
-
-@pytest.mark.parametrize(
-    "arrays",
-    [
-        {},
-        {"labels": np.zeros(2, np.int64)},
-        {"images": images(2)[0]},
-        {"images": images(2).astype(np.int64)},
-        {"images": images(2)[:0]},
-        {"images": images(2), "labels": np.zeros(3, np.int64)},
-        {"images": images(2), "labels": np.zeros(2, np.float32)},
-        {"images": images(2), "more": np.zeros(2, np.float32)},
-    ],
-)
-def test_other_files_are_no_transfer_set(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
-    wire.save(tmp_path / "t.safetensors", arrays)
-    with pytest.raises(DataError, match=r"t\.safetensors"):
-        Transfer.load(tmp_path / "t.safetensors")

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from coordinator.blobs import FileBlobs
+from coordinator.problems import Problem
+from coordinator.service import Service
 from edge_runtime.cli import main
 from edge_runtime.outputs import unpack
 from tests.handmade_bundle import CHANNELS, CLASSES, LATENT, SIZE, write_handmade_bundle
@@ -97,6 +99,23 @@ def test_a_folder_that_was_used_before_changes_nothing(
 ) -> None:
     first, second = (simulate(words, capsys, "--work-dir", str(tmp_path)) for _ in range(2))
     assert without_times(first) == without_times(second)
+
+
+def test_a_refused_report_takes_nothing_from_the_upload(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = simulate(words, capsys)
+
+    def refuse(*_: Any) -> None:
+        raise Problem("late")
+
+    monkeypatch.setattr(Service, "report", refuse)
+    assert without_times(simulate(words, capsys)) == without_times(whole)
+
+
+def test_more_devices_than_images_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words, "--devices", "161"]) == 2
+    assert "161 devices for 160 samples" in capsys.readouterr().err
 
 
 def test_poison_reaches_the_aggregate_and_the_median_shrugs(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 from benchmarks.simulation.attack import SCALE, spoil
-from benchmarks.simulation.pool import open_pool
+from benchmarks.simulation.pool import JOBS_A_WORKER, open_pool
 from benchmarks.simulation.population import poisoners, turns, uniform
 from benchmarks.simulation.settings import ATTACKS, Poison, SimulationSettings
 from benchmarks.simulation.students import WIDTHS, narrow
@@ -138,3 +139,18 @@ def test_ray_that_is_not_installed_is_a_clear_error(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(UsageError, match="not installed"), open_pool(1, ray=True):
         pass
+
+
+def test_jobs_are_made_when_they_are_needed_and_no_sooner() -> None:
+    made: list[int] = []
+
+    def jobs() -> Iterator[int]:
+        for number in range(100):
+            made.append(number)
+            yield number
+
+    with open_pool(2, ray=False) as pool:
+        for number, result in enumerate(pool.map(abs, jobs())):
+            assert result == number
+            assert len(made) <= number + 1 + 2 * JOBS_A_WORKER
+    assert len(made) == 100

@@ -6,14 +6,15 @@ the pool only computes what devices upload.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.simulation.pool import Pool
+from benchmarks.simulation.pool import Pool, SharedFile
 from benchmarks.simulation.population import Turn, poisoners, turns
 from benchmarks.simulation.settings import SimulationSettings
 from benchmarks.simulation.virtual import SeededEntropy, VirtualClock
@@ -63,31 +64,26 @@ class Federation:
     ) -> None:
         self.settings = settings
         self.clock = VirtualClock()
+        self._files = FileBlobs(work_dir / "blobs")
         self.service = Service(
-            Store("sqlite://"), FileBlobs(work_dir / "blobs"), self.clock, SeededEntropy(settings.seed),
+            Store("sqlite://"), self._files, self.clock, SeededEntropy(settings.seed),
             engine_threads=1,
         )  # fmt: skip
         task = make_task(describe_task(settings, bundles, global_bundle), self.service.add_blob)
         self.task: Task = self.service.create_task(rank_students(task))
-        self.setup = Setup(
-            folder=str(work_dir),
-            form_of=str(bundles[0].resolve()),
-            data=str(Path(settings.data).resolve()) if Path(settings.data).exists() else settings.data,
-            devices=settings.devices,
-            gamma=settings.gamma,
-            seed=settings.seed,
-        )
         self.poisoners = poisoners(settings)
         self.tally = Tally()
         self._folder = work_dir
+        self._states = work_dir / "devices"
+        self._states.mkdir(parents=True, exist_ok=True)
+        self._shared: dict[str, SharedFile] = {}
         self._devices = [self._enrol(index) for index in range(settings.devices)]
         self._assignments = [self.service.assignment(device) for device in self._devices]
 
     def run_round(self, number: int, pool: Pool) -> dict[str, Any]:
         """One round from its opening to its end; the line that reports it."""
         self.service.tick()
-        jobs = self._select(number)
-        tally = self._collect(jobs, pool)
+        tally = self._collect(self._select(number), pool)
         self.tally.add(tally)
         overview = self._finish(number)
         return {
@@ -106,10 +102,17 @@ class Federation:
 
     def train_alone(self, pool: Pool) -> Means:
         """Mean accuracies, had each device trained as many epochs on its own data alone."""
-        jobs = [
-            AloneJob(self.setup, index, self._assignments[index], self.tally.times[index])
+        setup = self._setup(pool)
+        jobs = (
+            AloneJob(
+                setup,
+                index,
+                self._assignments[index],
+                self._blobs(pool, self._assignments[index]),
+                self.tally.times[index],
+            )
             for index in sorted(self.tally.after)
-        ]
+        )
         return mean_accuracies(list(pool.map(train_alone, jobs)))
 
     def refusals(self) -> dict[str, int]:
@@ -133,38 +136,76 @@ class Federation:
         enrolled = self.service.enrol(self.service.issue_code(TASK), info)
         return self.service.authenticate(enrolled["token"])
 
-    def _select(self, number: int) -> list[tuple[Turn, RoundJob]]:
-        """The selected devices that will not drop out, in the order in which they upload."""
-        expected = {name: tuple(shape) for name, shape in self.task.expected_upload().items()}
+    def _select(self, number: int) -> list[tuple[Turn, dict[str, Any]]]:
+        """The selected devices that will not drop out, with their work, in the order in which they upload."""
         selected = []
         for turn in turns(self.settings, number):
-            device = self._devices[turn.device]
-            work = self.service.ask(device, STATUS)
-            if work is None or turn.drops_out:
-                continue
-            poison = self.settings.poison if turn.device in self.poisoners else None
-            attack = None if poison is None else poison.attack
-            job = RoundJob(
-                self.setup, turn.device, device.name, self._assignments[turn.device], work, attack, expected
-            )
-            selected.append((turn, job))
+            work = self.service.ask(self._devices[turn.device], STATUS)
+            if work is not None and not turn.drops_out:
+                selected.append((turn, work))
         return sorted(selected, key=lambda pair: (pair[0].uploads_after_s, pair[0].device))
 
-    def _collect(self, jobs: Sequence[tuple[Turn, RoundJob]], pool: Pool) -> Tally:
+    def _jobs(self, selected: Sequence[tuple[Turn, dict[str, Any]]], pool: Pool) -> Iterator[RoundJob]:
+        """One a device, made when it is asked for: its student is read from disk only then."""
+        setup = self._setup(pool)
+        expected = {name: tuple(shape) for name, shape in self.task.expected_upload().items()}
+        for turn, work in selected:
+            index = turn.device
+            poison = self.settings.poison if index in self.poisoners else None
+            state = self._state_path(index)
+            yield RoundJob(
+                setup,
+                index,
+                self._devices[index].name,
+                self._assignments[index],
+                work,
+                self._blobs(pool, self._assignments[index], work["global_outputs"]),
+                state.read_bytes() if state.exists() else None,
+                None if poison is None else poison.attack,
+                expected,
+                self.settings.privacy,
+            )
+
+    def _setup(self, pool: Pool) -> Setup:
+        settings, data = self.settings, Path(self.settings.data)
+        source = self._share(pool, data.resolve()) if data.exists() else settings.data
+        return Setup(source, settings.devices, settings.gamma, settings.seed, settings.test_samples)
+
+    def _blobs(
+        self, pool: Pool, assignment: Mapping[str, Any], published: str | None = None
+    ) -> dict[str, SharedFile]:
+        """What a device downloads in a round, or would."""
+        digests = [assignment["student"]["bundle"], assignment["task"]["transfer"]["blob"], published]
+        return {digest: self._share(pool, self._files.path(digest)) for digest in digests if digest}
+
+    def _share(self, pool: Pool, path: Path) -> SharedFile:
+        """Each file once, however many jobs name it."""
+        key = str(path)
+        if key not in self._shared:
+            self._shared[key] = pool.share(path)
+        return self._shared[key]
+
+    def _state_path(self, index: int) -> Path:
+        """The student of a device between rounds."""
+        return self._states / f"{index:06d}.safetensors"
+
+    def _collect(self, selected: Sequence[tuple[Turn, dict[str, Any]]], pool: Pool) -> Tally:
         """Trains, and hands every upload in at its virtual moment."""
         tally = Tally()
         opened_s, started_s = self.clock.now_s, time.perf_counter()
-        outcomes = pool.map(run_round, [job for _, job in jobs])
-        for (turn, _), outcome in zip(jobs, outcomes, strict=True):
+        outcomes = pool.map(run_round, self._jobs(selected, pool))
+        for (turn, _), outcome in zip(selected, outcomes, strict=True):
             self.clock.advance_to(opened_s + turn.uploads_after_s)
             tally.trainings += 1
             tally.bytes_down += outcome.bytes_down
             tally.setup_bytes += outcome.setup_bytes
-            if outcome.body is None:
+            if outcome.body is None or outcome.student is None:
                 continue
             tally.bytes_up += len(outcome.body)
-            if self._hand_in(self._devices[turn.device], outcome, outcome.body):
-                self.setup.pending_path(turn.device).replace(self.setup.state_path(turn.device))
+            taken = self._hand_in(self._devices[turn.device], outcome, outcome.body)
+            # a model of its own stays trained, as in `Device`
+            if taken or self.task.exchange != "parameters":
+                self._state_path(turn.device).write_bytes(outcome.student)
                 tally.times[turn.device] = 1
                 if turn.device not in self.poisoners:
                     tally.after[turn.device] = outcome.after
@@ -172,15 +213,19 @@ class Federation:
         return tally
 
     def _hand_in(self, device: DeviceRecord, outcome: Outcome, body: bytes) -> bool:
-        """Upload and report as the HTTP routes hand them in; False when refused, which the service counts."""
+        """Upload and report as the HTTP routes hand them in; whether the upload was taken.
+
+        The service counts what it refuses; a report that it refuses takes nothing from the upload.
+        """
         digest = hashlib.sha256(body).hexdigest()
         name, encoding = outcome.round_name, outcome.content_encoding
         try:
             self.service.check_upload(device, name, device.name, len(body), digest, encoding)
             self.service.submit(device, name, device.name, body, digest, encoding)
-            self.service.report(device, name, device.name, outcome.report)
         except Problem:
             return False  # late, most often: the round has gone on without the slow device
+        with contextlib.suppress(Problem):
+            self.service.report(device, name, device.name, outcome.report)
         return True
 
     def _finish(self, number: int) -> RoundOverview:
@@ -208,6 +253,7 @@ def describe_task(
         "global_bundle": None if global_bundle is None else str(global_bundle),
         "transfer": settings.transfer,
         "transfer_count": settings.transfer_count,
+        "transfer_labels": settings.transfer_labels,
         "test": settings.data if settings.distils else None,
         "seed": settings.seed,
         "exchange": settings.exchange,

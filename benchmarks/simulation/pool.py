@@ -1,56 +1,129 @@
-"""Where trainings run: in this process, in a pool of processes, or on Ray; results come in the order of the jobs."""
+"""Where trainings run: in this process, in a pool of processes, or on Ray; results come in the order of the jobs.
+
+A job names files only by what `Pool.share` gave for them, so that it runs where none of this machine's folders is.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
-from edge_runtime.errors import UsageError
+import numpy as np
+
+from edge_runtime.errors import EdgestillError, UsageError
+from edge_runtime.files import write_atomically
 
 # Every worker computes on one thread: workers are the parallelism, and sums over more threads than one may
 # come in another order on another machine.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+JOBS_A_WORKER = 4
+"""How many jobs a worker has waiting: enough to be never idle, few enough to hold ten thousand devices' states."""
+
+
+class SharedFile(Protocol):
+    """A file that workers can read; hashable."""
+
+    def path(self, folder: Path) -> Path:
+        """Where it lies, if need be as a copy in `folder`."""
 
 
 class Pool(Protocol):
     """Runs a function of this package's on many jobs."""
 
+    def share(self, path: Path) -> SharedFile:
+        """What stands for a file in jobs. Errors: UsageError for a folder that cannot travel."""
+
     def map(self, function: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
-        """Results in the order of the jobs. Errors: the first one of a job."""
+        """Results in the order of the jobs, which are taken as they are needed. Errors: the first one of a job."""
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A file that workers see where it lies."""
+
+    where: Path
+
+    def path(self, folder: Path) -> Path:
+        return self.where
+
+
+@dataclass(frozen=True)
+class RayFile:
+    """A file in Ray's object store: `reference` to its bytes."""
+
+    name: str
+    reference: Any
+
+    def path(self, folder: Path) -> Path:
+        import ray
+
+        target = folder / f"{self.reference.hex()}-{self.name}"
+        if not target.exists():
+            write_atomically(target, [ray.get(self.reference)])
+        return target
 
 
 class _Here:
+    def share(self, path: Path) -> SharedFile:
+        return LocalFile(path)
+
     def map(self, function: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
-        return map(function, list(jobs))
+        return map(function, jobs)
 
 
 class _Processes:
-    def __init__(self, executor: ProcessPoolExecutor) -> None:
-        self._executor = executor
+    def __init__(self, executor: ProcessPoolExecutor, workers: int) -> None:
+        self._executor, self._workers = executor, workers
+
+    def share(self, path: Path) -> SharedFile:
+        return LocalFile(path)
 
     def map(self, function: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
-        return self._executor.map(function, jobs)
+        submitted = (self._executor.submit(function, job) for job in jobs)
+        return (future.result() for future in _ahead(submitted, JOBS_A_WORKER * self._workers))
 
 
 class _Ray:
     def __init__(self, ray: Any) -> None:
         self._ray = ray
+        self._workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+    def share(self, path: Path) -> SharedFile:
+        if path.is_dir():
+            raise UsageError(
+                f"{path} is a folder, which does not travel to Ray's workers",
+                "give an archive or an .npz file",
+            )
+        return RayFile(path.name, self._ray.put(np.fromfile(path, np.uint8)))
 
     def map(self, function: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
         remote = self._ray.remote(num_cpus=1)(function)
-        references = [remote.remote(job) for job in jobs]
-        return (self._ray.get(reference) for reference in references)
+        submitted = (remote.remote(job) for job in jobs)
+        return (self._ray.get(reference) for reference in _ahead(submitted, JOBS_A_WORKER * self._workers))
+
+
+def _ahead(items: Iterable[Any], count: int) -> Iterator[Any]:
+    """The items in their order, each handed out once `count` more have been taken."""
+    taken: deque[Any] = deque()
+    for item in items:
+        taken.append(item)
+        if len(taken) > count:
+            yield taken.popleft()
+    yield from taken
 
 
 @contextmanager
 def open_pool(workers: int, ray: bool) -> Iterator[Pool]:
     """A pool that is closed with its block; one worker without Ray means this process.
 
-    Errors: UsageError when Ray is asked for and not installed.
+    Errors: UsageError when Ray is asked for and not installed, EdgestillError when its cluster does not answer.
     """
     if ray:
         yield from _open_ray(workers)
@@ -61,7 +134,7 @@ def open_pool(workers: int, ray: bool) -> Iterator[Pool]:
         context = multiprocessing.get_context("spawn")
         with _environment(ONE_THREAD), ProcessPoolExecutor(workers, mp_context=context) as executor:
             try:
-                yield _Processes(executor)
+                yield _Processes(executor, workers)
             except BaseException:
                 executor.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -74,8 +147,14 @@ def _open_ray(workers: int) -> Iterator[Pool]:
         raise UsageError("--ray needs Ray, which is not installed", "pip install 'edgestill[ray]'") from error
     # RAY_ADDRESS names a cluster; without it Ray starts on this machine with as many workers as are asked for
     cpus = None if os.environ.get("RAY_ADDRESS") else workers
-    ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False,
-             runtime_env={"env_vars": ONE_THREAD})  # fmt: skip
+    try:
+        ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False,
+                 runtime_env={"env_vars": ONE_THREAD})  # fmt: skip
+    except ConnectionError as error:
+        raise EdgestillError(
+            f"--ray: {error}",
+            "start the cluster that RAY_ADDRESS names, and give its RAY_AUTH_TOKEN if it has one",
+        ) from error
     try:
         yield _Ray(ray)
     finally:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_runtime.errors import UsageError
+from edge_runtime.local_round import Privacy
 
 EXCHANGES = ("latents", "logits", "both", "parameters")
 MODES = ("global", "consensus")
@@ -76,6 +77,14 @@ class SimulationSettings:
     data: str = "cifar10-mini"
     transfer: str = "cifar100-transfer-mini"
     transfer_count: int = 500
+    transfer_labels: bool = False
+    """Whether the coordinator knows the classes of the transfer set; devices never do."""
+    test_samples: int = 200
+    """Of a device's T_priv, and of its T_uni."""
+    noise_multiplier: float | None = None
+    """Of the devices' differential privacy; None: no privacy."""
+    privacy_clip: float = 1.0
+    """The norm that private outputs are shortened to, a row."""
     local_epochs: int = 1
     learning_rate: float = 0.01
     alpha: float = 0.5
@@ -90,13 +99,18 @@ class SimulationSettings:
 
     def __post_init__(self) -> None:
         counts = ("devices", "rounds", "width_divisor", "latent_size", "batch", "local_epochs",
-                  "distil_epochs", "transfer_count", "workers")  # fmt: skip
+                  "distil_epochs", "transfer_count", "test_samples", "workers")  # fmt: skip
         for name in counts:
             if getattr(self, name) < 1:
                 raise UsageError(f"{_option(name)} {getattr(self, name)}", "give 1 or more")
         for name in ("availability", "trim", "byzantine", "transfer_fraction", "alpha"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{_option(name)} {getattr(self, name)}", "give a share between 0 and 1")
+        if not (0 <= (self.noise_multiplier or 0) < math.inf and 0 < self.privacy_clip < math.inf):
+            raise UsageError(
+                f"--noise-multiplier {self.noise_multiplier} with --privacy-clip {self.privacy_clip}",
+                "give a finite multiplier from 0 up, and a finite norm above 0",
+            )
         if not 0 <= self.dropout < 1:
             raise UsageError(f"--dropout {self.dropout}", "give a share of at least 0, below 1")
         if self.availability == 0:
@@ -131,6 +145,13 @@ class SimulationSettings:
     def distils(self) -> bool:
         """Whether the coordinator trains a global student of its own."""
         return self.mode == "global" and self.exchange != "parameters"
+
+    @property
+    def privacy(self) -> Privacy | None:
+        """What every device protects its uploads with."""
+        if self.noise_multiplier is None:
+            return None
+        return Privacy(self.privacy_clip, self.noise_multiplier)
 
     @property
     def goal_uploads(self) -> int:

@@ -1,77 +1,78 @@
-"""One virtual device's part of a round, run in a worker: the code of `edgestill join` with nothing but files between
-rounds and no sockets.
+"""One virtual device's part of a round, run in a worker: the code of `edgestill join` without sockets.
 
-A worker keeps one engine open for every student, and the data dealt out, from job to job.
+All that a worker needs comes with the job, and all that it leaves behind goes back with the outcome: it may run on any
+machine. It keeps engines of the students it met last open, and the data dealt out, from job to job.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.simulation.attack import spoil
-from coordinator.blobs import FileBlobs
+from benchmarks.simulation.pool import SharedFile
 from edge_runtime import wire
-from edge_runtime.bundle import Bundle
+from edge_runtime.bundle import Bundle, InputSpec
 from edge_runtime.data import load_splits
 from edge_runtime.device import Assignment, Device, fetch_assignment
 from edge_runtime.engines import Engine, open_engine
-from edge_runtime.federated_data import DeviceData, deal
+from edge_runtime.federated_data import TEST_SAMPLES, DeviceData, deal
 from edge_runtime.journal import WorkMemory
-from edge_runtime.local_round import Equipment, score_tests
-from edge_runtime.local_training import LocalSettings, Transfer, train_locally
+from edge_runtime.local_round import Equipment, Options, Privacy, score_tests
+from edge_runtime.local_settings import LocalSettings
+from edge_runtime.local_training import Transfer, train_locally
 from edge_runtime.outputs import pack, unpack
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What all devices of a simulation share; `form_of` is a bundle that says what images look like."""
+    """How the data of a simulation are dealt out; `data` is a file or the name of a shipped data set."""
 
-    folder: str
-    form_of: str
-    data: str
+    data: SharedFile | str
     devices: int
     gamma: float
     seed: int
-
-    @property
-    def blobs(self) -> Path:
-        return Path(self.folder) / "blobs"
-
-    def state_path(self, index: int) -> Path:
-        """The student of a device between rounds."""
-        return Path(self.folder) / "devices" / f"{index:06d}.safetensors"
-
-    def pending_path(self, index: int) -> Path:
-        """What it becomes when the coordinator takes the upload."""
-        return self.state_path(index).with_suffix(".pending")
+    test_samples: int = TEST_SAMPLES
 
 
 @dataclass(frozen=True)
 class RoundJob:
-    """One training of one device; JSON values are those of docs/federation.md."""
+    """One training of one device; JSON values are those of docs/federation.md.
+
+    `blobs`: those that the device may ask for, by digest. `student`: its encoded state between rounds; None before the
+    first.
+    """
 
     setup: Setup
     index: int
     device: str
     assignment: Mapping[str, Any]
     work: Mapping[str, Any]
+    blobs: Mapping[str, SharedFile]
+    student: bytes | None
     attack: str | None
     expected: Mapping[str, tuple[int, ...]]
+    privacy: Privacy | None = None
     engine: str | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a device sends; `body` is None when it gave the round up, `reason` says why."""
+    """What a device sends; `body` is None when it gave the round up, `reason` says why.
+
+    `student`: its encoded state once the coordinator has taken the upload.
+    """
 
     round_name: str
     body: bytes | None
+    student: bytes | None
     content_encoding: str
     report: Mapping[str, Any]
     bytes_down: int
@@ -91,6 +92,7 @@ class AloneJob:
     setup: Setup
     index: int
     assignment: Mapping[str, Any]
+    blobs: Mapping[str, SharedFile]
     times: int
     engine: str | None = None
 
@@ -100,7 +102,6 @@ class InProcessCoordinator:
 
     def __init__(self, job: RoundJob | AloneJob) -> None:
         self._job = job
-        self._blobs = FileBlobs(job.setup.blobs)
         self.body: bytes | None = None
         self.content_encoding = "identity"
         self.report_sent: Mapping[str, Any] = {}
@@ -120,10 +121,13 @@ class InProcessCoordinator:
     def work(self, status: Mapping[str, Any], wait_s: float) -> dict[str, Any] | None:
         return None
 
+    def standing(self) -> dict[str, Any] | None:
+        return None
+
     def blob(self, digest: str, size_bytes: int, target: Path) -> Path:
-        """The blob where it lies: thousands of devices need no copy each."""
+        """The blob where it lies, or one copy a worker: thousands of devices need none each."""
         self._fetched[digest] = size_bytes
-        return self._blobs.path(digest)
+        return self._job.blobs[digest].path(target.parent)
 
     def submit(self, round_name: str, device: str, body: bytes, content_encoding: str) -> None:
         job = self._job
@@ -139,13 +143,13 @@ class InProcessCoordinator:
 
 
 def run_round(job: RoundJob) -> Outcome:
-    """Trains, packs and leaves the new student at `pending_path`; the same job gives the same bytes anywhere."""
-    coordinator, setup = InProcessCoordinator(job), job.setup
-    state_path = setup.state_path(job.index)
-    first = not state_path.exists()
-    student = None if first else wire.load(state_path).arrays
-    keep = WorkMemory(Path(setup.folder) / "no-copies", student)
-    equipment = _equip(setup, job.index, fetch_assignment(coordinator, keep), job.engine)
+    """Trains and packs; the same job gives the same bytes anywhere."""
+    coordinator = InProcessCoordinator(job)
+    student = None if job.student is None else wire.decode(job.student).arrays
+    keep = WorkMemory(_folder(), student)
+    equipment = _equip(job.setup, job.index, fetch_assignment(coordinator, keep), job.engine)
+    if job.privacy is not None:
+        equipment = replace(equipment, options=Options(privacy=job.privacy))
     setup_bytes = coordinator.bytes_down
     reasons: list[str] = []
 
@@ -156,17 +160,18 @@ def run_round(job: RoundJob) -> Outcome:
     device = Device(
         job.device, coordinator, keep, equipment, conditions=None,
         clock=lambda: 0.0, sleep=lambda _: None, watch=watch,
+        # noise that can be drawn again protects nobody, and here there is nobody to protect
+        random=np.random.default_rng([int(job.work["seed"]), job.index]),
     )  # fmt: skip
     report = device.run_round(job.work)
-    if report is not None:
-        _write(setup.pending_path(job.index), keep.student(equipment.bundle))
     return Outcome(
         str(job.work["round"]),
         None if report is None else coordinator.body,
+        None if report is None else b"".join(wire.encode(keep.student(equipment.bundle))),
         coordinator.content_encoding,
         coordinator.report_sent,
         coordinator.bytes_down - setup_bytes,
-        setup_bytes if first else 0,
+        setup_bytes if job.student is None else 0,
         reasons[-1] if reasons else None,
     )
 
@@ -174,7 +179,7 @@ def run_round(job: RoundJob) -> Outcome:
 def train_alone(job: AloneJob) -> dict[str, float | None]:
     """Accuracies of the device's student after as many epochs without any exchange."""
     coordinator = InProcessCoordinator(job)
-    keep = WorkMemory(Path(job.setup.folder) / "no-copies")
+    keep = WorkMemory(_folder())
     kit = _equip(job.setup, job.index, fetch_assignment(coordinator, keep), job.engine)
     settings = LocalSettings.from_json(kit.task.get("local", {}))
     settings = replace(settings, epochs=job.times * settings.epochs)
@@ -188,23 +193,27 @@ def train_alone(job: AloneJob) -> dict[str, float | None]:
 
 def _equip(setup: Setup, index: int, assignment: Assignment, engine_name: str | None) -> Equipment:
     bundle, engine = _opened(str(assignment.bundle_path), engine_name)
-    data = _dealt(setup)[index]
+    form = replace(bundle.input, mean=(), std=())  # which students normalise by, each its own way
+    data = _dealt(setup, form, bundle.classes)[index]
     transfer = None if assignment.transfer_path is None else _transfer(str(assignment.transfer_path))
     tests = {"t_priv": data.t_priv, "t_uni": data.t_uni}
     return Equipment(assignment.task, bundle, engine, data.train, transfer, tests)
 
 
-@cache
+@lru_cache(maxsize=16)
 def _opened(path: str, engine_name: str | None) -> tuple[Bundle, Engine]:
     bundle = Bundle.open(path)
     return bundle, open_engine(bundle, engine_name, threads=1)
 
 
 @lru_cache(maxsize=1)
-def _dealt(setup: Setup) -> list[DeviceData]:
-    with Bundle.open(setup.form_of) as bundle:
-        splits = load_splits(setup.data, bundle.input, bundle.classes)
-    return deal(splits.train, setup.devices, setup.gamma, setup.seed, held_out=splits.test)
+def _dealt(setup: Setup, form: InputSpec, classes: int) -> list[DeviceData]:
+    source = setup.data if isinstance(setup.data, str) else setup.data.path(_folder())
+    splits = load_splits(source, form, classes)
+    return deal(
+        splits.train, setup.devices, setup.gamma, setup.seed,
+        held_out=splits.test, test_samples=setup.test_samples,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=2)
@@ -212,11 +221,11 @@ def _transfer(path: str) -> Transfer:
     return Transfer.load(path)
 
 
-def _write(path: Path, state: Mapping[str, Any]) -> None:
-    """Atomically, but not durably: a simulation that is killed starts anew."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    with partial.open("wb") as file:
-        for chunk in wire.encode(state):
-            file.write(chunk)
-    os.replace(partial, path)
+@cache
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="edgestill-worker-")
+
+
+def _folder() -> Path:
+    """This worker's own, removed when it ends, unless Ray kills it."""
+    return Path(_temporary().name)

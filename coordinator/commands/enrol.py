@@ -6,8 +6,9 @@ import argparse
 import json
 import sys
 
-from coordinator.opening import check_shared, open_service
+from coordinator.opening import open_existing
 from coordinator.settings import STORE_SETTINGS, add_flags, settings_from
+from edge_runtime.console import add_json_option
 from edge_runtime.errors import UsageError
 
 _MOST_CODES = 100_000
@@ -17,10 +18,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "enrol", help="print codes for devices to join a task", description=__doc__, allow_abbrev=False
     )
-    parser.add_argument("--task", required=True, metavar="TASK")
+    parser.add_argument("--task", required=True, metavar="TASK", help="which task they are for")
     parser.add_argument("--count", type=int, default=1, metavar="N", help="how many codes (1)")
-    parser.add_argument("--hours", type=float, default=24.0, metavar="X", help="how long they are valid (24)")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument(
+        "--hours", type=float, default=24.0, metavar="X", help="how many hours they are valid (24.0)"
+    )
+    add_json_option(parser, "one JSON object")
     add_flags(parser, STORE_SETTINGS)
     parser.set_defaults(run=run)
 
@@ -31,9 +34,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--count {arguments.count}", f"give 1 to {_MOST_CODES}")
     if not 0 < arguments.hours <= 24 * 366:
         raise UsageError(f"--hours {arguments.hours:g}", "give more than 0 and at most a year")
-    settings = settings_from(arguments)
-    check_shared(settings)
-    service = open_service(settings)
+    service = open_existing(settings_from(arguments))
+    names = [record.name for record in service.tasks()]
+    if arguments.task not in names:
+        raise UsageError(f"no task {arguments.task!r}", f"there are: {', '.join(names) or 'none'}")
     lifetime_s = arguments.hours * 3600
     codes = [service.issue_code(arguments.task, lifetime_s) for _ in range(arguments.count)]
     if arguments.json:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import logging
 import socket
 import sys
 from contextlib import ExitStack
@@ -16,8 +15,9 @@ import uvicorn
 from coordinator.announcement import announce
 from coordinator.app import make_app
 from coordinator.context import Context
-from coordinator.opening import open_service
+from coordinator.opening import open_service, start_logging
 from coordinator.settings import Settings, add_flags, settings_from
+from edge_runtime.console import add_json_option
 from edge_runtime.errors import EdgestillError, UsageError
 
 _GRACE_S = 5
@@ -30,18 +30,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "serve", help="run the coordinator", description=__doc__, allow_abbrev=False
     )
     add_flags(parser)
-    parser.add_argument("--json", action="store_true", help="one JSON object when it is ready")
+    add_json_option(parser, "one JSON object, when it listens,")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Serves until a signal; says where once it listens."""
     settings = settings_from(arguments)
-    logging.basicConfig(
-        level=settings.log_level.upper(),
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    start_logging(settings)
     with ExitStack() as stack:
         listener = stack.enter_context(listen(settings))
         service = open_service(settings)

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from coordinator.creation import SOURCES, make_task
-from coordinator.opening import check_shared, open_service
+from coordinator.opening import check_shared, open_existing, open_service
 from coordinator.settings import STORE_SETTINGS, add_flags, settings_from
 from coordinator.task import EXCHANGES, MODES, PRECISIONS, RULES, TASK_NAME, Task, clip_value
+from edge_runtime.console import add_json_option
 from edge_runtime.errors import UsageError
 
 
@@ -84,10 +85,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
             f"--{name}", dest=option.field, action=argparse.BooleanOptionalAction, help=option.help
         )
     show = actions.add_parser("show", help="a task with its rounds and devices", allow_abbrev=False)
-    show.add_argument("name", metavar="TASK")
+    show.add_argument("name", metavar="TASK", help="its name; `edgestill task list` has them all")
     listing = actions.add_parser("list", help="all tasks", allow_abbrev=False)
     for action, run in ((create, run_create), (listing, run_list), (show, run_show)):
-        action.add_argument("--json", action="store_true", help="one JSON object")
+        add_json_option(action, "one JSON object")
         add_flags(action, STORE_SETTINGS)
         action.set_defaults(run=run)
 
@@ -100,12 +101,15 @@ def run_create(arguments: argparse.Namespace) -> int:
     name = description.get("name")
     if not isinstance(name, str) or not TASK_NAME.fullmatch(name):
         raise UsageError(
-            "the task needs a name", "--name with 1-40 of a-z, 0-9 and -, beginning with a letter"
+            "the task needs a --name" if name is None else f"--name {name}: no task can be called that",
+            "give 1-40 of a-z, 0-9 and -, beginning with a letter",
         )
     service = open_service(settings)
     if any(record.name == name for record in service.tasks()):
         raise UsageError(f"there is a task {name} already", "choose another --name; a task never changes")
     task = service.create_task(make_task(description, service.add_blob))
+    for risk in task.risks():
+        print(f"edgestill: warning: {risk}", file=sys.stderr)
     if arguments.json:
         print(json.dumps(task.as_json()))
     else:
@@ -117,7 +121,7 @@ def run_create(arguments: argparse.Namespace) -> int:
 
 def run_list(arguments: argparse.Namespace) -> int:
     """A line a task."""
-    service = open_service(settings_from(arguments))
+    service = open_existing(settings_from(arguments))
     rows = []
     for record in service.tasks():
         rounds, devices = service.rounds(record.name), service.devices(record.name)
@@ -142,7 +146,7 @@ def run_list(arguments: argparse.Namespace) -> int:
 
 def run_show(arguments: argparse.Namespace) -> int:
     """The task, its rounds, its devices and what was refused."""
-    service = open_service(settings_from(arguments))
+    service = open_existing(settings_from(arguments))
     name = arguments.name
     records = {record.name: record for record in service.tasks()}
     if name not in records:

@@ -12,7 +12,7 @@ from coordinator.answers import problems
 from coordinator.auth import device_of
 from coordinator.context import Context, context_of, jittered_s
 from coordinator.routes.bodies import describe_body, json_body
-from coordinator.routes.forms import Assignment, Enrolled, Enrolment, Report, Status, Work
+from coordinator.routes.forms import Assignment, Enrolled, Enrolment, Report, Standing, Status, Work
 
 router = APIRouter(prefix="/v1", tags=["devices"])
 Shared = Annotated[Context, Depends(context_of)]
@@ -75,6 +75,12 @@ async def work(
     finally:
         if gone is not None:
             gone.cancel()
+
+
+@router.get("/standing", response_model=Standing, responses=problems("unauthorised"))
+async def standing(context: Shared, device: Device) -> dict[str, Any]:
+    """How far the present round of the device's task is: what a device that has uploaded waits for."""
+    return await context.call(context.service.standing, device)
 
 
 @router.put(

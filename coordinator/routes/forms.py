@@ -81,6 +81,16 @@ class Work(BaseModel):
     seed: int
 
 
+class Standing(BaseModel):
+    """How far the task's present round is, for a device that waits; nulls before the first round."""
+
+    round: str | None
+    phase: str | None
+    uploads: int
+    goal: int
+    seconds_left: float | None
+
+
 class Figures(Form):
     """Accuracy on the device's own classes and on all, and the loss."""
 

@@ -61,11 +61,8 @@ async def upload(
         return ticket, length, digest
 
     ticket, length, digest = await context.call(check)
-    context.upload_memory.take(length)
-    try:
+    with context.upload_memory.taken(ticket.device, length):
         body = await read_bounded(request, length, settings.upload_timeout_s)
         result = await context.call(service.take_upload, ticket, body, digest, encoding)
-    finally:
-        context.upload_memory.give_back(length)
     context.metrics.uploads.labels(result).inc()
     return Response(status_code=201 if result == "created" else 200)

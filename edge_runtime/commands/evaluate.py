@@ -8,6 +8,7 @@ from pathlib import Path
 
 from edge_runtime.bundle import Bundle
 from edge_runtime.checkpoint import load_state
+from edge_runtime.console import add_json_option
 from edge_runtime.data import load_splits
 from edge_runtime.engines import ENGINES, open_engine
 from edge_runtime.evaluation import Evaluation, draw_confusion, evaluate
@@ -29,7 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--confusion", type=Path, metavar="FILE.png", help="draw the confusion matrix")
     parser.add_argument("--resize", action="store_true", help="scale images of another size")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    add_json_option(parser, "one JSON object")
     parser.set_defaults(run=run)
 
 

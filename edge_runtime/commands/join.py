@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import platform
+import secrets
 import signal
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -15,10 +14,19 @@ from typing import Any
 
 from edge_runtime.bundle import Bundle
 from edge_runtime.client import Coordinator, HttpCoordinator, check_url
+from edge_runtime.commands.events import EventOutput
 from edge_runtime.conditions import Conditions, read_status
+from edge_runtime.console import add_json_option
 from edge_runtime.data import Dataset, find_source, load_splits
 from edge_runtime.device import Device, fetch_assignment
-from edge_runtime.engines import ENGINES, available_engines, open_engine
+from edge_runtime.engines import (
+    ENGINES,
+    Engine,
+    EngineStatus,
+    available_engines,
+    engine_status,
+    open_engine,
+)
 from edge_runtime.errors import DataError, EngineError, Interrupted, UsageError
 from edge_runtime.federated_data import deal, draw_tests, parse_share, select, share_of
 from edge_runtime.journal import WorkFolder
@@ -28,6 +36,7 @@ from edge_runtime.machine import memory_bytes, peak_rss_bytes, processor
 from edge_runtime.outputs import PRECISIONS
 
 _MEGABYTE = 10**6
+_LONGEST_NAME = 80
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -46,7 +55,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="DIR",
         help="token, journal, student and downloads (edgestill-device)",
     )
-    parser.add_argument("--name", default=platform.node(), help="shown to the coordinator (the host's name)")
+    parser.add_argument(
+        "--name",
+        metavar="NAME",
+        help=f"shown to the coordinator, at most {_LONGEST_NAME} characters "
+        "(the host's name and four characters of chance)",
+    )
     parser.add_argument("--ca-cert", type=Path, metavar="FILE", help="certificates to trust instead, PEM")
 
     data = parser.add_argument_group("private data")
@@ -61,7 +75,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--share", metavar="K/N", help="only device K's Dirichlet share of the data among N devices"
     )
     data.add_argument("--gamma", type=float, metavar="G", help="concentration of that share (0.5)")
-    data.add_argument("--seed", type=int, default=0, metavar="N", help="of share and tests")
+    data.add_argument("--seed", type=int, default=0, metavar="N", help="of share and tests (0)")
     data.add_argument(
         "--test",
         metavar="NAME_OR_PATH",
@@ -85,7 +99,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     privacy.add_argument(
         "--noise-multiplier", type=float, metavar="Z", help="Gaussian noise in units of the sensitivity"
     )
-    privacy.add_argument("--delta", type=float, default=1e-5, metavar="D", help="for epsilon (1e-5)")
+    privacy.add_argument("--delta", type=float, default=1e-5, metavar="D", help="for epsilon (1e-05)")
     privacy.add_argument(
         "--share-class-counts",
         action=argparse.BooleanOptionalAction,
@@ -106,20 +120,20 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=float,
         default=defaults.maximum_temperature_c,
         metavar="C",
-        help=f"of the hottest sensor, in degrees Celsius ({defaults.maximum_temperature_c:g})",
+        help=f"of the hottest sensor, in degrees Celsius ({defaults.maximum_temperature_c})",
     )
     gate.add_argument(
         "--min-memory",
         type=float,
-        default=defaults.minimum_memory_bytes / _MEGABYTE,
+        default=round(defaults.minimum_memory_bytes / _MEGABYTE),
         metavar="MB",
-        help=f"free memory ({defaults.minimum_memory_bytes / _MEGABYTE:.0f})",
+        help=f"free memory ({round(defaults.minimum_memory_bytes / _MEGABYTE)})",
     )
     gate.add_argument("--allow-metered", action="store_true", help="take part over a metered network, too")
     gate.add_argument("--ignore-conditions", action="store_true", help="train whatever the device says")
 
     parser.add_argument("--once", action="store_true", help="leave after one round")
-    parser.add_argument("--json", action="store_true", help="events as JSON lines on stdout")
+    add_json_option(parser, "events as JSON lines")
     parser.set_defaults(run=run)
 
 
@@ -129,7 +143,7 @@ def run(arguments: argparse.Namespace) -> int:
     1 with --once when that round was not uploaded.
     """
     options, conditions = options_from(arguments), conditions_from(arguments)
-    output = _Output(arguments.json)
+    output = EventOutput(arguments.json)
     with ExitStack() as stack:
         keep = WorkFolder(arguments.work_dir)
         stack.callback(keep.close)
@@ -139,11 +153,11 @@ def run(arguments: argparse.Namespace) -> int:
         stack.callback(coordinator.close)
         if identity is None:
             identity = _enrol(arguments, url, coordinator, keep)
-            output("enrolled", device=identity["device"], task=identity["task"])
+            output("enrolled", device=identity["device"], task=identity["task"], name=identity["name"])
         coordinator.use_token(identity["token"])
         assignment = fetch_assignment(coordinator, keep)
         bundle = stack.enter_context(Bundle.open(assignment.bundle_path))
-        engine = open_engine(bundle, arguments.engine, arguments.threads)
+        engine = open_task_engine(bundle, arguments.engine, arguments.threads)
         stack.callback(engine.close)
         private, tests = load_private(arguments, bundle)
         transfer = None if assignment.transfer_path is None else Transfer.load(assignment.transfer_path)
@@ -243,22 +257,64 @@ def load_private(arguments: argparse.Namespace, bundle: Bundle) -> tuple[Dataset
     return own.train, {"t_priv": own.t_priv, "t_uni": own.t_uni}
 
 
-def device_info(arguments: argparse.Namespace) -> dict[str, Any]:
-    """INFO of docs/federation.md. Errors: EngineError where no engine works."""
-    usable = [status.name for status in available_engines() if status.usable]
-    if arguments.engine is not None:
-        usable = [name for name in usable if name == arguments.engine]
-    if not usable:
-        raise EngineError(
-            f"engine {arguments.engine or 'for training'} does not work on this device",
-            "run `edgestill doctor` to see what to install",
+def open_task_engine(bundle: Bundle, name: str | None, threads: int) -> Engine:
+    """`open_engine` on the student that the coordinator gave, in words for who has this device, not its bundle.
+
+    Errors: UsageError, EngineError.
+    """
+    student, known = bundle.student.name, [engine for engine in bundle.engines if engine in ENGINES]
+    statuses = {engine: engine_status(engine) for engine in known}
+    if name is not None and name not in known:
+        usable = [engine for engine in known if statuses[engine].usable]
+        raise UsageError(
+            f"this task's student {student} has no graphs for --engine {name}, only for {', '.join(known)}",
+            f"leave --engine out: {usable[0]} works here" if usable else _installation(statuses.values()),
         )
+    wanted = known if name is None else [name]
+    if not any(statuses[engine].usable for engine in wanted):
+        reasons = "; ".join(f"{engine}: {statuses[engine].reason}" for engine in wanted)
+        raise EngineError(
+            f"no engine of this task's student {student} works here ({reasons})",
+            _installation(statuses[engine] for engine in wanted),
+        )
+    return open_engine(bundle, name, threads)
+
+
+def _installation(statuses: Iterable[EngineStatus]) -> str:
+    hints = [f"for {status.name}: {status.hint}" for status in statuses if status.hint is not None]
+    return "; or ".join(hints) or "run `edgestill doctor` to see what to install"
+
+
+def device_name(given: str | None) -> str:
+    """What a person calls the device; many have their host's name, so chance tells them apart.
+
+    Errors: UsageError.
+    """
+    if given is None:
+        return f"{platform.node()[: _LONGEST_NAME - 5] or 'device'}-{secrets.token_hex(2)}"
+    if not (1 <= len(given) <= _LONGEST_NAME and given.isprintable()):
+        raise UsageError(
+            f"--name {given!r} is no device's name",
+            f"give 1 to {_LONGEST_NAME} characters that can be printed",
+        )
+    return given
+
+
+def device_info(arguments: argparse.Namespace) -> dict[str, Any]:
+    """INFO of docs/federation.md. Errors: UsageError; EngineError where no engine works."""
+    statuses = available_engines()
+    if arguments.engine is not None:
+        statuses = [status for status in statuses if status.name == arguments.engine]
+    usable = [status.name for status in statuses if status.usable]
+    if not usable:
+        reasons = "; ".join(f"{status.name}: {status.reason}" for status in statuses)
+        raise EngineError(f"no engine for training works on this device ({reasons})", _installation(statuses))
     try:
         version = metadata.version("edgestill")
     except metadata.PackageNotFoundError:
         version = "unknown"
     return {
-        "name": arguments.name[:80],
+        "name": device_name(arguments.name),
         "engines": usable,
         "memory_bytes": memory_bytes() if arguments.memory is None else arguments.memory * _MEGABYTE,
         "processor": processor(),
@@ -287,7 +343,7 @@ def stop_requests(is_training: Callable[[], bool]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _address(arguments: argparse.Namespace, known: str | None, output: _Output) -> str:
+def _address(arguments: argparse.Namespace, known: str | None, output: EventOutput) -> str:
     if arguments.discover and arguments.url is not None:
         raise UsageError("a URL and --discover", "give one of them")
     if arguments.url is not None:
@@ -322,86 +378,9 @@ def _enrol(
         find_source(source)
     if arguments.share is not None:
         parse_share(arguments.share)
-    enrolled = coordinator.enrol(arguments.code.strip().upper(), device_info(arguments))
-    identity = {name: str(enrolled[name]) for name in ("device", "token", "task")} | {"url": url}
+    info = device_info(arguments)
+    enrolled = coordinator.enrol(arguments.code.strip().upper(), info)
+    identity = {name: str(enrolled[name]) for name in ("device", "token", "task")}
+    identity |= {"url": url, "name": info["name"]}
     keep.write_identity(identity)
     return identity
-
-
-class _Output:
-    """Events as JSON lines on stdout, or for a person as lines on stderr and a summary on stdout."""
-
-    def __init__(self, as_json: bool) -> None:
-        self._as_json = as_json
-        self._live = sys.stderr.isatty() and not as_json
-        self._in_progress = False
-
-    def __call__(self, event: str, /, **details: Any) -> None:
-        if self._as_json:
-            print(json.dumps({"event": event, **details}), flush=True)
-            return
-        if event == "step":
-            if self._live:
-                text = "\rstep {step}  epoch {epoch}  loss {loss:.4f}  {ms:.0f} ms\033[K".format(**details)
-                print(text, end="", file=sys.stderr, flush=True)
-                self._in_progress = True
-            return
-        text = _describe(event, details)
-        if text is not None:
-            self.end_progress()
-            print(f"edgestill: {text}", file=sys.stderr, flush=True)
-
-    def end_progress(self) -> None:
-        """Leaves the progress line, so that what follows starts on a line of its own."""
-        if self._in_progress:
-            print(file=sys.stderr)
-            self._in_progress = False
-
-    def summary(self, device: Device, uploaded: int) -> None:
-        report = dict(device.last_report or {})
-        if self._as_json:
-            last = {"rounds_uploaded": uploaded, "phase": device.participant.phase, "report": report}
-            print(json.dumps({"summary": last}), flush=True)
-            return
-        print(f"rounds uploaded {uploaded}")
-        for name, title in (("t_priv", "T_priv"), ("t_uni", "T_uni")):
-            after = report.get("after", {}).get(name)
-            if after is not None:
-                print(f"accuracy {title:<6} {after:.4f}")
-        if report.get("step_ms") is not None:
-            print(f"median step     {report['step_ms']:.1f} ms on {report['engine']}")
-        if report.get("epsilon") is not None:
-            print(f"epsilon         {report['epsilon']:.2f}")
-
-
-def _describe(event: str, details: Mapping[str, Any]) -> str | None:
-    match event:
-        case "found":
-            return f"found {details['name']} at {details['url']}"
-        case "enrolled":
-            return f"enrolled as {details['device']} for task {details['task']}"
-        case "assigned":
-            return "{student} on {engine}, {samples} private samples; waiting for rounds".format(**details)
-        case "waiting":
-            return f"waiting: {'; '.join(details['reasons'])}"
-        case "round":
-            return "round {round}, {seconds_left:.0f} s left".format(**details)
-        case "trained":
-            return f"trained: {_accuracy(details['before'])} → {_accuracy(details['after'])}"
-        case "uploaded":
-            return f"uploaded {details['size_bytes'] / 1e3:.1f} kB"
-        case "given up":
-            return "round {round} given up: {reason}".format(**details)
-        case "out of reach":
-            return f"{details['reason']}; trying again"
-        case "report not taken":
-            return f"the report was not taken: {details['reason']}"
-        case "finished":
-            return "the task has no rounds left"
-    return None
-
-
-def _accuracy(scores: Mapping[str, float | None]) -> str:
-    known = [f"{name} {scores[key]:.3f}" for name, key in (("T_priv", "t_priv"), ("T_uni", "t_uni"))
-             if scores.get(key) is not None]  # fmt: skip
-    return ", ".join(known) or "no tests"

@@ -16,6 +16,7 @@ from edge_runtime.augmentation import AUGMENTATIONS
 from edge_runtime.batches import TransferSet
 from edge_runtime.bundle import Bundle
 from edge_runtime.checkpoint import load_state
+from edge_runtime.console import add_json_option
 from edge_runtime.data import Dataset, digest_of_arrays, load_splits, load_transfer_images
 from edge_runtime.engines import ENGINES, Engine, open_engine
 from edge_runtime.errors import UsageError
@@ -26,16 +27,17 @@ from edge_runtime.teacher import Teacher
 from edge_runtime.trainer import Run, StepRecord, TrainSettings, plan_run, prepare, train
 
 HYPERPARAMETERS = {
-    "lr": "learning_rate",
-    "momentum": "momentum",
-    "weight-decay": "weight_decay",
-    "beta1": "beta1",
-    "beta2": "beta2",
-    "epsilon": "epsilon",
-    "alpha": "alpha",
-    "logit-share": "logit_share",
-    "temperature": "temperature",
+    "lr": ("learning_rate", "learning rate (sgd 0.01, adamw 0.001)"),
+    "momentum": ("momentum", "for sgd (0.9)"),
+    "weight-decay": ("weight_decay", "L2 for sgd (0), decoupled for adamw (0.01)"),
+    "beta1": ("beta1", "for adamw (0.9)"),
+    "beta2": ("beta2", "for adamw (0.999)"),
+    "epsilon": ("epsilon", "for adamw (1e-8)"),
+    "alpha": ("alpha", "share of the distillation term (0.5)"),
+    "logit-share": ("logit_share", "share of the logits in the distillation term, for both (0.5)"),
+    "temperature": ("temperature", "for kd and both with the KL divergence (4), for crd (0.07)"),
 }
+"""By option: name in the step's hyperparameters, help."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -56,20 +58,28 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="FILE",
         help="where the state is kept (.safetensors); an unfinished run in it goes on",
     )
-    parser.add_argument("--epochs", type=int, default=1, metavar="N")
+    parser.add_argument("--epochs", type=int, default=1, metavar="N", help="passes over the data (1)")
     parser.add_argument(
         "--engine", choices=tuple(ENGINES), help="default: the first that works here and is in the bundle"
     )
     parser.add_argument(
         "--threads", type=int, default=0, metavar="N", help="default: the engine's own choice"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of order, augmentation and --limit (0)"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="train on N samples drawn by the seed")
-    parser.add_argument("--augment", default="", metavar="LIST", help=f"any of {','.join(AUGMENTATIONS)}")
-    parser.add_argument("--schedule", choices=SCHEDULES, default="constant", help="of the learning rate")
-    parser.add_argument("--warmup-steps", type=int, default=0, metavar="N")
-    for option, name in HYPERPARAMETERS.items():
-        parser.add_argument(f"--{option}", dest=name, type=float, metavar="X")
+    parser.add_argument(
+        "--augment", default="", metavar="LIST", help=f"any of {','.join(AUGMENTATIONS)} (none)"
+    )
+    parser.add_argument(
+        "--schedule", choices=SCHEDULES, default="constant", help="of the learning rate (constant)"
+    )
+    parser.add_argument(
+        "--warmup-steps", type=int, default=0, metavar="N", help="steps that climb to the full rate (0)"
+    )
+    for option, (name, help_text) in HYPERPARAMETERS.items():
+        parser.add_argument(f"--{option}", dest=name, type=float, metavar="X", help=help_text)
     parser.add_argument("--teacher", metavar="BUNDLE[:STATE]", help="whose latents or logits to distill")
     parser.add_argument(
         "--transfer",
@@ -78,12 +88,27 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--transfer-fraction", type=float, metavar="X", help="their share of a batch (0.5)")
     parser.add_argument(
+        "--neighbours", type=int, metavar="K", help="for lpd: neighbours of a sample within its batch (5)"
+    )
+    parser.add_argument(
+        "--neighbour-scale",
+        type=float,
+        metavar="X",
+        help="for lpd: width of the neighbours' weights, in root mean squared distances between neighbours (1)",
+    )
+    parser.add_argument(
         "--init", type=Path, metavar="FILE", help="start from this state instead of the bundle's"
     )
     parser.add_argument("--restart", action="store_true", help="overwrite the run in --state")
-    parser.add_argument("--checkpoint-every", type=int, default=50, metavar="STEPS")
+    parser.add_argument(
+        "--checkpoint-every",
+        type=int,
+        default=50,
+        metavar="STEPS",
+        help="how often the state is written (50)",
+    )
     parser.add_argument("--resize", action="store_true", help="scale images of another size")
-    parser.add_argument("--json", action="store_true", help="JSON lines even on a terminal")
+    add_json_option(parser, "JSON lines")
     parser.set_defaults(run=run)  # fmt: skip
 
 
@@ -101,7 +126,7 @@ def run(arguments: argparse.Namespace) -> int:
         engine = open_engine(bundle, arguments.engine, arguments.threads)
         stack.callback(engine.close)
         first_step = prepare(engine, planned, state_path, arguments.restart)
-        output = _Output(arguments.json or not sys.stdout.isatty(), planned.total_steps)
+        output = _Output(arguments.json, planned.total_steps)
         output.start(first_step, planned, engine, state_path)
         steps_ms = []
         with stop_requests() as requests:
@@ -133,7 +158,7 @@ def settings_from(arguments: argparse.Namespace) -> TrainSettings:
         raise UsageError(f"--limit {arguments.limit}", "give one sample or more")
     if arguments.transfer_fraction is not None and arguments.transfer is None:
         raise UsageError("--transfer-fraction without --transfer", "give the transfer set, too")
-    given = {name: getattr(arguments, name) for name in HYPERPARAMETERS.values()}
+    given = {name: getattr(arguments, name) for name, _ in HYPERPARAMETERS.values()}
     return TrainSettings(
         epochs=arguments.epochs,
         seed=arguments.seed,
@@ -141,6 +166,8 @@ def settings_from(arguments: argparse.Namespace) -> TrainSettings:
         hyperparameters={name: value for name, value in given.items() if value is not None},
         augmentations=tuple(name for name in arguments.augment.split(",") if name),
         transfer_fraction=0.5 if arguments.transfer_fraction is None else arguments.transfer_fraction,
+        neighbours=arguments.neighbours,
+        neighbour_scale=arguments.neighbour_scale,
     )
 
 

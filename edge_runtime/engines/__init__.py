@@ -12,7 +12,7 @@ from types import ModuleType
 
 from edge_runtime.bundle import Bundle
 from edge_runtime.engines.protocol import Engine
-from edge_runtime.errors import EngineError
+from edge_runtime.errors import EngineError, UsageError
 
 __all__ = ["ENGINES", "Engine", "EngineStatus", "available_engines", "open_engine"]
 
@@ -56,10 +56,10 @@ def open_engine(bundle: Bundle, name: str | None = None, threads: int = 0) -> En
     """Opens the bundle on the named engine, or on the first that works here and is in the bundle.
 
     The engine holds the bundle's initial state. `threads` 0 leaves the number to the engine.
-    Errors: EngineError saying what to install or how to export.
+    Errors: EngineError saying what to install; UsageError for an engine that the bundle has no graphs for.
     """
     if threads < 0:
-        raise EngineError(f"{threads} threads", "give --threads 0 (all cores) or more")
+        raise UsageError(f"--threads {threads}", "give 0 (the engine's choice) or more")
     if name is not None:
         _require_in_bundle(bundle, name)
         status = engine_status(name)
@@ -86,9 +86,9 @@ def _open(bundle: Bundle, name: str, threads: int) -> Engine:
 
 def _require_in_bundle(bundle: Bundle, name: str) -> None:
     if name not in ENGINES:
-        raise EngineError(f"no engine is called {name!r}", f"engines: {', '.join(ENGINES)}")
+        raise UsageError(f"no engine is called {name!r}", f"engines: {', '.join(ENGINES)}")
     if name not in bundle.engines:
-        raise EngineError(
+        raise UsageError(
             f"{bundle.source}: no graphs for engine {name}, only for {', '.join(bundle.engines) or 'none'}",
             f"export it with --engines {','.join((*bundle.engines, name))}",
         )

@@ -18,7 +18,7 @@ from edge_runtime.errors import EngineError
 if TYPE_CHECKING:
     import onnxruntime
 
-INSTALL_HINT = "pip install onnxruntime"
+INSTALL_HINT = "pip install 'edgestill[onnxruntime]'"
 NEXT = "next."
 
 

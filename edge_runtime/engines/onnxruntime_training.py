@@ -30,7 +30,7 @@ NAME = "onnxruntime-training"
 INTERPRETER_VARIABLE = "EDGESTILL_ORT_TRAINING_PYTHON"
 ENVIRONMENT_FOLDER = ".venv-ort-training"
 INSTALL_HINT = (
-    f"run `make setup`, or: python3.11 -m venv {ENVIRONMENT_FOLDER} && "
+    f"python3.11 -m venv {ENVIRONMENT_FOLDER} && "
     f"{ENVIRONMENT_FOLDER}/bin/pip install onnxruntime-training==1.19.2 numpy; "
     f"an environment elsewhere is named by {INTERPRETER_VARIABLE}"
 )
@@ -55,14 +55,13 @@ def find_interpreter() -> Path:
         if not os.access(named, os.X_OK):
             raise EngineError(f"{INTERPRETER_VARIABLE} names {named}, which is no program", INSTALL_HINT)
         return Path(named)
-    candidates = [
-        folder / ENVIRONMENT_FOLDER / "bin" / "python" for folder in (Path(sys.prefix).parent, Path.cwd())
-    ]
+    folders = dict.fromkeys((Path(sys.prefix).parent, Path.cwd()))
+    candidates = [folder / ENVIRONMENT_FOLDER / "bin" / "python" for folder in folders]
     for candidate in candidates:
         if os.access(candidate, os.X_OK):
             return candidate
     raise EngineError(
-        f"no Python with onnxruntime-training: neither {candidates[0]} nor {candidates[1]} exists",
+        f"no Python with onnxruntime-training in {' or '.join(map(str, candidates))}",
         INSTALL_HINT,
     )
 
@@ -251,10 +250,6 @@ class OnnxruntimeTrainingEngine:
     def encode(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         outputs = self._run("encode", {"images": images})
         return outputs["latents"], outputs["logits"]
-
-    def peak_rss_bytes(self) -> int:
-        """The worker's largest resident size so far; the process that holds this object has its own."""
-        return int(self._process.call("peak_rss_bytes")[0]["peak_rss_bytes"])
 
     def close(self) -> None:
         self._process.close()

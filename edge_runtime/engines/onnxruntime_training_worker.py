@@ -151,18 +151,6 @@ class Worker:
         return results
 
 
-def peak_rss_bytes() -> int:
-    """The largest resident size this process has had.
-
-    Not getrusage: its ru_maxrss survives exec, so a child of a large process would report its parent's size.
-    """
-    with open("/proc/self/status") as status:
-        for line in status:
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no VmHWM line")
-
-
 def answer(
     worker: Worker, header: Mapping[str, object], arrays: Mapping[str, np.ndarray]
 ) -> list[bytes | memoryview]:
@@ -178,8 +166,6 @@ def answer(
         return frame_chunks({"ok": True}, worker.state())
     if call == "run":
         return frame_chunks({"ok": True}, worker.run(str(header["graph"]), arrays))
-    if call == "peak_rss_bytes":
-        return frame_chunks({"ok": True, "peak_rss_bytes": peak_rss_bytes()})
     raise ValueError(f"unknown call {call!r}")
 
 

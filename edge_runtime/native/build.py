@@ -40,6 +40,7 @@ FLAGS = (
 COMPILE_TIMEOUT_S = 600
 _SOURCE_FOLDER = Path(__file__).resolve().parent
 _SOURCES = ("runner.cpp", "runner.h")
+_NAME = "libedgestill_runner-{}.so"
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def name_of_library(wheel: Wheel) -> str:
     parts += [text.encode() for text in (*FLAGS, wheel.version, str(wheel.folder), platform.machine())]
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
-    return f"libedgestill_runner-{digest.hexdigest()[:16]}.so"
+    return _NAME.format(digest.hexdigest()[:16])
 
 
 def folders() -> Iterator[Path]:
@@ -114,7 +115,8 @@ def find_compiler() -> list[str]:
 
 
 def build_library(wheel: Wheel) -> Path:
-    """Compiles and puts the library in place atomically, so that processes may build at the same time.
+    """Compiles and puts the library in place atomically, so that processes may build at the same time; beside
+    the sources it takes the place of libraries of older sources.
 
     Errors: EngineError with the compiler's first complaints.
     """
@@ -141,6 +143,9 @@ def build_library(wheel: Wheel) -> Path:
                 f"the runner is written for executorch {EXECUTORCH_VERSION} and C++17: {INSTALL_HINT}",
             )
         os.replace(built, target)
+    if folder == _SOURCE_FOLDER:  # the cache may serve several environments, each with a library of its own
+        for older in set(folder.glob(_NAME.format("*"))) - {target}:
+            older.unlink(missing_ok=True)
     return target
 
 

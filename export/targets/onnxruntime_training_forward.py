@@ -14,7 +14,7 @@ from export.lowering.formulations import Backward, Context
 from export.lowering.graph import Graph, Value
 from export.objectives import loss_and_gradients
 from export.optimizers import update
-from export.step import StepSpec, _forward, _start
+from export.step import StepSpec, _forward, _output_metrics, _start
 
 GRADIENT = "gradient."
 
@@ -24,18 +24,10 @@ def build_forward(spec: StepSpec) -> Graph:
     graph, state, inputs = _start(spec, spec.step_inputs())
     ctx = Context(graph, state, batch_statistics=True)
     latents, logits, _ = _forward(spec, NATIVE, ctx, inputs["images"])
-    result = loss_and_gradients(spec.objective, NATIVE, inputs, latents, logits)
+    result = loss_and_gradients(spec.objective, NATIVE, state | inputs, latents, logits)
     for name, value in ctx.updates.items():
         graph.output(f"next.{name}", value)
-    values = {
-        "loss": result.loss,
-        "ce_loss": result.ce_loss,
-        "distillation_loss": result.distillation_loss,
-        "latents": latents,
-        "logits": logits,
-    }
-    for metric in spec.metrics():
-        graph.output(metric["name"], values[metric["name"]])
+    _output_metrics(graph, spec, result, latents, logits)
     graph.prune(set(state))
     return graph
 

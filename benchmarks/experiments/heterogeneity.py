@@ -1,0 +1,119 @@
+"""Accuracy against how skewed one device's class distribution is, and against how many images it has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.experiments.figures import COLOURS, Figure, Line, draw_lines
+from benchmarks.experiments.grid import Cell, Context, Options, Stage
+from benchmarks.experiments.protocol import (
+    TEACHER_CPU_MINUTES,
+    base_settings,
+    make_run,
+    student_cpu_minutes,
+    teacher_stage,
+)
+from benchmarks.experiments.report import Report
+from benchmarks.experiments.series import PARTS, Series, collect, summarise, table_of
+from benchmarks.experiments.sources import CLASSES
+
+NAME = "heterogeneity"
+TITLE = "Heterogeneity: accuracy against γ, k-shot classes and the number of samples"
+# Nothing is tuned here: the same share of distillation for both, from FINDINGS' first look at γ = 1.
+METHODS: dict[str, dict[str, Any]] = {
+    "ce": {"objective": "ce"},
+    "kd": {"objective": "kd", "hyperparameters": {"alpha": 0.9}},
+    "lkd": {"objective": "lkd", "hyperparameters": {"alpha": 0.9}},
+}
+GAMMAS = (0.25, 0.5, 1.0, 2.5, 5.0, 5000.0)
+SEEDS = 3
+
+
+def stages(options: Options) -> list[Stage]:
+    """The teacher; then every γ, number of classes and number of samples with every method."""
+    base = base_settings(options)
+    seeds = range(options.seeds or (2 if options.quick else SEEDS))
+    gammas, sizes, ways = (GAMMAS, (250, 500, 1000, 2000), (2, 5))
+    usual = 1000
+    if options.quick:
+        gammas, sizes, ways, usual = (0.25, 1.0, 5000.0), (100, 200), (2,), 200
+
+    def cells(records: Sequence[Mapping[str, Any]]) -> list[Cell]:
+        points = [{"sweep": "gamma", "gamma": gamma, "samples": usual} for gamma in gammas]
+        points += [{"sweep": "samples", "gamma": 1.0, "samples": size} for size in sizes]
+        points += [{"sweep": "ways", "ways": count, "samples": usual // count * count} for count in ways]
+        return [
+            Cell(NAME, {**point, "method": method, "seed": seed, "score_on": "test", **own, **base})
+            for point in points
+            for seed in seeds
+            for method, own in METHODS.items()
+        ]
+
+    return [teacher_stage(NAME, options), cells]
+
+
+def run_cell(settings: Mapping[str, Any], context: Context) -> dict[str, Any]:
+    """Trains and scores one student, or the teacher."""
+    return make_run(settings, context)
+
+
+def estimate_cpu_minutes(options: Options) -> float:
+    """Measured: docs/experiments.md."""
+    if options.quick:
+        return 3.0
+    sizes = [1000] * (len(GAMMAS) + 2) + [250, 500, 1000, 2000]
+    runs = (options.seeds or SEEDS) * len(METHODS)
+    return TEACHER_CPU_MINUTES + runs * sum(map(student_cpu_minutes, sizes))
+
+
+def report(records: Sequence[Mapping[str, Any]]) -> Report:
+    """Accuracy against γ, classes and samples, and what the devices' class distributions were."""
+    sweeps = {
+        "gamma": ("γ", "Accuracy against the concentration γ of the class distribution"),
+        "samples": ("samples", "Accuracy against the number of private samples, γ = 1"),
+        "ways": ("classes", "Accuracy with as many samples of each of a few classes (k-shot)"),
+    }
+    found = {name: collect(records, "sweep", name, name) for name in sweeps}
+    tables = [table_of(found[name], x_label, title) for name, (x_label, title) in sweeps.items()]
+    figures = [
+        Figure(name, lambda canvas, name=name: _draw(canvas, found[name], sweeps[name][0]), width=11)
+        for name in ("gamma", "samples")
+    ]
+    figures.append(Figure("labels", lambda canvas: _draw_labels(canvas, records), width=11, height=3.5))
+    return Report(tables, figures, {name: summarise(series) for name, series in found.items()})
+
+
+def _draw(canvas: Any, series: Series, x_label: str) -> None:
+    for axes, (part, label) in zip(canvas.subplots(1, 2, sharey=True), PARTS.items(), strict=True):
+        lines = {
+            method: Line(list(by_x), [m[part].mean for m in by_x.values()],
+                         [m[part].ci95 or 0.0 for m in by_x.values()])
+            for method, by_x in series.items()
+        }  # fmt: skip
+        draw_lines(axes, lines, x_label, "accuracy", label)
+        axes.set_xscale("log")
+        ticks = list(next(iter(series.values())))
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+
+
+def _draw_labels(canvas: Any, records: Sequence[Mapping[str, Any]]) -> None:
+    """Stacked bars: the shares of the classes, a bar for each seed's device, a panel for each γ."""
+    counts: dict[float, dict[int, list[int]]] = {}
+    for record in records:
+        settings = record["settings"]
+        if settings.get("sweep") == "gamma":
+            counts.setdefault(settings["gamma"], {})[settings["seed"]] = record["result"]["class_counts"]
+    panels = canvas.subplots(1, len(counts), sharey=True, squeeze=False)[0]
+    colours = [*COLOURS, "#F0E442", "#882255"]
+    for axes, (gamma, by_seed) in zip(panels, sorted(counts.items()), strict=True):
+        bottom = [0.0] * len(by_seed)
+        for label in range(CLASSES):
+            shares = [by_seed[seed][label] / sum(by_seed[seed]) for seed in by_seed]
+            axes.bar([str(seed) for seed in by_seed], shares, bottom=bottom, color=colours[label],
+                     edgecolor="white", linewidth=0.4)  # fmt: skip
+            bottom = [below + share for below, share in zip(bottom, shares, strict=True)]
+        axes.set(title=f"γ = {gamma:g}", xlabel="seed")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("share of each of the ten classes")

@@ -1,0 +1,127 @@
+"""Accuracy against the size of the student's latent, from far below the teacher's to far above it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.experiments.figures import Figure, Line, draw_lines
+from benchmarks.experiments.grid import Cell, Context, Options, Stage
+from benchmarks.experiments.methods import CRD_NEGATIVES_PER_IMAGE
+from benchmarks.experiments.protocol import (
+    TEACHER_CPU_MINUTES,
+    base_settings,
+    make_run,
+    student_cpu_minutes,
+    teacher_stage,
+)
+from benchmarks.experiments.report import Report
+from benchmarks.experiments.series import PARTS, Series, collect, summarise, table_of
+from benchmarks.experiments.tables import Table
+
+NAME = "latent-size"
+TITLE = "Latent size: students of l from 8 to 1024"
+SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
+SAMPLES = 1000
+SEEDS = 3
+HEAD_EPOCHS = 2
+HEAD_CPU_MINUTES = 1.4
+METHODS = ("ce", "crd", "lkd")
+"""`lkd` needs a teacher whose latent is as large: the teacher's representation and output layer are trained anew for
+each size on its frozen perception module. `crd` projects both latents, so that its teacher stays the one."""
+
+
+def stages(options: Options) -> list[Stage]:
+    """The teachers, the first one's perception module in all; then every size with every method."""
+    base = base_settings(options)
+    teacher = base["teacher"]
+    seeds = range(options.seeds or (2 if options.quick else SEEDS))
+    sizes, samples = ((8, 64), 200) if options.quick else (SIZES, SAMPLES)
+
+    def teacher_of(size: int) -> dict[str, Any]:
+        heads = {"latent_size": size, "epochs": HEAD_EPOCHS}
+        return {
+            **teacher,
+            **heads,
+            "of_latent_size": teacher["latent_size"],
+            "base_epochs": teacher["epochs"],
+        }
+
+    def heads(records: Sequence[Mapping[str, Any]]) -> list[Cell]:
+        common = {"stage": "teacher", "data": base["data"], "division": base["division"]}
+        return [Cell(NAME, {**common, "teacher": teacher_of(size)}) for size in sizes]
+
+    def students(records: Sequence[Mapping[str, Any]]) -> list[Cell]:
+        negatives = str(round(CRD_NEGATIVES_PER_IMAGE * samples))
+        of_method: dict[str, dict[str, Any]] = {
+            "ce": {"objective": "ce"},
+            "crd": {
+                "objective": "crd",
+                "hyperparameters": {"alpha": 0.45},
+                "export_options": [
+                    "--negatives",
+                    negatives,
+                    "--teacher-latent-size",
+                    str(teacher["latent_size"]),
+                ],
+            },
+            "lkd": {"objective": "lkd", "hyperparameters": {"alpha": 0.9}},
+        }
+        return [
+            Cell(NAME, {"stage": "student", "method": method, "seed": seed, "samples": samples, "gamma": 1.0,
+                        "score_on": "test", **of_method[method], **base, "latent_size": size,
+                        "teacher": teacher_of(size) if method == "lkd" else teacher})
+            for size in sizes
+            for seed in seeds
+            for method in METHODS
+        ]  # fmt: skip
+
+    return [teacher_stage(NAME, options), heads, students]
+
+
+def run_cell(settings: Mapping[str, Any], context: Context) -> dict[str, Any]:
+    """Trains and scores one student, or a teacher."""
+    return make_run(settings, context)
+
+
+def estimate_cpu_minutes(options: Options) -> float:
+    """Measured: docs/experiments.md."""
+    if options.quick:
+        return 3.0
+    runs = (options.seeds or SEEDS) * len(METHODS) * len(SIZES)
+    # the largest latents make a step up to half as dear again
+    return TEACHER_CPU_MINUTES + HEAD_CPU_MINUTES * len(SIZES) + runs * 1.15 * student_cpu_minutes(SAMPLES)
+
+
+def report(records: Sequence[Mapping[str, Any]]) -> Report:
+    """Accuracy of students and teachers against the latent size."""
+    series = collect(records, "stage", "student", "latent_size")
+    teachers = [record for record in records if record["settings"]["stage"] == "teacher"]
+    rows = [
+        [r["settings"]["teacher"]["latent_size"],
+         "heads alone" if "of_latent_size" in r["settings"]["teacher"] else "whole", r["result"]["uni"]]
+        for r in teachers
+    ]  # fmt: skip
+    tables = [
+        table_of(series, "l", "Accuracy against the student's latent size"),
+        Table("Teachers, accuracy on all test images", ("l", "trained", "accuracy"), rows),
+    ]
+    return Report(
+        tables, [Figure("accuracy", lambda canvas: _draw(canvas, series), width=11)], summarise(series)
+    )
+
+
+def _draw(canvas: Any, series: Series) -> None:
+    for axes, (part, label) in zip(canvas.subplots(1, 2), PARTS.items(), strict=True):
+        lines = {
+            method: Line(
+                list(by_x),
+                [m[part].mean for m in by_x.values()],
+                [m[part].ci95 or 0.0 for m in by_x.values()],
+            )
+            for method, by_x in series.items()
+        }
+        draw_lines(axes, lines, "latent size l", "accuracy", label)
+        axes.set_xscale("log", base=2)
+        ticks = list(next(iter(series.values())))
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

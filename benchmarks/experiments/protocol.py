@@ -1,0 +1,155 @@
+"""The protocol that the experiments on one device share: what a run is, in full or quick, and one student's run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.bundles import BundleRequest
+from benchmarks.experiments.devices import deal_device
+from benchmarks.experiments.grid import Cell, Context, Options, Stage
+from benchmarks.experiments.locks import locked
+from benchmarks.experiments.sources import load_data
+from benchmarks.experiments.teachers import (
+    ENGINE,
+    export_cached,
+    score_teacher,
+    stock_outputs,
+    train_to_the_end,
+    transfer_set,
+)
+from edge_runtime.bundle import Bundle
+from edge_runtime.checkpoint import Checkpoint, save_checkpoint
+from edge_runtime.engines import open_engine
+from edge_runtime.evaluation import evaluate
+from edge_runtime.federated_data import select
+from edge_runtime.schedule import Schedule
+from edge_runtime.trainer import TrainSettings, plan_run
+
+TEACHER_CPU_MINUTES = 20.0
+
+
+def student_cpu_minutes(samples: int, epochs: int = 25) -> float:
+    """Minutes of one core of a full-width student's run: 90 ms a step on a 2-core x86-64 machine, and its export."""
+    return (samples / 64 * epochs * 0.09 + 8) / 60
+
+
+def teacher_stage(experiment: str, options: Options) -> Stage:
+    """A stage of one run: the teacher, trained while nothing else runs."""
+    settings = {name: base_settings(options)[name] for name in ("data", "division", "teacher")}
+    return lambda records: [Cell(experiment, {"stage": "teacher", **settings})]
+
+
+def make_run(settings: Mapping[str, Any], context: Context, keep_as: str | None = None) -> dict[str, Any]:
+    """One run, of the teacher where `stage` says so, else of a student."""
+    if settings.get("stage") == "teacher":
+        return score_teacher(settings, context)
+    return train_student(settings, context, keep_as)
+
+
+def base_settings(options: Options) -> dict[str, Any]:
+    """What all runs of an experiment have in common, quick or in full; docs/experiments.md explains the values."""
+    common = {"data": options.data, "student": "cnn3", "latent_size": 128, "batch": 64, "learning_rate": 1e-3}
+    if options.quick:
+        return common | {
+            "initial_seed": 0,
+            "widths": [8, 16, 16],
+            "latent_size": 32,
+            "epochs": 40,
+            "tests": 200,
+            "validation_tests": 100,
+            "division": {"teacher": 1200, "validation": 200},
+            "teacher": {"student": "cnn4", "widths": [8, 16, 32, 32], "latent_size": 32, "epochs": 10,
+                        "batch": 64, "learning_rate": 2e-3, "seed": 0},
+        }  # fmt: skip
+    return common | {
+        "widths": None,
+        "epochs": 25,
+        "tests": 1000,
+        "validation_tests": 500,
+        "division": {"teacher": 20000, "validation": 2000},
+        "teacher": {"student": "cnn4", "widths": [64, 128, 256, 256], "latent_size": 128, "epochs": 12,
+                    "batch": 64, "learning_rate": 2e-3, "seed": 0},
+    }  # fmt: skip
+
+
+def train_student(
+    settings: Mapping[str, Any], context: Context, keep_as: str | None = None
+) -> dict[str, Any]:
+    """One run: a device's student trained as `settings` say; its accuracies `priv` and `uni` and how it was trained.
+
+    With `keep_as` and a folder for states, the final state is written there as KEEP_AS.safetensors.
+    """
+    splits = load_data(context.data)
+    device = deal_device(splits, settings)
+    dataset = select(splits.train, device.private)
+    with ExitStack() as stack:
+        path = export_student(settings, context)
+        bundle = stack.enter_context(Bundle.open(path))
+        teacher, transfer = None, None
+        if bundle.objective.needs_teacher:
+            teacher = stock_outputs(settings, context, bundle).take(device.private)
+        if settings.get("transfer_samples"):
+            transfer = transfer_set(settings, context, bundle)
+        run = plan_run(
+            bundle,
+            dataset,
+            TrainSettings(
+                epochs=settings["epochs"],
+                seed=settings["seed"],
+                schedule=Schedule("cosine"),
+                hyperparameters={
+                    "learning_rate": settings["learning_rate"],
+                    "weight_decay": 0.0,
+                    **settings.get("hyperparameters", {}),
+                },
+                transfer_fraction=settings.get("transfer_fraction", 0.5),
+            ),
+            teacher=teacher,
+            transfer=transfer,
+        )
+        engine = open_engine(bundle, ENGINE, threads=1)
+        stack.callback(engine.close)
+        loss = train_to_the_end(engine, run)
+        result = {
+            "priv": evaluate(engine, device.priv, bundle.batch, bundle.classes).accuracy,
+            "uni": evaluate(engine, device.uni, bundle.batch, bundle.classes).accuracy,
+            "priv_samples": len(device.priv),
+            "uni_samples": len(device.uni),
+            "last_loss": loss,
+            "steps": run.total_steps,
+            "class_counts": np.bincount(dataset.labels, minlength=bundle.classes).tolist(),
+        }
+        if keep_as is not None and context.keep_states is not None:
+            keep_state(context.keep_states, keep_as, path, Checkpoint(
+                engine.state(), run.total_steps, run.total_steps, run.description()))  # fmt: skip
+    return result
+
+
+def keep_state(folder: Path, name: str, bundle: Path, checkpoint: Checkpoint) -> None:
+    """Writes NAME.safetensors and beside it, once an architecture, the bundle that `edgestill evaluate` needs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{name.split('-seed')[0]}-bundle"
+    with locked(folder / ".lock"):
+        if not target.exists():
+            part = folder / f".{target.name}.part"
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.copytree(bundle, part)
+            part.rename(target)
+    save_checkpoint(folder / f"{name}.safetensors", checkpoint)
+
+
+def export_student(settings: Mapping[str, Any], context: Context) -> Path:
+    """The bundle of a run, from the cache or exported; its initial weights follow the run's seed, or `initial_seed`."""
+    initial_seed = settings.get("initial_seed", settings["seed"])
+    options = ["--seed", str(initial_seed), *settings.get("export_options", ())]
+    if settings.get("widths"):
+        options += ["--widths", ",".join(map(str, settings["widths"]))]
+    return export_cached(BundleRequest(
+        settings["student"], settings["batch"], settings["latent_size"], settings["objective"], "adamw",
+        tuple(options)), context)  # fmt: skip

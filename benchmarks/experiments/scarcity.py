@@ -1,0 +1,113 @@
+"""Few private images: with and without an auxiliary transfer set of growing size from another data set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.experiments.figures import Figure, Line, draw_lines
+from benchmarks.experiments.grid import Cell, Context, Options, Stage
+from benchmarks.experiments.protocol import (
+    TEACHER_CPU_MINUTES,
+    base_settings,
+    make_run,
+    student_cpu_minutes,
+    teacher_stage,
+)
+from benchmarks.experiments.report import Report
+from benchmarks.experiments.series import PARTS, Series, collect, compare, summarise, table_of
+
+NAME = "scarcity"
+TITLE = "Scarcity: few private images, with auxiliary transfer images of another data set"
+METHODS: dict[str, dict[str, Any]] = {
+    "kd": {"objective": "kd", "hyperparameters": {"alpha": 0.9}},
+    "lkd": {"objective": "lkd", "hyperparameters": {"alpha": 0.9}},
+}
+SAMPLES = 512
+TRANSFER_SAMPLES = (0, 512, 1024, 2048, 4096, 6000)
+SEEDS = 5
+
+
+def stages(options: Options) -> list[Stage]:
+    """The teacher; then cross-entropy alone, and each method with every size of the transfer set.
+
+    Half of a batch are transfer images, so runs with them make twice the steps; `longer` runs have as many without.
+    """
+    base = {**base_settings(options), "transfer_fraction": 0.5}
+    seeds = range(options.seeds or (2 if options.quick else SEEDS))
+    samples, sizes = (128, (0, 128, 1000)) if options.quick else (SAMPLES, TRANSFER_SAMPLES)
+    common = {**base, "samples": samples, "gamma": 1.0, "score_on": "test"}
+
+    def cell(method: str, seed: int, own: Mapping[str, Any], size: int, kind: str = "sweep") -> Cell:
+        transfer = {"transfer": options.transfer} if size else {}
+        return Cell(NAME, {"kind": kind, "method": method, "seed": seed, "transfer_samples": size,
+                           **own, **common, **transfer,
+                           "epochs": base["epochs"] * (2 if kind == "longer" else 1)})  # fmt: skip
+
+    def cells(records: Sequence[Mapping[str, Any]]) -> list[Cell]:
+        made = [cell("ce", seed, {"objective": "ce"}, 0) for seed in seeds]
+        for method, own in METHODS.items():
+            made += [cell(method, seed, own, size) for size in sizes for seed in seeds]
+            made += [cell(method, seed, own, 0, "longer") for seed in seeds]
+        return made
+
+    return [teacher_stage(NAME, options), cells]
+
+
+def run_cell(settings: Mapping[str, Any], context: Context) -> dict[str, Any]:
+    """Trains and scores one student, or the teacher."""
+    return make_run(settings, context)
+
+
+def estimate_cpu_minutes(options: Options) -> float:
+    """Measured: docs/experiments.md."""
+    if options.quick:
+        return 3.0
+    steps_of = [1] + [1, 2, *(2 for size in TRANSFER_SAMPLES if size)] * len(METHODS)
+    return TEACHER_CPU_MINUTES + (options.seeds or SEEDS) * sum(
+        student_cpu_minutes(SAMPLES * n) for n in steps_of
+    )
+
+
+def report(records: Sequence[Mapping[str, Any]]) -> Report:
+    """Accuracy against the size of the transfer set, and what the largest brings over none with as many steps."""
+    series = collect(records, "kind", "sweep", "transfer_samples")
+    longer = collect(records, "kind", "longer", "transfer_samples")
+    largest = max(series["lkd"])
+    pairs = {}
+    for method in METHODS:
+        most = _by_seed(records, method, "sweep", largest)
+        pairs[f"{method}: {largest:g} transfer images − none"] = (most, _by_seed(records, method, "sweep", 0))
+        pairs[f"{method}: {largest:g} transfer images − none, as many steps"] = (
+            most, _by_seed(records, method, "longer", 0))  # fmt: skip
+    tables = [
+        table_of(series, "transfer images", "Accuracy against the size of the auxiliary transfer set"),
+        table_of(longer, "transfer images", "Without transfer images, as many steps as with them"),
+        compare(pairs, "What transfer images bring"),
+    ]
+    figure = Figure("transfer", lambda canvas: _draw(canvas, series), width=11)
+    return Report(tables, [figure], {**summarise(series), "longer": summarise(longer)})
+
+
+def _by_seed(
+    records: Sequence[Mapping[str, Any]], method: str, kind: str, size: float
+) -> dict[int, Mapping[str, float]]:
+    return {
+        record["settings"]["seed"]: record["result"]
+        for record in records
+        if [record["settings"].get(name) for name in ("method", "kind", "transfer_samples")]
+        == [method, kind, size]
+    }
+
+
+def _draw(canvas: Any, series: Series) -> None:
+    for axes, (part, label) in zip(canvas.subplots(1, 2), PARTS.items(), strict=True):
+        lines = {
+            method: Line(
+                list(by_x),
+                [m[part].mean for m in by_x.values()],
+                [m[part].ci95 or 0.0 for m in by_x.values()],
+            )
+            for method, by_x in series.items()
+        }
+        draw_lines(axes, lines, "auxiliary transfer images", "accuracy", label)

@@ -1,0 +1,74 @@
+"""Accuracy of several methods along one setting: what the sweeps of several experiments have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.experiments.statistics import Mean, mean_with_interval, paired_test
+from benchmarks.experiments.tables import Table
+
+PARTS = {"priv": "T_priv", "uni": "T_uni"}
+Series = dict[str, dict[float, dict[str, Mean]]]
+"""Means by method, by the setting's value in increasing order, and by `priv` and `uni`."""
+
+
+def collect(records: Sequence[Mapping[str, Any]], selector: str, wanted: Any, x: str) -> Series:
+    """The means over seeds of the records whose setting `selector` is `wanted`, against their setting `x`."""
+    scores: dict[str, dict[float, list[Mapping[str, float]]]] = {}
+    for record in records:
+        settings = record["settings"]
+        if settings.get(selector) == wanted:
+            of_method = scores.setdefault(settings["method"], {})
+            of_method.setdefault(settings[x], []).append(record["result"])
+    return {
+        method: {
+            value: {part: mean_with_interval([result[part] for result in by_value[value]]) for part in PARTS}
+            for value in sorted(by_value)
+        }
+        for method, by_value in scores.items()
+    }
+
+
+def table_of(series: Series, x_label: str, title: str) -> Table:
+    """A row a value of the setting, two columns a method."""
+    values = sorted({value for by_value in series.values() for value in by_value})
+    columns = [x_label, *(f"{label}, {method}" for method in series for label in PARTS.values())]
+    rows: list[list[str | float | None]] = []
+    for value in values:
+        row: list[str | float | None] = [f"{value:g}"]
+        for by_value in series.values():
+            row += [str(by_value[value][part]) if value in by_value else None for part in PARTS]
+        rows.append(row)
+    return Table(f"{title}; mean ± 95 % interval over seeds", columns, rows)
+
+
+def summarise(series: Series) -> dict[str, Any]:
+    """The means as JSON: method → value → t_priv, t_uni."""
+    return {
+        method: {
+            f"{value:g}": {f"t_{part}": mean.as_json() for part, mean in means.items()}
+            for value, means in by_value.items()
+        }
+        for method, by_value in series.items()
+    }
+
+
+def compare(
+    pairs: Mapping[str, tuple[Mapping[int, Mapping[str, float]], Mapping[int, Mapping[str, float]]]],
+    title: str,
+) -> Table:
+    """Paired tests a row: by name, the results of two sides by seed; only the seeds that both have count."""
+    rows: list[list[str | float | None]] = []
+    for name, (ours, theirs) in pairs.items():
+        seeds = sorted(ours.keys() & theirs.keys())
+        row: list[str | float | None] = [name]
+        for part in PARTS:
+            test = paired_test([ours[seed][part] for seed in seeds], [theirs[seed][part] for seed in seeds])
+            row += [str(test.difference), None if test.p is None else f"{test.p:.2g}"]
+        rows.append(row)
+    return Table(
+        f"{title}, paired by seed: mean difference ± 95 % interval, two-sided t-test",
+        ("difference", "T_priv", "p (T_priv)", "T_uni", "p (T_uni)"),
+        rows,
+    )

@@ -1,0 +1,186 @@
+"""The teachers of the experiments on one device: trained once for what decides them, kept with their outputs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.bundles import BundleRequest, prepare_bundle
+from benchmarks.experiments.devices import divide
+from benchmarks.experiments.grid import Context
+from benchmarks.experiments.locks import locked
+from benchmarks.experiments.sources import load_data, load_transfer
+from edge_runtime import wire
+from edge_runtime.batches import TransferSet
+from edge_runtime.bundle import Bundle
+from edge_runtime.data import digest_of_arrays
+from edge_runtime.engines import Engine, open_engine
+from edge_runtime.errors import UsageError
+from edge_runtime.evaluation import evaluate
+from edge_runtime.federated_data import select
+from edge_runtime.randomness import HELD_OUT, permutation
+from edge_runtime.schedule import Schedule
+from edge_runtime.teacher import Teacher, TeacherOutputs
+from edge_runtime.trainer import Run, TrainSettings, plan_run, prepare, train
+
+ENGINE = "onnxruntime"
+TEACHER_THREADS = 2
+"""A teacher is trained while nothing else runs; a fixed number, so that its sums come in one order."""
+
+
+def export_cached(request: BundleRequest, context: Context) -> Path:
+    """The bundle of a request, from the cache or exported now. Errors: UsageError, ExportFailed."""
+    folder = context.cache / "bundles"
+    words = hashlib.sha256(json.dumps(asdict(request)).encode()).hexdigest()[:16]
+    with locked(folder / f"{words}.lock"):
+        return prepare_bundle(request, [ENGINE], folder, lambda line: None)[0]
+
+
+def stock_outputs(settings: Mapping[str, Any], context: Context, student: Bundle) -> TeacherOutputs:
+    """The teacher's outputs with a row for every image of the training split; those of the stock are filled."""
+    splits = load_data(context.data)
+    stock = divide(splits.train.labels, **settings["division"]).stock
+    outputs = _teacher_outputs(settings, context, student, splits.train.images[stock])
+    everything = TeacherOutputs.zeros(len(splits.train), outputs.latents.shape[1], outputs.logits.shape[1])
+    everything.latents[stock], everything.logits[stock] = outputs.latents, outputs.logits
+    return everything
+
+
+def transfer_set(settings: Mapping[str, Any], context: Context, student: Bundle) -> TransferSet:
+    """The first `transfer_samples` auxiliary images in an order of their own, with the teacher's outputs on them.
+
+    Errors: UsageError where there are fewer.
+    """
+    images = load_transfer(context.transfer)
+    if settings["transfer_samples"] > len(images):
+        raise UsageError(
+            f"{context.transfer}: {len(images)} images, the experiment takes up to {settings['transfer_samples']}",
+            "give --transfer with more images, such as CIFAR-100's",
+        )
+    outputs = _teacher_outputs(settings, context, student, images)
+    chosen = permutation(0, HELD_OUT, 0, len(images))[: settings["transfer_samples"]]
+    return TransferSet(images[chosen], outputs.take(chosen))
+
+
+def _teacher_outputs(
+    settings: Mapping[str, Any], context: Context, student: Bundle, images: np.ndarray
+) -> TeacherOutputs:
+    bundle, state = prepare_teacher(settings, context)
+    digest = digest_of_arrays(images)
+    cache = state.with_name(f"{state.stem}-{digest[:16]}.outputs.safetensors")
+    with locked(cache.with_suffix(".lock")):
+        teacher = Teacher(f"{bundle}:{state}", student, ENGINE, 1)
+        try:
+            return teacher.outputs(images, digest, cache)
+        finally:
+            teacher.close()
+
+
+def prepare_teacher(settings: Mapping[str, Any], context: Context) -> tuple[Path, Path]:
+    """Bundle and state file of the teacher, from the cache or trained now, which can take long."""
+    described = {name: settings[name] for name in ("data", "division", "teacher")}
+    key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+    state = context.cache / "teachers" / f"{key}.safetensors"
+    bundle = export_cached(_teacher_request(settings["teacher"]), context)
+    with locked(state.with_suffix(".lock")):
+        if not state.exists():
+            _train_teacher(settings, context, bundle, state)
+    return bundle, state
+
+
+def _teacher_request(teacher: Mapping[str, Any]) -> BundleRequest:
+    options = ["--widths", ",".join(map(str, teacher["widths"])), "--seed", str(teacher["seed"])]
+    if "of_latent_size" in teacher:
+        options += ["--freeze", "perception"]
+    return BundleRequest(
+        teacher["student"], teacher["batch"], teacher["latent_size"], "ce", "adamw", tuple(options)
+    )
+
+
+def _train_teacher(settings: Mapping[str, Any], context: Context, path: Path, state: Path) -> None:
+    """Trains with flips, crops and a cosine schedule on the teacher's images.
+
+    With `of_latent_size` only the representation and the output layer, on the perception module of the teacher with
+    that latent size.
+    """
+    teacher = settings["teacher"]
+    splits = load_data(context.data)
+    dataset = select(splits.train, divide(splits.train.labels, **settings["division"]).teacher)
+    with ExitStack() as stack:
+        bundle = stack.enter_context(Bundle.open(path))
+        initial = dict(bundle.initial_state())
+        if "of_latent_size" in teacher:
+            base = {
+                name: value
+                for name, value in teacher.items()
+                if name not in ("of_latent_size", "base_epochs")
+            }
+            base |= {"latent_size": teacher["of_latent_size"], "epochs": teacher["base_epochs"]}
+            trained = wire.load(prepare_teacher({**settings, "teacher": base}, context)[1]).arrays
+            initial |= {name: array for name, array in trained.items() if name.startswith("perception.")}
+        run = plan_run(
+            bundle,
+            dataset,
+            TrainSettings(
+                epochs=teacher["epochs"],
+                seed=teacher["seed"],
+                schedule=Schedule("cosine"),
+                hyperparameters={"learning_rate": teacher["learning_rate"], "weight_decay": 0.01},
+                augmentations=("flip", "crop"),
+            ),
+            initial_state=initial,
+        )
+        engine = open_engine(bundle, ENGINE, TEACHER_THREADS)
+        stack.callback(engine.close)
+        # named by the model: one that was exported by other code starts anew
+        partial = state.with_name(f"{state.stem}-{bundle.model_digest[:16]}.unfinished")
+        state.parent.mkdir(parents=True, exist_ok=True)
+        train_to_the_end(engine, run, partial, lambda epoch: _tell_epoch(teacher, epoch))
+        partial.rename(state)
+
+
+def _tell_epoch(teacher: Mapping[str, Any], epoch: int) -> None:
+    print(
+        f"reproduce: teacher with latents of {teacher['latent_size']}: epoch {epoch} of {teacher['epochs']}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def score_teacher(settings: Mapping[str, Any], context: Context) -> dict[str, Any]:
+    """Trains the teacher if need be; its accuracy on all test images and the digest of its state."""
+    path, state = prepare_teacher(settings, context)
+    splits = load_data(context.data)
+    arrays = wire.load(state).arrays
+    with Bundle.open(path) as bundle:
+        engine = open_engine(bundle, ENGINE, TEACHER_THREADS)
+        try:
+            engine.load_state(bundle.check_state(arrays, source=str(state)))
+            accuracy = evaluate(engine, splits.test, bundle.batch, bundle.classes).accuracy
+        finally:
+            engine.close()
+    return {"uni": accuracy, "digest": digest_of_arrays(*(arrays[name] for name in sorted(arrays)))}
+
+
+def train_to_the_end(
+    engine: Engine, run: Run, state: Path | None = None, on_epoch: Callable[[int], None] = lambda epoch: None
+) -> float:
+    """Trains what is left of the run; the mean loss of the last epoch made, NaN if none was.
+
+    With `state` there are checkpoints, and an unfinished run in that file goes on. `on_epoch` hears of each epoch.
+    """
+    losses: list[float] = []
+    first_step = prepare(engine, run, state)
+    for record in train(engine, run, state, first_step=first_step, checkpoint_every=100):
+        losses = losses[-run.plan.steps_per_epoch + 1 :] + [record.loss]
+        if record.step % run.plan.steps_per_epoch == 0:
+            on_epoch(record.epoch)
+    return float(np.mean(losses)) if losses else float("nan")

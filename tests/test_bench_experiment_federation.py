@@ -1,0 +1,148 @@
+"""Experiments `federation` and `poisoning`: what is run, what is chosen, what is reported; one real run of each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from benchmarks.experiments import federation, poisoning
+from benchmarks.experiments.federation import CANDIDATES, RATES
+from benchmarks.experiments.grid import Cell, Context, Options
+from benchmarks.experiments.simulated import take_apart
+from benchmarks.simulation.settings import SimulationSettings
+from edge_runtime.data import Dataset, Splits
+from edge_runtime.errors import DataError
+
+CHOSEN = {of: dict(zip(RATES, grid[0], strict=True)) for of, (_, grid) in CANDIDATES.items()}
+SMALL = {"train_samples": 128, "transfer_samples": 32, "validation_samples": 64, "test_samples": 32, "rounds": 2,
+         "local_epochs": 1, "distil_epochs": 1, "batch": 16, "latent_size": 16, "devices": 3}  # fmt: skip
+
+
+def made_up(cells: Sequence[Cell], result: Any) -> list[dict[str, Any]]:
+    """Records of the cells, JSON values as a file gives them back; `result` gives accuracy by settings."""
+    rounds = [
+        {"round": number, "t_priv": 0.3, "t_uni": 0.2, "global_t_uni": 0.2, "bytes_up": 100, "bytes_down": 50}
+        for number in (1, 2)
+    ]
+    return [
+        {"settings": json.loads(json.dumps(cell.settings)),
+         "result": {"t_priv": 0.5, "t_uni": 0.3, "global_t_uni": None, "rounds_abandoned": 0, "rounds": rounds,
+                    **result(cell.settings)}}
+        for cell in cells
+    ]  # fmt: skip
+
+
+def test_private_transfer_and_validation_images_are_disjoint_and_follow_the_seed() -> None:
+    images = np.arange(100, dtype=np.uint8).reshape(100, 1, 1, 1)
+    splits = Splits(Dataset(images, np.arange(100) % 10, ()), None)
+    sizes = {"train_samples": 50, "transfer_samples": 30, "validation_samples": 20}
+    parts = [part.images.ravel() for part in take_apart(splits, {**sizes, "seed": 3})]
+    assert [len(part) for part in parts] == [50, 30, 20]
+    assert sorted(np.concatenate(parts)) == list(range(100))
+    again = [part.images.ravel() for part in take_apart(splits, {**sizes, "seed": 3})]
+    other = [part.images.ravel() for part in take_apart(splits, {**sizes, "seed": 4})]
+    assert all(np.array_equal(a, b) for a, b in zip(parts, again, strict=True))
+    assert not np.array_equal(parts[0], other[0])
+    with pytest.raises(DataError, match="50 \\+ 31 \\+ 20"):
+        take_apart(splits, {**sizes, "transfer_samples": 31, "seed": 3})
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_cells_are_distinct_and_their_settings_make_sense(quick: bool) -> None:
+    options = Options(quick=quick)
+    tuning, final = federation.tuning_cells(options), federation.final_cells(options, CHOSEN)
+    hostile = poisoning.cells(options)
+    for cells in (tuning, final, hostile):
+        assert len({cell.key for cell in cells}) == len(cells)
+        for cell in cells:
+            json.dumps(cell.settings)
+    # no seed chooses and is reported
+    assert not {cell.settings["seed"] for cell in tuning} & {cell.settings["seed"] for cell in final}
+    for cell in final:
+        assert (
+            cell.settings["objective"] == "ce"
+            or cell.settings["objective"] == SimulationSettings(exchange=cell.settings["exchange"]).objective
+        )
+
+
+def test_the_best_on_validation_images_is_chosen_and_what_diverged_is_not() -> None:
+    cells = federation.tuning_cells(Options())
+
+    def result(settings: Any) -> dict[str, Any]:
+        diverged = settings["distil_learning_rate"] == 0.02 and settings["arm"] == "latents"
+        return {"t_uni": 0.9 if diverged else settings["alpha"] / 10 + settings["learning_rate"],
+                "rounds_abandoned": int(diverged)}  # fmt: skip
+
+    chosen = federation.choose(made_up(cells, result))
+    assert set(chosen) == set(CANDIDATES)
+    assert chosen["latents"] == {"learning_rate": 0.1, "alpha": 0.97, "distil_learning_rate": 0.05}
+    assert chosen["local only"]["learning_rate"] == 0.1
+
+
+def test_differences_are_paired_by_seed() -> None:
+    random = np.random.default_rng(0)
+    drawn = {(arm, seed): float(random.uniform(0.2, 0.6)) for arm in federation.METHODS for seed in range(3)}
+    records = made_up(
+        federation.final_cells(Options(), CHOSEN),
+        lambda s: {"t_uni": drawn.get((s["arm"], s["seed"]), 0.1)},
+    )
+    report = federation.report(records[::-1])  # in any order
+    assert report.summary["FedMD"]["t_uni"]["mean"] == pytest.approx(
+        np.mean([drawn["FedMD", seed] for seed in range(3)])
+    )
+    assert report.summary["FedMD"]["bytes_per_device"] == 2 * 150 // 10
+    table = next(table for table in report.tables if table.title.startswith("Differences"))
+    row = next(row for row in table.rows if row[:2] == ["latents fp32 − FedMD", "T_uni"])
+    ours, theirs = ([drawn[arm, seed] for seed in range(3)] for arm in ("latents fp32", "FedMD"))
+    assert row[3] == pytest.approx(stats.ttest_rel(ours, theirs).pvalue)
+    assert row[2].startswith(f"{100 * (np.mean(ours) - np.mean(theirs)):+.2f}")
+
+
+def test_a_rule_is_compared_with_its_own_clean_run() -> None:
+    def result(settings: Any) -> dict[str, Any]:
+        loss = {None: 0.0, "scale": 0.04, "shuffle": 0.01, "random": -0.01}[settings["attack"]]
+        factor = 1.0 if settings["rule"] == "median" else 0.5
+        return {"global_t_uni": 0.4 + 0.02 * settings["seed"] - factor * loss}
+
+    report = poisoning.report(made_up(poisoning.cells(Options()), result))
+    assert report.summary["median"]["scale"]["mean"] == pytest.approx(4.0)
+    assert report.summary["mean"]["random"]["mean"] == pytest.approx(-0.5)
+    assert not report.summary["median"]["within_3_points"] and report.summary["mean"]["within_3_points"]
+
+
+@pytest.mark.simulation
+def test_a_poisoned_run_of_two_rounds(tmp_path: Path) -> None:
+    context = Context("cifar10-mini", "cifar100-transfer-mini", tmp_path)
+    cells = [c for c in poisoning.cells(Options(quick=True)) if c.settings["rule"] == "mean, not clipped"]
+    clean, scaled = (
+        poisoning.run_cell({**cell.settings, **SMALL, "devices": 5}, context) for cell in cells[:2]
+    )
+    assert clean["poisoners"] == 0 and scaled["poisoners"] == 1
+    assert len(clean["rounds"]) == 2 and 0 <= clean["global_t_uni"] <= 1
+    assert clean["rounds"] != scaled["rounds"]
+
+
+@pytest.mark.simulation
+def test_noise_and_a_common_head_go_through_a_real_run(tmp_path: Path) -> None:
+    context = Context("cifar10-mini", "cifar100-transfer-mini", tmp_path)
+    cells = federation.final_cells(Options(quick=True, seeds=1), CHOSEN)
+    cell = next(cell for cell in cells if cell.settings["arm"] == "noise 3")
+    settings = {
+        **cell.settings,
+        **SMALL,
+        "students": ["cnn3"],
+        "learning_rate": 0.01,
+        "distil_learning_rate": 0.001,
+    }
+    noisy = federation.run_cell(settings, context)
+    again = federation.run_cell(settings, context)
+    quiet = federation.run_cell({**settings, "noise_multiplier": None}, context)
+    assert noisy == again and noisy["rounds"] != quiet["rounds"]
+    # two releases of multiplier 3 are one of 3 / √2 (docs/privacy.md): Gaussian epsilon between loose brackets
+    assert 1 < noisy["epsilon"] < 3 and "epsilon" not in quiet

@@ -1,0 +1,232 @@
+"""`edgestill reproduce`: stages, files, resuming, summaries; the four experiments on one device from end to end with
+runs that cost nothing, and one real run in miniature."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from benchmarks.experiments import EXPERIMENTS, heterogeneity, latent_size, methods, scarcity
+from benchmarks.experiments.devices import deal_device
+from benchmarks.experiments.grid import Cell, Context, Options
+from benchmarks.experiments.protocol import base_settings, make_run
+from benchmarks.experiments.report import Report
+from benchmarks.experiments.sources import load_data
+from benchmarks.experiments.tables import Table
+from benchmarks.reproduce import load_experiment, run_stages
+from edge_runtime.cli import main
+from edge_runtime.evaluation import score
+from edge_runtime.wire import load
+
+ON_ONE_DEVICE = [methods, heterogeneity, scarcity, latent_size]
+
+
+def run_doubling(settings, context):
+    if settings["x"] == 5:
+        raise ValueError("five is not possible")
+    return {"y": 2 * settings["x"]}
+
+
+def doubling(numbers=(1, 2)):
+    """An experiment of two stages: the second doubles what the first found."""
+    module = types.ModuleType("doubling")
+    module.NAME, module.TITLE = "doubling", "Doubling"
+    module.stages = lambda options: [
+        lambda records: [Cell("doubling", {"x": x, "stage": 1}) for x in numbers],
+        lambda records: [Cell("doubling", {"x": r["result"]["y"], "stage": 2}) for r in records],
+    ]
+    module.run_cell = run_doubling
+    module.estimate_cpu_minutes = lambda options: 7.0
+
+    def report(records):
+        rows = [[r["settings"]["x"], r["result"]["y"]] for r in records]
+        return Report([Table("Doubles", ("x", "y"), rows)], [], {"total": sum(row[1] for row in rows)})
+
+    module.report = report
+    return module
+
+
+@pytest.fixture
+def reproduce(monkeypatch, tmp_path, capsys):
+    def call(module, *words):
+        monkeypatch.setitem(sys.modules, "doubling", module)
+        monkeypatch.setitem(EXPERIMENTS, "doubling", "doubling")
+        given = ["--output", str(tmp_path), "--workers", "1", "--cache", str(tmp_path / "cache")]
+        code = main(["reproduce", "doubling", *words, *given])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_an_experiment_writes_records_and_tables_and_goes_on(reproduce, tmp_path):
+    code, output, told = reproduce(doubling(), "--quick", "--json")
+    assert code == 0 and json.loads(output) == {"total": 18}
+    assert "about 7 minutes of one core" in told and "stage 2/2: 2/2: x 4" in told
+    records = [json.loads(line) for line in (tmp_path / "doubling.jsonl").read_text().splitlines()]
+    assert [record["settings"]["x"] for record in records] == [1, 2, 2, 4]
+    assert {"cpu", "cores"} <= records[0]["machine"].keys() and "hash" in records[0]["commit"]
+    assert "| 4 | 8 |" in (tmp_path / "doubling.md").read_text()
+    assert "4,8" in (tmp_path / "doubling.csv").read_text()
+    before = (tmp_path / "doubling.jsonl").read_bytes()
+    code, _, told = reproduce(doubling(), "--quick", "--json")
+    assert code == 0 and "stage" not in told
+    assert (tmp_path / "doubling.jsonl").read_bytes() == before
+
+
+def test_a_failing_run_is_told_with_its_settings_and_the_others_are_kept(reproduce, tmp_path):
+    code, _, told = reproduce(doubling((1, 5, 3)), "--quick")
+    assert code == 1
+    assert (
+        "FAILED: ValueError: five is not possible" in told
+        and '"x": 5' in told
+        and "1 of 3 runs failed" in told
+    )
+    assert len((tmp_path / "doubling.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_summary_needs_no_data(reproduce):
+    assert reproduce(doubling(), "--summary", "--json")[0] == 1
+    reproduce(doubling(), "--quick")
+    code, output, _ = reproduce(doubling(), "--summary", "--json")
+    assert code == 0 and json.loads(output) == {"total": 18}
+
+
+def test_full_runs_ask_for_data(reproduce):
+    code, _, told = reproduce(doubling())
+    assert code == 2 and "needs CIFAR-10" in told and "--data DIR" in told
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_offers_what_the_command_needs(name):
+    experiment = load_experiment(name)
+    assert experiment.NAME == name and experiment.TITLE
+    for options in (Options(quick=True), Options(), Options(seeds=7)):
+        assert 0 < experiment.estimate_cpu_minutes(options) < 400
+        first = experiment.stages(options)[0]([])
+        assert first and all(cell.experiment == name for cell in first)
+        assert len({cell.key for cell in first}) == len(first)
+
+
+def made_up(settings, context):
+    """A result that depends on nothing but the settings."""
+    drawn = random.Random(hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest())
+    counts = [drawn.randrange(1, 50) for _ in range(10)]
+    return {"priv": drawn.random(), "uni": drawn.random(), "class_counts": counts}
+
+
+@pytest.mark.parametrize("options", [Options(quick=True), Options(data="sha256:0"), Options(seeds=2)])
+@pytest.mark.parametrize("experiment", ON_ONE_DEVICE, ids=lambda module: module.NAME)
+def test_stages_and_reports_fit_together(experiment, options, monkeypatch, tmp_path):
+    monkeypatch.setattr(experiment, "run_cell", made_up)
+    records = run_stages(experiment, options, Context("", "", tmp_path), tmp_path, workers=1)
+    report = experiment.report(records)
+    assert all(table.rows for table in report.tables)
+    json.dumps(report.summary, allow_nan=False)
+    students = [r["settings"] for r in records if r["settings"].get("stage") != "teacher"]
+    for settings in students:
+        assert settings["score_on"] == (
+            "validation" if settings.get("stage") in ("samples", "tuning") else "test"
+        )
+    # a set of figures per sweep: drawing them must not fail
+    pytest.importorskip("matplotlib")
+    from benchmarks.experiments.figures import save_figure
+
+    if options.quick:
+        for figure in report.figures:
+            assert all(path.stat().st_size for path in save_figure(figure, tmp_path / experiment.NAME))
+
+
+def test_methods_chooses_on_validation_with_seeds_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.setattr(methods, "run_cell", made_up)
+    records = run_stages(methods, Options(), Context("", "", tmp_path), tmp_path, workers=1)
+    by_stage = {}
+    for record in records[1:]:
+        by_stage.setdefault(record["settings"]["stage"], []).append(record)
+    seeds = {stage: {r["settings"]["seed"] for r in of_stage} for stage, of_stage in by_stage.items()}
+    assert len(seeds["final"]) >= 5
+    assert not seeds["final"] & seeds["tuning"] and not seeds["final"] & seeds["samples"]
+    # independently: the candidate with the best validation mean is what the final runs have
+    for method in methods.METHODS[1:]:
+        scores = {}
+        for record in by_stage["tuning"]:
+            settings, result = record["settings"], record["result"]
+            if settings["method"] == method:
+                own = json.dumps([settings.get("export_options"), settings["hyperparameters"]])
+                scores.setdefault(own, []).append(result["priv"] + result["uni"])
+        best = max(scores, key=lambda own: sum(scores[own]))
+        final = {
+            json.dumps([r["settings"].get("export_options"), r["settings"]["hyperparameters"]])
+            for r in by_stage["final"]
+            if r["settings"]["method"] == method
+        }
+        assert final == {best}
+    summary = methods.report(records).summary
+    assert set(summary) == {"ce", "kd", "crd", "lpd", "lkd", "best"}
+    lkd = [r["result"]["uni"] for r in by_stage["final"] if r["settings"]["method"] == "lkd"]
+    assert summary["lkd"]["t_uni"]["mean"] == pytest.approx(np.mean(lkd))
+    assert summary["lkd"]["t_uni"]["seeds"] == len(lkd) and summary["lkd"]["t_uni"]["ci95"] > 0
+
+
+def test_a_kept_state_is_made_again_where_it_is_missing(tmp_path):
+    final = Cell("methods", {"stage": "final", "method": "lkd", "seed": 3})
+    assert methods.redo(final, tmp_path)
+    (tmp_path / "lkd-seed3.safetensors").touch()
+    assert not methods.redo(final, tmp_path)
+    assert not methods.redo(Cell("methods", {"stage": "tuning", "method": "lkd", "seed": 4}), tmp_path)
+
+
+@pytest.mark.contract
+def test_a_real_run_in_miniature(tmp_path):
+    """Export, teacher, student and states through the same code as a full run; its score again by hand."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("torch")
+    base = base_settings(Options(quick=True))
+    teacher = {**base["teacher"], "widths": [4, 4, 4, 4], "latent_size": 8, "epochs": 1}
+    settings = {
+        **base,
+        "widths": [4, 4, 4],
+        "latent_size": 8,
+        "epochs": 1,
+        "samples": 128,
+        "gamma": 1.0,
+        "seed": 0,
+        "teacher": teacher,
+        "division": {"teacher": 200, "validation": 200},
+        "stage": "final",
+        "method": "lkd",
+        "objective": "lkd",
+        "hyperparameters": {"alpha": 0.9},
+        "score_on": "test",
+    }
+    context = Context("cifar10-mini", "cifar100-transfer-mini", tmp_path / "cache", tmp_path / "states")
+    result = methods.run_cell(settings, context)
+    assert result["steps"] == 2 and sum(result["class_counts"]) == 128
+    assert result == methods.run_cell(settings, context)  # from the same cache: the very same numbers
+    found = make_run({**settings, "stage": "teacher"}, context)
+    assert 0 < found["uni"] < 1
+
+    import torch
+
+    from export.student import StudentOptions, build_student
+
+    student = build_student("cnn3", StudentOptions(latent_size=8, widths=(4, 4, 4)))
+    arrays = load(tmp_path / "states" / "lkd-seed0.safetensors").arrays
+    own = student.state_dict()
+    student.load_state_dict(
+        {name: torch.from_numpy(np.array(arrays[name])) if name in arrays else own[name] for name in own}
+    )
+    uni = deal_device(load_data("cifar10-mini"), settings).uni
+    mean, std = (
+        torch.tensor(values).reshape(1, 3, 1, 1)
+        for values in ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+    )
+    with torch.no_grad():
+        logits = student.eval()((torch.from_numpy(uni.images) / 255 - mean) / std)[1].numpy()
+    assert score(logits, uni.labels, 10).accuracy == pytest.approx(result["uni"], abs=0.011)
+    assert (tmp_path / "states" / "lkd-bundle" / "manifest.json").is_file()

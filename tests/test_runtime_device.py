@@ -1,0 +1,428 @@
+"""The device's shell: it goes through rounds, and is killed at every moment without losing or repeating a result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_runtime import outputs
+from edge_runtime.bundle import Bundle
+from edge_runtime.client import Refused, Unreachable
+from edge_runtime.conditions import Conditions
+from edge_runtime.data import load_splits
+from edge_runtime.device import Device, fetch_assignment
+from edge_runtime.engines import open_engine
+from edge_runtime.errors import EdgestillError, Interrupted, StateError, TrainingError, UsageError
+from edge_runtime.journal import Keep, WorkFolder, WorkMemory
+from edge_runtime.local_round import Equipment, Options, Privacy
+from edge_runtime.local_training import Transfer, train_locally
+from edge_runtime.participant import Participant
+from tests.device_fakes import EXPECTED, FakeCoordinator, write_private_data
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing catches it."""
+
+
+class Killer:
+    """Kills at the n-th moment, before or after it took effect."""
+
+    def __init__(self, moment: int | None, late: bool) -> None:
+        self.moment, self.late, self.count = moment, late, 0
+
+    def __call__(self, late: bool) -> None:
+        self.count += not late
+        if self.count == self.moment and late == self.late:
+            self.moment = None
+            raise Killed
+
+
+class DeadlyKeep:
+    """A work folder with a moment to be killed at around every write."""
+
+    def __init__(self, folder: Path, killer: Killer) -> None:
+        self.inner, self.killer = WorkFolder(folder), killer
+
+    def __getattr__(self, name: str):
+        method = getattr(self.inner, name)
+        if name not in ("write", "put_body", "settle", "clean", "clean_blobs"):
+            return method
+
+        def deadly(*arguments: object) -> object:
+            self.killer(late=False)
+            result = method(*arguments)
+            self.killer(late=True)
+            return result
+
+        return deadly
+
+
+class Bench:
+    """Everything that a device needs; opened once, used by many devices."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        fake = FakeCoordinator(folder / "coordinator")
+        write_private_data(folder / "d.npz")
+        keep = WorkMemory(folder / "blobs")
+        assignment = fetch_assignment(fake, keep)
+        self.task = assignment.task
+        self.bundle = Bundle.open(assignment.bundle_path)
+        self.engine = open_engine(self.bundle, None, 1)
+        splits = load_splits(folder / "d.npz", self.bundle.input, self.bundle.classes)
+        assert assignment.transfer_path is not None and splits.test is not None
+        self.private, self.tests = splits.train, {"t_priv": splits.test}
+        self.transfer = Transfer.load(assignment.transfer_path)
+        self.made = 0
+
+    def coordinator(self, **how: object) -> FakeCoordinator:
+        self.made += 1
+        return FakeCoordinator(self.folder / f"coordinator-{self.made}", **how)
+
+    def device(self, fake: FakeCoordinator, keep: Keep, options: Options | None = None, **how) -> Device:
+        kit = Equipment(
+            fake.task, self.bundle, self.engine, self.private, self.transfer, self.tests, options or Options()
+        )
+        how = {"clock": lambda: 1000.0, "sleep": lambda seconds: None, **how}
+        return Device(fake.device, fake, keep, kit, **how)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    bench = Bench(tmp_path_factory.mktemp("bench"))
+    yield bench
+    bench.engine.close()
+    bench.bundle.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(bench: Bench) -> dict[str, bytes]:
+    fake = bench.coordinator()
+    assert bench.device(fake, WorkMemory(bench.folder / "blobs")).run() == 2
+    assert set(fake.uploads) == {"birds.1", "birds.2"}
+    return fake.uploads
+
+
+def test_a_device_reports_what_it_did(bench: Bench, tmp_path: Path) -> None:
+    fake = bench.coordinator()
+    device = bench.device(fake, WorkFolder(tmp_path / "w"), bytes_down=50)
+    assert device.run(rounds=1) == 1 and list(fake.uploads) == ["birds.1"]
+    assert device.run() == 1 and device.participant.phase == "finished"
+    first, second = fake.reports["birds.1"], fake.reports["birds.2"]
+    assert first["samples"] == 40 and sum(first["class_counts"]) == 40
+    assert first["bytes_up"] == len(fake.uploads["birds.1"])
+    assert first["bytes_down"] == 50 and second["bytes_down"] == len(fake.uploads["birds.1"])
+    assert second["before"] == first["after"] and second["after"]["loss"] < first["before"]["loss"]
+    assert second["step_ms"] > 0 and 0 < second["max_error"] < 0.1
+    left = sorted(path.name for path in (tmp_path / "w").iterdir())
+    assert [name.split("-")[0] for name in left] == [
+        "blobs", "journal.json", "lock", f"student-{bench.bundle.model_digest[:16]}.safetensors".split("-")[0],
+    ]  # fmt: skip
+
+
+def test_counts_of_too_many_classes_stay_at_home(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outputs, "MOST_CLASS_COUNTS", bench.bundle.classes - 1)
+    fake = bench.coordinator()
+    bench.device(fake, WorkMemory(bench.folder / "blobs")).run(rounds=1)
+    _, metadata = outputs.unpack(fake.uploads["birds.1"], "identity", EXPECTED)
+    assert metadata["samples"] == "40" and "class_counts" not in metadata
+    assert "class_counts" not in fake.reports["birds.1"]
+
+
+def test_memory_and_folder_give_the_same_bytes(
+    bench: Bench, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    fake = bench.coordinator()
+    bench.device(fake, WorkFolder(tmp_path / "w")).run()
+    assert fake.uploads == undisturbed
+
+
+@pytest.mark.simulation
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+def test_killed_at_every_write_it_uploads_the_same_bytes(
+    bench: Bench, tmp_path: Path, undisturbed: dict[str, bytes], late: bool
+) -> None:
+    moment = 0
+    while True:
+        moment += 1
+        killer, fake = Killer(moment, late), bench.coordinator()
+        starts = 0
+        while True:
+            starts += 1
+            try:
+                keep = DeadlyKeep(tmp_path / f"{moment}", killer)
+                bench.device(fake, keep).run()
+                break
+            except Killed:
+                keep.inner.close()
+        assert fake.uploads == undisturbed, moment
+        # what is sent again is the same: the coordinator never had to refuse another body
+        assert len(set(fake.submissions)) == 2, moment
+        if starts == 1:
+            break
+    assert moment > 15  # else the killer missed the writes
+
+
+@pytest.mark.parametrize("exchange", ["latents", "parameters"])
+@pytest.mark.parametrize("kind", ["late", "quota"])
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_model_of_its_own_stays_trained_when_its_upload_comes_to_nothing(
+    bench: Bench, tmp_path: Path, exchange: str, kind: str, in_memory: bool
+) -> None:
+    accepted = WorkMemory(bench.folder / "blobs")
+    bench.device(bench.coordinator(), accepted).run(rounds=1)
+    fake = bench.coordinator()
+    fake.task["exchange"] = exchange
+
+    def refuse(call: str) -> None:
+        if call == "submit":
+            raise Refused("no longer", status=410 if kind == "late" else 403, kind=kind)
+
+    fake.before = refuse
+    keep = WorkMemory(bench.folder / "blobs") if in_memory else WorkFolder(tmp_path / "w")
+    device = bench.device(fake, keep)
+    assert device.run(rounds=1) == 0 and device.participant.last_round == "birds.1"
+    mine, initial = keep.student(bench.bundle), bench.bundle.initial_state()
+    expected = initial if exchange == "parameters" else accepted.student(bench.bundle)
+    for name in initial:
+        np.testing.assert_array_equal(mine[name], expected[name])
+    assert any((accepted.student(bench.bundle)[name] != initial[name]).any() for name in initial)
+
+
+def test_killed_in_training_it_goes_on_from_the_checkpoint(
+    bench: Bench, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    fake, steps = bench.coordinator(), []
+
+    def dying(*arguments: object, on_step, **how: object):
+        def count(record) -> None:
+            steps.append(record.step)
+            on_step(record)
+            if len(steps) in (4, 9, 30):
+                raise Killed
+
+        return train_locally(*arguments, on_step=count, **how)
+
+    starts = 0
+    while True:
+        starts += 1
+        keep = WorkFolder(tmp_path / "w")
+        try:
+            bench.device(fake, keep, train=dying).run()
+            break
+        except Killed:
+            keep.close()
+    assert starts == 4 and fake.uploads == undisturbed
+    # every step was made once: with a checkpoint after each, nothing is done twice
+    second = steps.index(1, 1)
+    assert steps == [*range(1, second + 1), *range(1, len(steps) - second + 1)]
+
+
+@pytest.mark.parametrize("answered", [False, True], ids=["request lost", "answer lost"])
+def test_an_upload_whose_fate_is_unknown_is_sent_again_as_it_was(
+    bench: Bench, tmp_path: Path, undisturbed: dict[str, bytes], answered: bool
+) -> None:
+    fake = bench.coordinator()
+    failures = iter(
+        [Unreachable("gone"), Killed(), Refused("busy", status=503, retry_after_s=7), None, Killed()]
+    )
+    slept: list[float] = []
+
+    def fail(call: str) -> None:
+        if call == "submit" and (failure := next(failures, None)) is not None:
+            raise failure
+
+    setattr(fake, "after" if answered else "before", fail)
+    # noise makes a second packing visible: it would give other bytes
+    noisy = Options(privacy=Privacy(clip=1.0, noise_multiplier=5.0))
+    for _ in range(4):
+        keep = WorkFolder(tmp_path / "w")
+        try:
+            bench.device(fake, keep, noisy, sleep=slept.append).run()
+            break
+        except Killed:
+            keep.close()
+    assert len(fake.uploads) == 2 and len(set(fake.submissions)) == 2
+    assert 7 in slept
+    assert fake.uploads != undisturbed
+    assert 0 < fake.reports["birds.1"]["epsilon"] < fake.reports["birds.2"]["epsilon"]
+
+
+def test_epsilon_counts_earlier_rounds_with_the_noise_that_they_had(bench: Bench, tmp_path: Path) -> None:
+    fake, keep = bench.coordinator(), WorkMemory(tmp_path)
+    for multiplier in (1.0, 100.0):
+        options = Options(privacy=Privacy(clip=1.0, noise_multiplier=multiplier))
+        assert bench.device(fake, keep, options).run(rounds=1) == 1
+    # little noise once is not made good by much noise later
+    assert 0 < fake.reports["birds.1"]["epsilon"] < fake.reports["birds.2"]["epsilon"]
+
+
+def test_after_a_round_without_noise_no_epsilon_is_claimed(bench: Bench, tmp_path: Path) -> None:
+    fake, keep = bench.coordinator(), WorkMemory(tmp_path)
+    for options in (Options(), Options(privacy=Privacy(clip=1.0, noise_multiplier=5.0))):
+        assert bench.device(fake, keep, options).run(rounds=1) == 1
+    assert fake.reports["birds.2"]["epsilon"] is None
+
+
+def test_training_stops_at_the_deadline_and_nothing_is_uploaded(bench: Bench, tmp_path: Path) -> None:
+    fake, now_s, seen = bench.coordinator(deadline_s=10.0), [0.0], []
+
+    def clock() -> float:
+        now_s[0] += 1.0
+        return now_s[0]
+
+    device = bench.device(
+        fake, WorkFolder(tmp_path / "w"), clock=clock, watch=lambda event, **details: seen.append(event)
+    )
+    assert device.run(rounds=1) == 0
+    assert fake.submissions == [] and 0 < seen.count("step") < 10
+    assert "given up" in seen and device.participant.last_round == "birds.1"
+    assert not list((tmp_path / "w").glob("training-*"))
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (410, "late"),
+        (404, "no_such_round"),
+        (409, "not_selected"),
+        (413, "too_large"),
+        (422, "wrong_outputs"),
+    ],
+)
+def test_a_refused_upload_ends_the_round_and_not_the_device(
+    bench: Bench, tmp_path: Path, status: int, kind: str
+) -> None:
+    fake, seen = bench.coordinator(rounds=1), []
+
+    def refuse(call: str) -> None:
+        if call == "submit":
+            raise Refused("no", status=status, kind=kind)
+
+    fake.before = refuse
+    device = bench.device(
+        fake, WorkFolder(tmp_path / "w"), watch=lambda event, **details: seen.append((event, details))
+    )
+    assert device.run(rounds=1) == 0
+    assert ("given up", {"round": "birds.1", "reason": "no"}) in seen
+    assert device.participant.phase == "idle" and device.participant.last_round == "birds.1"
+
+
+def test_a_token_that_is_not_accepted_ends_the_device(bench: Bench, tmp_path: Path) -> None:
+    fake = bench.coordinator()
+
+    def refuse(call: str) -> None:
+        if call == "submit":
+            raise Refused("who?", status=401, kind="unauthorised")
+
+    fake.before = refuse
+    with pytest.raises(Refused, match="who"):
+        bench.device(fake, WorkFolder(tmp_path / "w")).run()
+
+
+def test_it_waits_until_the_conditions_are_met_even_in_the_middle_of_training(
+    bench: Bench, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    fake, now_s, seen = bench.coordinator(deadline_s=1e6), [0.0], []
+    levels = iter([0.1, 0.9, 0.9, 0.1, 0.1, 0.9])
+
+    def clock() -> float:
+        now_s[0] += 8.0
+        return now_s[0]
+
+    def read_status() -> dict[str, object]:
+        return {"battery": next(levels, 0.9), "charging": False}
+
+    device = bench.device(
+        fake, WorkFolder(tmp_path / "w"), clock=clock, read_status=read_status,
+        conditions=Conditions(minimum_battery=0.5), watch=lambda event, **details: seen.append(event),
+    )  # fmt: skip
+    assert device.run() == 2
+    assert seen[:3] == ["waiting", "asking", "round"]
+    assert seen.index("step") < len(seen) - 1 - seen[::-1].index("waiting")
+    assert fake.uploads == undisturbed
+
+
+def test_a_request_to_stop_leaves_a_checkpoint(
+    bench: Bench, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    fake, steps = bench.coordinator(), []
+    keep = WorkFolder(tmp_path / "w")
+    device = bench.device(
+        fake,
+        keep,
+        watch=lambda event, **details: steps.append(event) if event == "step" else None,
+        stop_requested=lambda: len(steps) >= 3,
+    )
+    with pytest.raises(Interrupted):
+        device.run()
+    keep.close()
+    assert list((tmp_path / "w").glob("training-birds.1*")) and len(steps) == 4
+    bench.device(fake, WorkFolder(tmp_path / "w")).run()
+    assert fake.uploads == undisturbed
+
+
+def test_a_training_that_fails_costs_the_round_and_not_the_student(bench: Bench, tmp_path: Path) -> None:
+    fake = bench.coordinator(rounds=1)
+    calls = []
+
+    def diverging(*arguments: object, **how: object):
+        calls.append(how)
+        raise TrainingError("the loss is nan")
+
+    device = bench.device(fake, WorkFolder(tmp_path / "w"), train=diverging)
+    assert device.run(rounds=1) == 0 and len(calls) == 1
+    student = device.keep.student(bench.bundle)
+    assert all(np.array_equal(student[name], value) for name, value in bench.bundle.initial_state().items())
+
+
+def test_global_outputs_that_do_not_fit_cost_the_round(bench: Bench, tmp_path: Path) -> None:
+    fake = bench.coordinator()
+    device = bench.device(fake, WorkFolder(tmp_path / "w"))
+    device.run(rounds=1)
+    fake.uploads["birds.1"] = b"\0" * 40
+    assert device.run(rounds=1) == 0
+    assert device.participant.last_round == "birds.2"
+
+
+def test_a_simulation_runs_one_round_without_asking(bench: Bench) -> None:
+    fake = bench.coordinator()
+    device = bench.device(fake, WorkMemory(bench.folder / "blobs"), conditions=None)
+    work = fake.work({}, 0)
+    assert work is not None
+    report = device.run_round(work)
+    assert report is not None and report["samples"] == 40 and list(fake.uploads) == ["birds.1"]
+    assert device.run_round(work) is None  # it was done with that one
+
+
+def test_a_work_folder_serves_one_process(tmp_path: Path) -> None:
+    keep = WorkFolder(tmp_path / "w")
+    with pytest.raises(EdgestillError, match="in use"):
+        WorkFolder(tmp_path / "w")
+    keep.write(Participant(completed=3))
+    keep.close()
+    again = WorkFolder(tmp_path / "w")
+    assert again.read() == Participant(completed=3)
+    again.close()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"format": "x"}', '{"format": "edgestill-journal", "format_version": 1}']
+)
+def test_a_damaged_journal_is_named(tmp_path: Path, text: str) -> None:
+    keep = WorkFolder(tmp_path / "w")
+    (tmp_path / "w" / "journal.json").write_text(text)
+    with pytest.raises(StateError, match=r"journal\.json"):
+        keep.read()
+    keep.close()
+
+
+def test_noise_is_for_outputs_only(bench: Bench) -> None:
+    with pytest.raises(UsageError, match="parameters"):
+        Equipment(
+            {**bench.task, "exchange": "parameters"}, bench.bundle, bench.engine, bench.private, None, {},
+            Options(privacy=Privacy(1.0, 1.0)),
+        )  # fmt: skip
