@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.workload import hyperparameters
+from edge_runtime.errors import UsageError
 from export.reference import make_optimizer
 
 Arrays = Mapping[str, np.ndarray]
@@ -26,6 +27,7 @@ class EagerStep:
 
     Its hyperparameters are those of `workload.hyperparameters`, taken at construction as an optimizer does,
     and every sample weighs one: a plain loop would not pay for the bundle's per-sample weights.
+    Errors: UsageError for an objective that compares samples.
     """
 
     def __init__(
@@ -38,6 +40,11 @@ class EagerStep:
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self._student = student.to(memory_format=self._layout)
         self._objective = manifest["objective"]
+        if self._objective["name"] in ("crd", "lpd"):
+            raise UsageError(
+                f"eager PyTorch is not timed with objective {self._objective['name']}",
+                "give --engines without it, or a bundle of objective ce, kd, lkd or both",
+            )
         self._values = hyperparameters(manifest)
         optimizer = manifest["optimizer"]
         self._optimizer = make_optimizer(

@@ -23,6 +23,7 @@ from benchmarks.experiments.grid import (
     read_records,
     run_cells,
 )
+from benchmarks.experiments.locks import locked
 from benchmarks.experiments.sources import Sources, find_sources
 from benchmarks.machine import commit_record, installed_versions, machine_record
 from edge_runtime.console import add_json_option
@@ -80,6 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
     experiment = load_experiment(arguments.experiment)
     if arguments.summary:
         return _print_summary(experiment, arguments)
+    if arguments.keep_states is not None and not hasattr(experiment, "redo"):
+        raise UsageError(f"{experiment.NAME} keeps no states", "leave --keep-states out; `methods` has it")
     options, sources = _prepare(arguments)
     output: Path = arguments.output or _default_output(arguments.quick)
     context = Context(
@@ -108,8 +111,12 @@ def load_experiment(name: str) -> Experiment:
 def run_stages(
     experiment: Experiment, options: Options, context: Context, output: Path, workers: int
 ) -> list[dict[str, Any]]:
-    """The records of all stages, made or found in OUTPUT/NAME.jsonl. Errors: RunsFailed."""
+    """The records of all stages, made or found in OUTPUT/NAME.jsonl.
+
+    Errors: RunsFailed; EdgestillError while another process does the same.
+    """
     records: list[dict[str, Any]] = []
+    path = output / f"{experiment.NAME}.jsonl"
     origin = {
         "machine": machine_record(),
         "commit": commit_record(),
@@ -117,18 +124,19 @@ def run_stages(
     }
     redo = getattr(experiment, "redo", lambda cell, folder: False)
     stages = experiment.stages(options)
-    for number, stage in enumerate(stages, start=1):
-        cells = stage(records)
-        records += run_cells(
-            cells,
-            experiment.run_cell,
-            context,
-            output / f"{experiment.NAME}.jsonl",
-            workers=workers,
-            on_done=partial(_tell_done, where=f"stage {number}/{len(stages)}", names=_varied(cells)),
-            again=lambda cell: context.keep_states is not None and redo(cell, context.keep_states),
-            origin=origin,
-        )
+    with locked(path, wait=False):
+        for number, stage in enumerate(stages, start=1):
+            cells = stage(records)
+            records += run_cells(
+                cells,
+                experiment.run_cell,
+                context,
+                path,
+                workers=workers,
+                on_done=partial(_tell_done, where=f"stage {number}/{len(stages)}", names=_varied(cells)),
+                again=lambda cell: context.keep_states is not None and redo(cell, context.keep_states),
+                origin=origin,
+            )
     return records
 
 
@@ -162,7 +170,13 @@ def _print_summary(experiment: Experiment, arguments: argparse.Namespace) -> int
             f"{path} holds no records of {experiment.NAME}",
             f"run `edgestill reproduce {experiment.NAME} --data DIR` first, or give its --output",
         )
-    _print_report(experiment, records, arguments.json)
+    try:
+        _print_report(experiment, records, arguments.json)
+    except (LookupError, ValueError) as error:  # a mean of nothing
+        raise EdgestillError(
+            f"{path} holds only a part of the runs of {experiment.NAME}",
+            f"wait for the rest, or run `edgestill reproduce {experiment.NAME}` again: it makes what is missing",
+        ) from error
     return 0
 
 

@@ -51,6 +51,7 @@ def add_parser(subparsers: Any) -> None:
     add("--mode", "whether the coordinator distils a global student", choices=MODES)
     add("--aggregation", "rule that combines the uploads", choices=RULES)
     add("--align", "rotate each device's latents to the global ones first", action="store_true")
+    add("--screen", "leave out uploads that disagree with the others", action="store_true")
     add("--clip", "largest norm of an upload's row, or median", type=clip_value, metavar="C")
     add("--trim", "share cut at either end by trimmed_mean", type=float, metavar="X")
     add("--byzantine", "share that krum must withstand", type=float, metavar="X")

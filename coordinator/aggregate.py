@@ -1,7 +1,8 @@
 """One set of outputs from many uploads: a pure function of the accepted set, the same bytes in any order.
 
-First every upload is clipped, then (on request) its latents are turned towards a reference, then the rule combines
-the uploads value by value. All sums are float64 and run in the order of the devices' names; results are float32.
+First every upload is clipped, then (on request) its latents are turned towards a reference, then (on request) uploads
+that disagree with the others are left out, then the rule combines the uploads value by value. All sums are float64 and
+run in the order of the devices' names; results are float32.
 Rules: weighted mean (McMahan et al. 2017), median and trimmed mean (Yin et al. 2018), Krum (Blanchard et al. 2017).
 """
 
@@ -14,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from coordinator.alignment import Motion, find_motion, reference_device
+from coordinator.screening import agreement, odd_ones
 from coordinator.task import Aggregation, share_of
 from edge_runtime.errors import EdgestillError
 
@@ -55,6 +57,7 @@ def aggregate(
       parameters, the whole update, which is the difference to `previous` (to the median of the uploads where there is
       none).
     - align: see `coordinator/alignment.py`; to the previous latents, else to the reference device's.
+    - screen: see `left_out`.
     - what a device says of its samples, or of its samples of a class, is believed up to 10 times the lower median of
       what those devices say that have any: nobody outvotes all others by saying more.
     - `mean` weighs devices by samples; `class_mean` weighs the outputs of a sample of class c by how many samples of
@@ -66,12 +69,13 @@ def aggregate(
 
     Errors: AggregationError for no upload, a device twice, arrays that differ in names or shapes or hold NaN.
     """
-    ordered = _in_order(uploads, previous)
-    entries = {name: _clipped(name, ordered, spec, previous) for name in sorted(ordered[0].arrays)}
-    if not set(entries) <= set(OUTPUTS):
-        entries = _with_whole_norm(entries, spec.clip)
-    if spec.align and "latents" in entries:
-        entries["latents"] = _aligned(entries["latents"], (previous or {}).get("latents"))
+    ordered, entries = _prepared(uploads, spec, previous)
+    if spec.screen:
+        odd = _odd(entries, previous)
+        ordered = [upload for index, upload in enumerate(ordered) if not odd[index]]
+        entries = {
+            name: [v for index, v in enumerate(views) if not odd[index]] for name, views in entries.items()
+        }
     if spec.rule == "krum":
         chosen = _krum(entries, share_of(len(ordered), spec.byzantine), len(ordered))
         entries = {name: [views[chosen]] for name, views in entries.items()}
@@ -85,6 +89,54 @@ def aggregate(
             flat[start:stop] = np.clip(block, -_FLOAT32_MAX, _FLOAT32_MAX)
         result[name] = flat.reshape(ordered[0].arrays[name].shape)
     return result
+
+
+def left_out(
+    uploads: Sequence[Upload], spec: Aggregation, previous: Mapping[str, np.ndarray] | None = None
+) -> tuple[str, ...]:
+    """The devices whose uploads `aggregate` leaves out because they disagree with the others, in order.
+
+    Agreement is the cosine with the coordinate-wise median of all uploads: of outputs without each column's mean, so
+    that outputs of other samples do not agree; of parameters as differences to `previous`, and without these nobody is
+    left out. An upload must agree in everything that it holds. None of fewer than four. Errors: as `aggregate`.
+    """
+    if not spec.screen:
+        return ()
+    ordered, entries = _prepared(uploads, spec, previous)
+    odd = _odd(entries, previous)
+    return tuple(upload.device for index, upload in enumerate(ordered) if odd[index])
+
+
+def _prepared(
+    uploads: Sequence[Upload], spec: Aggregation, previous: Mapping[str, np.ndarray] | None
+) -> tuple[list[Upload], dict[str, list[_View]]]:
+    """The uploads in order, and what each array has to say after clipping and alignment, a view a device."""
+    ordered = _in_order(uploads, previous)
+    entries = {name: _clipped(name, ordered, spec, previous) for name in sorted(ordered[0].arrays)}
+    if not set(entries) <= set(OUTPUTS):
+        entries = _with_whole_norm(entries, spec.clip)
+    if spec.align and "latents" in entries:
+        entries["latents"] = _aligned(entries["latents"], (previous or {}).get("latents"))
+    return ordered, entries
+
+
+def _odd(entries: Mapping[str, Sequence[_View]], previous: Mapping[str, np.ndarray] | None) -> np.ndarray:
+    """Which uploads [n] disagree with the others in any of their outputs, or in all their parameters together."""
+    if set(entries) <= set(OUTPUTS):
+        found = [odd_ones(agreement(_around(views, None))) for views in entries.values()]
+        return np.any(found, axis=0)
+    before = {name: _as_matrix(array) for name, array in (previous or {}).items() if name in entries}
+    if not before:
+        return np.zeros(len(next(iter(entries.values()))), bool)
+    parts = (part for name in sorted(before) for part in _around(entries[name], before[name]))
+    return odd_ones(agreement(parts))
+
+
+def _around(views: Sequence[_View], base: np.ndarray | None) -> Iterator[np.ndarray]:
+    """The blocks of all views, as differences to `base`, or to each upload's mean row."""
+    means = None if base is not None else np.stack([view.read().mean(axis=0) for view in views])
+    for start, stop, stack in _blocks(views):
+        yield stack - (means[:, None] if means is not None else base[start:stop].astype(np.float64))
 
 
 def _in_order(uploads: Sequence[Upload], previous: Mapping[str, np.ndarray] | None) -> list[Upload]:

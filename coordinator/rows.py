@@ -1,10 +1,11 @@
-"""Rows of the store as records."""
+"""Rows of the store: as records, and put in their place."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Row
+from sqlalchemy import Connection, Row, Table
 
 from coordinator.records import DeviceRecord, RoundRecord, TaskRecord, UploadRecord
 from coordinator.rounds import Round
@@ -53,3 +54,21 @@ def upload_record(row: Row[Any]) -> UploadRecord:
 
 def json_object(value: Any) -> dict[str, Any]:
     return dict(value or {})
+
+
+def put_row(
+    connection: Connection,
+    table: Table,
+    key: Mapping[str, Any],
+    values: Mapping[str, Any],
+    on_conflict: Mapping[str, Any] | None = None,
+) -> None:
+    """Inserts a row, or updates the one of the same key, with `on_conflict` where that differs from `values`."""
+    if connection.dialect.name == "postgresql":
+        from sqlalchemy.dialects.postgresql import insert as upsert
+    else:
+        from sqlalchemy.dialects.sqlite import insert as upsert  # type: ignore[assignment]
+    statement = upsert(table).values(**key, **values)
+    connection.execute(
+        statement.on_conflict_do_update(index_elements=list(key), set_=dict(on_conflict or values))
+    )

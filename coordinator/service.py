@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from coordinator import credentials, step5
+from coordinator import credentials
 from coordinator.admission import UploadTicket, parse_round_name
-from coordinator.blobs import BlobError, Blobs
+from coordinator.blobs import Blobs
 from coordinator.overview import overview_of_rounds
 from coordinator.problems import Problem
 from coordinator.progress import Progress, may_open
@@ -29,23 +29,22 @@ from coordinator.records import (
     TaskRecord,
 )
 from coordinator.refusals import RefusalCounts
-from coordinator.rounds import Ask, Failed, Published
+from coordinator.rounds import Ask
 from coordinator.schedule import Schedule
 from coordinator.selection import Hearing, may_select, standing_of, student_of, work_for
 from coordinator.step5 import Step5
+from coordinator.steps import Steps
 from coordinator.store import Store
 from coordinator.sweep import Sweep
 from coordinator.task import Task
 from coordinator.together import Together
 from coordinator.transaction import Transaction
 from coordinator.uploads import Uploads
-from edge_runtime import wire
-from edge_runtime.errors import EdgestillError, UsageError
+from edge_runtime.errors import UsageError
 
 __all__ = ["DeviceRecord", "Service", "Step5", "UploadTicket"]
 
 _LOG = logging.getLogger("coordinator")
-_LONGEST_REASON = 500
 _IDENTIFIED_AT_MOST = 20_000
 
 
@@ -71,9 +70,9 @@ class Service:
     ) -> None:
         self.store, self.blobs, self.clock = store, blobs, clock
         self._entropy = entropy
-        self._engine_threads = engine_threads
         self._progress = Progress()
         self._schedule = Schedule(store, self._progress, clock, entropy(16).hex(), lease_s)
+        self._steps = Steps(store, blobs, self._schedule, clock, engine_threads)
         self._uploads = Uploads(store, blobs, self._progress, clock, quota_bytes, max_body_bytes)
         self._identified: dict[str, DeviceRecord] = {}
         self._hearing = Hearing()
@@ -293,42 +292,11 @@ class Service:
 
         `work_folder` is for temporary files. Errors: StoreError when not even the failure can be written down.
         """
-        try:
-            inputs = self._inputs(job)
-            result = step5.compute(
-                job, inputs, self.blobs, lambda: self.clock() >= job.deadline_s, self._engine_threads
-            )
-            self.finish_step5(job, result, Path(work_folder))
-        except Exception as error:
-            # whatever it is, one round's failure must not become every later round's
-            _LOG.exception("step 5 of %s failed", job.round_name)
-            message = (
-                error.message if isinstance(error, EdgestillError) else f"{type(error).__name__}: {error}"
-            )
-            self.fail_step5(job, message)
-
-    def finish_step5(self, job: Step5, result: step5.Result, work_folder: Path) -> bool:
-        """Stores and publishes a result; False when the job has lost its right or the round has ended meanwhile."""
-        published = self.blobs.put(result.body)
-        state = None
-        if result.state is not None:
-            path = work_folder / "student.safetensors"
-            wire.save(path, result.state)
-            state = self.blobs.put_file(path)
-
-        def check() -> None:  # the same bytes may have been an orphan's, see `Sweep`
-            for digest in filter(None, (published, state)):
-                if self.blobs.size(digest) is None:
-                    raise BlobError(
-                        f"blob {digest} was deleted while it was published", "nothing; it is rare"
-                    )
-
-        event = Published(published)
-        return self._schedule.end(job, event, state, len(result.body), result.metrics, check)
+        self._steps.run(job, Path(work_folder))
 
     def fail_step5(self, job: Step5, reason: str) -> bool:
         """Abandons the round of a job that cannot be done; False when that no longer matters."""
-        return self._schedule.end(job, Failed(reason[:_LONGEST_REASON]))
+        return self._steps.fail(job, reason)
 
     # reading
 
@@ -376,17 +344,6 @@ class Service:
             for device, status, now_s in sorted(heard, key=lambda one: one[0].name):
                 self._hearing.hear(transaction, device, status, now_s)
         return [None] * len(heard)
-
-    def _inputs(self, job: Step5) -> step5.Inputs:
-        with self.store.read() as transaction:
-            record = transaction.task(job.task)
-            if record is None:
-                raise UsageError(
-                    f"there is no task {job.task}", "check that job and database belong together"
-                )
-            previous = transaction.last_published(job.task, before=job.number)
-            uploads = transaction.uploads(job.task, job.number)
-        return step5.Inputs(record.task, uploads, previous and previous[0], record.student_state)
 
     def _lock(self, transaction: Transaction, task: str) -> None:
         if not transaction.lock_task(task):

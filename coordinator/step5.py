@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from coordinator.aggregate import Upload, aggregate
+from coordinator.aggregate import Upload, aggregate, left_out
 from coordinator.blobs import Blobs, read_blob
 from coordinator.credentials import derive_seed
 from coordinator.distil import distil, evaluate_global
@@ -93,11 +93,12 @@ def compute(
         transfer = _load(blobs, task.transfer.blob, "the transfer set", Transfer.load)
     labels = None if transfer is None else transfer.labels
     aggregated = aggregate(uploads, task.aggregation, previous, labels)
-    del uploads
     metrics: dict[str, Any] = {
         "uploads": len(inputs.uploads),
+        "left_out": len(left_out(uploads, task.aggregation, previous)),
         "samples": sum(upload.samples for upload in inputs.uploads),
     }
+    del uploads
     if should_stop():
         raise Interrupted(
             f"round {job.round_name}: step 5 ran past its deadline", "give distil.deadline_s more"

@@ -25,8 +25,9 @@ _PAUSE_S = 60.0
 class Sweep:
     """Goes through ended rounds; one is marked when all of it is deleted, so that a crash makes it begin again.
 
-    A blob is deleted under the lock of every task, where nothing refers to it. An upload of the same bytes that is on
-    its way takes the lock after its bytes are stored, and looks again then (`Uploads`): none loses its blob.
+    A blob is deleted under the lock of every task, while no other can appear, where nothing refers to it. An upload of
+    the same bytes that is on its way takes the lock after its bytes are stored, and looks again then (`Uploads`): none
+    loses its blob.
 
     Bytes that were stored while nothing was committed (a crash, a refusal at the last moment) are found by looking at
     all blobs now and then. Their names are committed before they are deleted, so that whoever stores the same bytes
@@ -50,7 +51,8 @@ class Sweep:
             self._sweep_some()
             if not self._store.in_memory:
                 self._sweep_orphans()
-        except EdgestillError as error:
+        except (EdgestillError, OSError) as error:
+            # whatever the place of blobs does, the clock that called goes on to step 5
             self._round, self._orphans = None, iter(())
             self._not_before_s = self._clock() + _PAUSE_S
             _LOG.warning("blobs that nobody needs cannot be deleted: %s", error)
@@ -73,18 +75,19 @@ class Sweep:
 
     def _sweep_orphans(self) -> None:
         now_s = self._clock()
-        if now_s >= self._next_look_s:
+        some = list(islice(self._orphans, _AT_ONCE))
+        if not some and now_s >= self._next_look_s:
             self._next_look_s = now_s + _LOOK_EVERY_S
             self._orphans = self._blobs.older_than(_ORPHAN_S)
-        some = list(islice(self._orphans, _AT_ONCE))
+            some = list(islice(self._orphans, _AT_ONCE))
         if not some:
             return
         with self._store.read() as transaction:
             some = sorted(set(some) - self._kept(transaction, some))
         if some:
             with self._store.write() as transaction:
-                transaction.forget_orphans(now_s - _ORPHAN_S)
-                transaction.note_orphans(some, now_s)
+                transaction.references.forget_orphans(now_s - _ORPHAN_S)
+                transaction.references.note_orphans(some, now_s)
             self._delete_unless_referred(some, _ORPHAN_S)
 
     def _delete_unless_referred(self, digests: list[str], least_age_s: float) -> None:
@@ -99,7 +102,7 @@ class Sweep:
 
     def _kept(self, transaction: Transaction, digests: list[str]) -> set[str]:
         tasks = (record.task for record in transaction.tasks())
-        return transaction.referred(digests).union(*(_blobs_of(task) for task in tasks))
+        return transaction.references.referred(digests).union(*(_blobs_of(task) for task in tasks))
 
 
 def _blobs_of(task: Task) -> set[str]:

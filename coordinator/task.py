@@ -65,6 +65,8 @@ class Aggregation:
     trim: float = 0.2
     byzantine: float = 0.2
     align: bool = False
+    screen: bool = False
+    """Whether uploads that disagree with the others are left out."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,7 @@ def _parse_aggregation(node: Node) -> Aggregation:
         trim=node.get("trim", 0.2).number(0.0, 0.5, below=True),
         byzantine=node.get("byzantine", 0.2).number(0.0, 0.5, below=True),
         align=node.get("align", False).flag(),
+        screen=node.get("screen", False).flag(),
     )
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import Connection, Row, Table, and_, bindparam, delete, func, insert, select, update
+from sqlalchemy import Connection, Row, and_, bindparam, delete, func, insert, select, update
 
 from coordinator import schema as s
 from coordinator.records import (
@@ -19,8 +19,9 @@ from coordinator.records import (
     TaskRecord,
     UploadRecord,
 )
+from coordinator.references import References
 from coordinator.rounds import FINAL_PHASES, Accepted, Round
-from coordinator.rows import device_record, json_object, round_record, task_record, upload_record
+from coordinator.rows import device_record, json_object, put_row, round_record, task_record, upload_record
 from coordinator.task import Task
 
 CHANGES_KEPT = 10_000
@@ -33,6 +34,7 @@ class Transaction:
     def __init__(self, connection: Connection, locks_rows: bool) -> None:
         self._connection = connection
         self._locks_rows = locks_rows
+        self.references = References(connection)
         self._noted: list[dict[str, Any]] = []
         self.said: list[tuple[str, tuple[object, ...]]] = []
 
@@ -50,7 +52,9 @@ class Transaction:
         return self._one(query.with_for_update() if self._locks_rows else query) is not None
 
     def lock_all_tasks(self) -> None:
-        """Locks every task there is, in the one order in which all do."""
+        """Locks every task there is, in the one order in which all do; no other can be added meanwhile."""
+        if self._locks_rows:  # a row of its own: the rows of tasks to come cannot be locked
+            put_row(self._connection, s.counters, {"name": "tasks"}, {"value": 0})
         for name in sorted(self._connection.scalars(select(s.tasks.c.name))):
             self.lock_task(name)
 
@@ -254,23 +258,7 @@ class Transaction:
         query = select(rounds.number).where(rounds.task == task, rounds.published == digest).limit(1)
         return self._one(query) is not None
 
-    # blobs of uploads
-
-    def perhaps_deleted(self, digests: Collection[str]) -> set[str]:
-        """Those of the digests whose bytes may have been deleted: an accepted upload of any round has them, or nothing
-        had."""
-        uploads, orphans = s.uploads.c.digest, s.orphans.c.digest
-        queries = (select(uploads).where(uploads.in_(digests)), select(orphans).where(orphans.in_(digests)))
-        return {digest for query in queries for digest in self._connection.scalars(query)}
-
-    def note_orphans(self, digests: Collection[str], now_s: float) -> None:
-        """Makes `perhaps_deleted` name the digests, before they are deleted."""
-        for digest in sorted(digests):
-            self._put(s.orphans, {"digest": digest}, {"found_s": now_s})
-
-    def forget_orphans(self, before_s: float) -> None:
-        """Those that were noted so long ago that whoever stored their bytes meanwhile is long done."""
-        self._connection.execute(delete(s.orphans).where(s.orphans.c.found_s < before_s))
+    # uploads of ended rounds
 
     def round_to_sweep(self) -> tuple[str, int] | None:
         """Task and number of a round that has ended and whose uploads' blobs may still be there."""
@@ -280,19 +268,6 @@ class Transaction:
         )
         row = self._one(query.order_by(rounds.task, rounds.number).limit(1))
         return None if row is None else (row.task, row.number)
-
-    def referred(self, digests: Collection[str]) -> set[str]:
-        """Those of the digests that an upload of an open round, global outputs or a global student has."""
-        uploads, rounds = s.uploads.c, s.rounds.c
-        of_round = and_(rounds.task == uploads.task, rounds.number == uploads.number)
-        queries = (
-            select(uploads.digest)
-            .join(s.rounds, of_round)
-            .where(uploads.digest.in_(digests), rounds.phase.not_in(FINAL_PHASES)),
-            select(rounds.published).where(rounds.published.in_(digests)),
-            select(s.tasks.c.student_state).where(s.tasks.c.student_state.in_(digests)),
-        )
-        return {digest for query in queries for digest in self._connection.scalars(query)}
 
     def end_sweep(self, task: str, number: int, now_s: float) -> None:
         """Notes that a round's uploads are deleted, and takes them off what their devices store; once."""
@@ -312,7 +287,7 @@ class Transaction:
         self, task: str, number: int, device: str, report: Mapping[str, Any], now_s: float
     ) -> None:
         key = {"task": task, "number": number, "device": device}
-        self._put(s.reports, key, {"report": dict(report), "received_s": now_s})
+        put_row(self._connection, s.reports, key, {"report": dict(report), "received_s": now_s})
 
     def reports(self, task: str) -> list[ReportRecord]:
         table = s.reports.c
@@ -323,7 +298,7 @@ class Transaction:
     def count_refusals(self, task: str, number: int | None, kind: str, count: int) -> None:
         table = s.refusals
         key = {"task": task, "number": number or _ROUND_0, "kind": kind}
-        self._put(table, key, {"count": count}, {"count": table.c.count + count})
+        put_row(self._connection, table, key, {"count": count}, {"count": table.c.count + count})
 
     def refusals(self, task: str) -> list[RefusalCount]:
         table = s.refusals.c
@@ -338,7 +313,12 @@ class Transaction:
         row = self._one(select(s.leases).where(leases.task == task, leases.number == number))
         if row is not None and row.owner != owner and row.expires_s > now_s:
             return False
-        self._put(s.leases, {"task": task, "number": number}, {"owner": owner, "expires_s": expires_s})
+        put_row(
+            self._connection,
+            s.leases,
+            {"task": task, "number": number},
+            {"owner": owner, "expires_s": expires_s},
+        )
         return True
 
     def lease(self, task: str, number: int) -> tuple[str, float] | None:
@@ -372,7 +352,13 @@ class Transaction:
         if not self._noted:
             return
         count, counters = len(self._noted), s.counters
-        self._put(counters, {"name": "changes"}, {"value": count}, {"value": counters.c.value + count})
+        put_row(
+            self._connection,
+            counters,
+            {"name": "changes"},
+            {"value": count},
+            {"value": counters.c.value + count},
+        )
         last = self._connection.scalar(select(counters.c.value).where(counters.c.name == "changes"))
         first = int(last or 0) - count + 1
         rows = [{"sequence": first + index, **change} for index, change in enumerate(self._noted)]
@@ -390,23 +376,6 @@ class Transaction:
         """The sequence of the newest change; 0 before the first."""
         counters = s.counters.c
         return int(self._connection.scalar(select(counters.value).where(counters.name == "changes")) or 0)
-
-    def _put(
-        self,
-        table: Table,
-        key: Mapping[str, Any],
-        values: Mapping[str, Any],
-        on_conflict: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Inserts a row, or updates the one of the same key."""
-        if self._connection.dialect.name == "postgresql":
-            from sqlalchemy.dialects.postgresql import insert as upsert
-        else:
-            from sqlalchemy.dialects.sqlite import insert as upsert  # type: ignore[assignment]
-        statement = upsert(table).values(**key, **values)
-        self._connection.execute(
-            statement.on_conflict_do_update(index_elements=list(key), set_=dict(on_conflict or values))
-        )
 
     def _one(self, query: Any) -> Row[Any] | None:
         return self._connection.execute(query).one_or_none()

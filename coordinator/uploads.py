@@ -142,7 +142,7 @@ class Uploads:
 
     def _still_there(self, transaction: Transaction, arrived: Sequence[_Arrived]) -> list[_Arrived]:
         """All but those whose bytes were deleted after they were stored: an older upload had them, or nothing had."""
-        old = transaction.perhaps_deleted([one.upload.digest for one in arrived])
+        old = transaction.references.perhaps_deleted([one.upload.digest for one in arrived])
         return [
             one
             for one in arrived

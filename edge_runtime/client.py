@@ -155,9 +155,9 @@ class HttpCoordinator:
     def standing(self) -> dict[str, Any] | None:
         try:
             answer = self._ask("GET", "/v1/standing", attempts=1)
+            return _json_object(answer, ("round", "phase", "uploads", "goal", "seconds_left"))
         except (Refused, Unreachable):  # for people only: what is wrong shows when work is asked for
             return None
-        return _json_object(answer, ("round", "phase", "uploads", "goal", "seconds_left"))
 
     def blob(self, digest: str, size_bytes: int, target: Path) -> Path:
         if target.exists() and target.stat().st_size == size_bytes and sha256_of_file(target) == digest:

@@ -151,10 +151,10 @@ class Device:
                     event = self._upload(work, digest, content_encoding)
                 case machine.Settle(work, report):
                     event = self._settle(work, report)
-                case machine.Discard(work, reason, trained):
+                case machine.KeepTrained(work, reason):
+                    event = self._keep_trained(work, reason)
+                case machine.Discard(work, reason):
                     self._done += 1
-                    if trained and self.equipment.exchange != "parameters":
-                        self.keep.settle(work.round, self.equipment.bundle)
                     self.keep.clean(None)
                     self.watch("given up", round=work.round, reason=reason)
                     return None
@@ -295,6 +295,13 @@ class Device:
         self.bytes_down = 0
         self.last_report = report
         self.watch("settled", round=work.round, report=dict(report))
+        return machine.Settled()
+
+    def _keep_trained(self, work: Work, reason: str) -> machine.Event:
+        if self.equipment.exchange != "parameters":
+            self.keep.settle(work.round, self.equipment.bundle)
+        self.keep.clean(None)
+        self.watch("given up", round=work.round, reason=reason)
         return machine.Settled()
 
     def _answer_refusal(self, effect: machine.Effect, refused: Refused) -> machine.Event:

@@ -81,10 +81,10 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class Objective:
-    """`negatives`, `features` and `teacher_latent_size` are of `crd` alone."""
+    """`ce`, `lkd`, `lpd`, with `kd_loss` mse or kl `kd` or `both`, or `crd` with the three sizes below."""
 
-    name: str
-    kd_loss: str | None
+    name: str = "lkd"
+    kd_loss: str | None = None
     negatives: int | None = None
     features: int | None = None
     teacher_latent_size: int | None = None
@@ -103,7 +103,7 @@ class Objective:
 
     @property
     def relates_samples(self) -> bool:
-        """Whether a sample's loss depends on the teacher's latents of other samples."""
+        """Whether a sample's loss depends on other samples."""
         return self.name in ("crd", "lpd")
 
 

@@ -13,7 +13,17 @@ from typing import Any
 
 from edge_runtime.errors import StateError
 
-PHASES = ("idle", "waiting", "fetching", "training", "packing", "uploading", "uploaded", "finished")
+PHASES = (
+    "idle",
+    "waiting",
+    "fetching",
+    "training",
+    "packing",
+    "uploading",
+    "uploaded",
+    "keeping",
+    "finished",
+)
 WAITING_S = 30.0
 """Between two looks at conditions that are not met."""
 AGAIN_S = 5.0
@@ -74,7 +84,7 @@ class Participant:
     content_encoding: str = "identity"
     report: Mapping[str, Any] = field(default_factory=dict)
     reasons: tuple[str, ...] = ()
-    """Why it waits."""
+    """Why it waits, or why the upload came to nothing."""
     last_round: str | None = None
     """The round that it was done with last, by an upload or without."""
     completed: int = 0
@@ -107,7 +117,7 @@ class Participant:
         return parsed
 
 
-_IN_ROUND = ("fetching", "training", "packing", "uploading", "uploaded")
+_IN_ROUND = ("fetching", "training", "packing", "uploading", "uploaded", "keeping")
 _BEFORE_DEADLINE = ("waiting", "fetching", "training", "packing", "uploading")
 
 
@@ -191,7 +201,7 @@ class RoundGone:
 
 @dataclass(frozen=True)
 class Settled:
-    """State and files of an uploaded round are in order."""
+    """State and files of a round that is over are in order."""
 
 
 @dataclass(frozen=True)
@@ -260,18 +270,25 @@ class Settle:
 
 @dataclass(frozen=True)
 class Discard:
-    """Remove the round's files; leads to no event.
+    """Remove the round's files; leads to no event."""
 
-    `trained`: training has come to its end, and only the upload came to nothing. Where the device's model is its own
-    (every exchange but `parameters`) the trained state is carried over first.
+    work: Work
+    reason: str
+
+
+@dataclass(frozen=True)
+class KeepTrained:
+    """Training has come to its end, and only the upload came to nothing: → Settled.
+
+    Carry the trained state over where the device's model is its own (every exchange but `parameters`), and remove the
+    round's files.
     """
 
     work: Work
     reason: str
-    trained: bool = False
 
 
-Effect = CheckConditions | AskForWork | Fetch | Train | Pack | Upload | Settle | Discard
+Effect = CheckConditions | AskForWork | Fetch | Train | Pack | Upload | Settle | Discard | KeepTrained
 
 
 def step(state: Participant, event: Event) -> tuple[Participant, tuple[Effect, ...]]:
@@ -279,7 +296,8 @@ def step(state: Participant, event: Event) -> tuple[Participant, tuple[Effect, .
 
     An event that does not fit the phase changes nothing and leads to what there was to do anyway.
 
-    No effect of a round is given after its deadline, but for settling what was accepted in time.
+    No effect of a round is given after its deadline, but for settling what was accepted in time, and for keeping what
+    training has come to.
     """
     phase, work = state.phase, state.work
     if phase == "finished":
@@ -322,8 +340,9 @@ def step(state: Participant, event: Event) -> tuple[Participant, tuple[Effect, .
             )
         case Accepted() if phase == "uploading":
             state = replace(state, phase="uploaded")
-        case Settled() if phase == "uploaded" and work is not None:
-            state = replace(_outside(state), last_round=work.round, completed=state.completed + 1)
+        case Settled() if phase in ("uploaded", "keeping") and work is not None:
+            completed = state.completed + (phase == "uploaded")
+            state = replace(_outside(state), last_round=work.round, completed=completed)
             return state, (CheckConditions(),)
     return state, resume(state)
 
@@ -345,13 +364,18 @@ def resume(state: Participant) -> tuple[Effect, ...]:
         return (Pack(work),)
     if state.phase == "uploading" and state.upload is not None:
         return (Upload(work, state.upload, state.content_encoding),)
+    if state.phase == "keeping":
+        return (KeepTrained(work, "; ".join(state.reasons)),)
     return (Settle(work, state.report),)
 
 
 def _give_up(state: Participant, reason: str, trained: bool) -> tuple[Participant, tuple[Effect, ...]]:
     assert state.work is not None
+    if trained:  # a phase of its own: the files must not be removed by a restart before they are carried over
+        after = replace(state, phase="keeping", reasons=(reason,))
+        return after, resume(after)
     after = replace(_outside(state), last_round=state.work.round)
-    return after, (Discard(state.work, reason, trained), CheckConditions())
+    return after, (Discard(state.work, reason), CheckConditions())
 
 
 def _outside(state: Participant) -> Participant:

@@ -1,4 +1,4 @@
-"""The learning rate of a step."""
+"""The learning rate and the share of distillation of a step."""
 
 from __future__ import annotations
 
@@ -39,3 +39,8 @@ def learning_rate(step: int, total_steps: int, base: float, schedule: Schedule) 
     if schedule.kind == "step":
         return base * _DROP ** sum(fraction >= at for at in _DROPS_AT)
     return base
+
+
+def distillation_share(step: int, total_steps: int, first: float, last: float) -> float:
+    """α of step 0 … total_steps − 1, in a straight line from `first` to `last`."""
+    return first + (last - first) * step / max(1, total_steps - 1)

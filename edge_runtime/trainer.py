@@ -17,7 +17,7 @@ from edge_runtime.checkpoint import Checkpoint, check_same_run, load_checkpoint,
 from edge_runtime.data import Dataset, digest_of_arrays
 from edge_runtime.engines import Engine
 from edge_runtime.errors import Interrupted, TrainingError, UsageError
-from edge_runtime.schedule import Schedule, learning_rate
+from edge_runtime.schedule import Schedule, distillation_share, learning_rate
 from edge_runtime.teacher import TeacherOutputs
 
 DEFAULTS: dict[str, dict[str, float]] = {
@@ -39,6 +39,8 @@ class TrainSettings:
     hyperparameters: Mapping[str, float] = field(default_factory=dict)
     augmentations: tuple[str, ...] = ()
     transfer_fraction: float = 0.5
+    alpha_end: float | None = None
+    """α of the last step, reached in a straight line from the hyperparameter `alpha`; None: α stays as it is."""
     neighbours: int | None = None
     neighbour_scale: float | None = None
     """Of objective `lpd`; None is the default."""
@@ -84,11 +86,6 @@ class Run:
         """The run as JSON values, by which a state file knows the run that it belongs to."""
         settings = self.settings
         initial = self.initial_state
-        of_lpd = (
-            {"neighbours": self.plan.neighbours, "neighbour_scale": self.plan.neighbour_scale}
-            if self.plan.neighbours
-            else {}
-        )
         return {
             "model": self.bundle.model_digest,
             "data": self.plan.dataset.digest,
@@ -99,7 +96,9 @@ class Run:
             "warmup_steps": settings.schedule.warmup_steps,
             "augment": ",".join(settings.augmentations),
             "transfer_count": self.plan.transfer_count,
-            **of_lpd,
+            "alpha_end": settings.alpha_end,
+            "neighbours": self.plan.neighbours or None,
+            "neighbour_scale": self.plan.neighbour_scale if self.plan.neighbours else None,
             **dict(self.hyperparameters),
             **{name: digest for name, digest in self.origins.items() if digest is not None},
         }
@@ -110,6 +109,10 @@ class Run:
         given = self.plan.inputs(step)
         given |= {name: np.array([value], np.float32) for name, value in self.hyperparameters.items()}
         given["learning_rate"] = np.array([rate], np.float32)
+        if self.settings.alpha_end is not None:
+            first, last = self.hyperparameters["alpha"], self.settings.alpha_end
+            share = distillation_share(step, self.total_steps, first, last)
+            given["alpha"] = np.array([share], np.float32)
         return {spec.name: given[spec.name] for spec in self.bundle.inputs("train_step")}
 
     def learning_rate(self, step: int) -> float:
@@ -160,6 +163,8 @@ def plan_run(
     )
     _check_negatives(bundle, plan)
     hyperparameters = resolve_hyperparameters(bundle, settings.hyperparameters)
+    if settings.alpha_end is not None:
+        resolve_hyperparameters(bundle, {"alpha": settings.alpha_end})
     return Run(bundle, plan, settings, hyperparameters, initial_state, origins or {})
 
 

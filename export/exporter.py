@@ -19,7 +19,7 @@ from edge_runtime.files import sha256_of_file, write_atomically
 from edge_runtime.manifest import FORMAT, FORMAT_VERSION
 from edge_runtime.wire import save
 from export.lowering.capture import LoweringError, capture_student
-from export.objectives import Objective, objective_parameters
+from export.objectives import Objective, complete, objective_parameters
 from export.optimizers import Optimizer
 from export.relational import HEADS
 from export.step import InputOptions, StepSpec, frozen_layers, frozen_names, student_state
@@ -72,7 +72,7 @@ def prepare_step(options: ExportOptions, student: nn.Module) -> StepSpec:
             f"the student's {name} does not enter its outputs",
             hint="remove what `output(representation(perception(images)))` does not use",
         )
-    objective = options.objective.completed(options.latent_size)
+    objective = complete(options.objective, options.latent_size)
     own = objective_parameters(objective, options.latent_size, options.seed)
     for name in own.keys() & initial.keys():
         raise UsageError(

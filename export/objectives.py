@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from edge_runtime.manifest import Objective
 from export.lowering.formulations import Layout
 from export.lowering.graph import Value
 from export.relational import contrastive, initial_heads, locality
@@ -19,43 +20,16 @@ from export.relational import contrastive, initial_heads, locality
 NEGATIVES, FEATURES = 512, 128
 
 
-@dataclass(frozen=True)
-class Objective:
-    """`ce`, `lkd`, `lpd`, with `kd_loss` mse or kl `kd` or `both`, or `crd` with the three sizes below."""
-
-    name: str = "lkd"
-    kd_loss: str | None = None
-    negatives: int | None = None
-    features: int | None = None
-    teacher_latent_size: int | None = None
-
-    def completed(self, latent_size: int) -> Objective:
-        """With the defaults of what is not given."""
-        if self.name != "crd":
-            return self
-        return replace(
-            self,
-            negatives=self.negatives or NEGATIVES,
-            features=self.features or FEATURES,
-            teacher_latent_size=self.teacher_latent_size or latent_size,
-        )
-
-    @property
-    def distills(self) -> bool:
-        return self.name != "ce"
-
-    @property
-    def takes_latents(self) -> bool:
-        return self.name in ("lkd", "both")
-
-    @property
-    def takes_logits(self) -> bool:
-        return self.name in ("kd", "both")
-
-    @property
-    def relates_samples(self) -> bool:
-        """Whether a sample's loss depends on the other samples."""
-        return self.name in ("crd", "lpd")
+def complete(objective: Objective, latent_size: int) -> Objective:
+    """The objective with the defaults of the sizes of `crd` that are not given."""
+    if objective.name != "crd":
+        return objective
+    return replace(
+        objective,
+        negatives=objective.negatives or NEGATIVES,
+        features=objective.features or FEATURES,
+        teacher_latent_size=objective.teacher_latent_size or latent_size,
+    )
 
 
 def batch_inputs(
@@ -82,7 +56,7 @@ def batch_inputs(
             specs.append(_spec(name, (samples, objective.teacher_latent_size), "latent units"))
     if objective.name == "lpd":
         specs.append(_spec("neighbour_weights", (batch, batch), "weight of a pair, 0-1"))
-    if objective.distills:
+    if objective.needs_teacher:
         specs.append(_spec("teacher_weights", (batch,), "weight of a sample in the distillation term"))
         specs.append(_spec("alpha", (1,), "share of the distillation term, 0-1"))
     if objective.name == "both":
@@ -129,7 +103,7 @@ def loss_and_gradients(
     ce_rows = -layout.row_sum(layout.log_softmax(logits) * one_hot)
     ce_loss = total(ce_rows * weights)
     d_ce = (graph.apply("softmax", logits) - one_hot) * weights
-    if not objective.distills:
+    if not objective.needs_teacher:
         return LossAndGradients(ce_loss, ce_loss, None, None, d_ce)
 
     alpha = inputs["alpha"]

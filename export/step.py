@@ -81,7 +81,7 @@ class StepSpec:
         ) + hyperparameters(self.optimizer)
 
     def metrics(self) -> list[dict]:
-        losses = ["loss", "ce_loss"] + (["distillation_loss"] if self.objective.distills else [])
+        losses = ["loss", "ce_loss"] + (["distillation_loss"] if self.objective.needs_teacher else [])
         return [_metric(name, (1,), "nat") for name in losses] + self.encodings()
 
     def encodings(self) -> list[dict]:

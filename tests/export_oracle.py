@@ -140,7 +140,7 @@ class Eager:
         latents, logits = self._outputs(given["images"])
         ce = weighted_mean(F.cross_entropy(logits, given["labels"], reduction="none"), given["label_weights"])
         metrics = {"loss": ce, "ce_loss": ce, "latents": latents, "logits": logits}
-        if self.spec.objective.distills:
+        if self.spec.objective.needs_teacher:
             rows = self._distances(given, latents, logits)
             metrics["distillation_loss"] = weighted_mean(rows, given["teacher_weights"])
             alpha = given["alpha"][0]

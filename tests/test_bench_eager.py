@@ -13,6 +13,7 @@ from torch import nn
 
 from benchmarks.eager import EagerStep
 from benchmarks.workload import hyperparameters, make_batches
+from edge_runtime.errors import UsageError
 from export.reference import load_student_state, set_training
 from tests import bench_fakes
 
@@ -137,6 +138,14 @@ def test_eager_step_is_the_bundles_step(options: dict[str, str], channels_last: 
         # BatchNorm makes the gradient of a convolution's bias zero but for rounding, which AdamW blows up
         if not (manifest["optimizer"]["name"] == "adamw" and name.endswith("0.bias")):
             assert (own - reference).abs().max().item() < 1e-4 * scale, name
+
+
+@pytest.mark.parametrize("name", ["crd", "lpd"])
+def test_what_it_cannot_compute_is_refused(name: str) -> None:
+    student, manifest = make()
+    manifest["objective"] = {"name": name, "kd_loss": None}
+    with pytest.raises(UsageError, match=f"objective {name}"):
+        EagerStep(student, manifest)
 
 
 def test_frozen_parameters_and_statistics_stay() -> None:

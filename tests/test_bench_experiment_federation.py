@@ -62,6 +62,7 @@ def test_cells_are_distinct_and_their_settings_make_sense(quick: bool) -> None:
         assert len({cell.key for cell in cells}) == len(cells)
         for cell in cells:
             json.dumps(cell.settings)
+    assert len({len(grid) for _, grid in CANDIDATES.values()}) == 1  # the same budget for every method
     # no seed chooses and is reported
     assert not {cell.settings["seed"] for cell in tuning} & {cell.settings["seed"] for cell in final}
     for cell in final:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.experiments.statistics import mean_with_interval, paired_test, t_cdf, t_quantile
+from benchmarks.experiments.statistics import Mean, mean_with_interval, paired_test, t_cdf, t_quantile
 
 stats = pytest.importorskip("scipy.stats")
 pytestmark = pytest.mark.tiny
@@ -56,3 +56,9 @@ def test_paired_test_is_scipys(pairs):
 def test_values_that_do_not_pair_are_refused():
     with pytest.raises(ValueError):
         paired_test([0.1, 0.2], [0.1])
+
+
+def test_only_the_mean_shows_a_sign():
+    assert Mean(1.25, 0.5, 3).shown("+.2f") == "+1.25 ± 0.50"
+    assert Mean(-1.25, None, 1).shown("+.1f") == "-1.2"
+    assert str(Mean(0.5, 0.25, 2)) == "0.500 ± 0.250"

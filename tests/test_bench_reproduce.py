@@ -15,6 +15,7 @@ import pytest
 from benchmarks.experiments import EXPERIMENTS, heterogeneity, latent_size, methods, scarcity
 from benchmarks.experiments.devices import deal_device
 from benchmarks.experiments.grid import Cell, Context, Options
+from benchmarks.experiments.locks import locked
 from benchmarks.experiments.protocol import base_settings, make_run
 from benchmarks.experiments.report import Report
 from benchmarks.experiments.sources import load_data
@@ -97,6 +98,24 @@ def test_a_summary_needs_no_data(reproduce):
     assert code == 0 and json.loads(output) == {"total": 18}
 
 
+def test_a_summary_of_a_part_says_so(reproduce, tmp_path):
+    (tmp_path / "doubling.jsonl").write_text(json.dumps({"experiment": "doubling", "key": "a"}) + "\n")
+    code, output, told = reproduce(doubling(), "--summary", "--json")
+    assert code == 1 and output == "" and "only a part of the runs of doubling" in told
+
+
+def test_two_processes_do_not_write_the_same_records(reproduce, tmp_path):
+    with locked(tmp_path / "doubling.jsonl"):
+        code, _, told = reproduce(doubling(), "--quick")
+    assert code == 1 and "another process works on" in told
+    assert reproduce(doubling(), "--quick")[0] == 0
+
+
+def test_an_experiment_that_keeps_no_states_says_so(reproduce, tmp_path):
+    code, _, told = reproduce(doubling(), "--quick", "--keep-states", str(tmp_path / "states"))
+    assert code == 2 and "doubling keeps no states" in told
+
+
 def test_full_runs_ask_for_data(reproduce):
     code, _, told = reproduce(doubling())
     assert code == 2 and "needs CIFAR-10" in told and "--data DIR" in told
@@ -142,6 +161,10 @@ def test_stages_and_reports_fit_together(experiment, options, monkeypatch, tmp_p
             assert all(path.stat().st_size for path in save_figure(figure, tmp_path / experiment.NAME))
 
 
+def own_of(settings):
+    return json.dumps([settings.get(name) for name in ("export_options", "hyperparameters", "alpha_end")])
+
+
 def test_methods_chooses_on_validation_with_seeds_of_its_own(monkeypatch, tmp_path):
     monkeypatch.setattr(methods, "run_cell", made_up)
     records = run_stages(methods, Options(), Context("", "", tmp_path), tmp_path, workers=1)
@@ -157,14 +180,10 @@ def test_methods_chooses_on_validation_with_seeds_of_its_own(monkeypatch, tmp_pa
         for record in by_stage["tuning"]:
             settings, result = record["settings"], record["result"]
             if settings["method"] == method:
-                own = json.dumps([settings.get("export_options"), settings["hyperparameters"]])
-                scores.setdefault(own, []).append(result["priv"] + result["uni"])
+                scores.setdefault(own_of(settings), []).append(result["priv"] + result["uni"])
+        assert len(scores) == 5  # as many for every method
         best = max(scores, key=lambda own: sum(scores[own]))
-        final = {
-            json.dumps([r["settings"].get("export_options"), r["settings"]["hyperparameters"]])
-            for r in by_stage["final"]
-            if r["settings"]["method"] == method
-        }
+        final = {own_of(r["settings"]) for r in by_stage["final"] if r["settings"]["method"] == method}
         assert final == {best}
     summary = methods.report(records).summary
     assert set(summary) == {"ce", "kd", "crd", "lpd", "lkd", "best"}

@@ -46,8 +46,8 @@ def test_a_coordinator_that_does_not_say_is_no_failure() -> None:
 
     def answer(request: httpx2.Request) -> httpx2.Response:
         asked.append(request.url.path)
-        return httpx2.Response((404, 503)[len(asked) - 1], content=iter([b"{}"]))
+        return httpx2.Response((404, 503, 200)[len(asked) - 1], content=iter([b"{}"]))
 
     client = HttpCoordinator("http://c", transport=httpx2.MockTransport(answer))
-    assert client.standing() is None and client.standing() is None
-    assert asked == ["/v1/standing"] * 2
+    assert client.standing() is None and client.standing() is None and client.standing() is None
+    assert asked == ["/v1/standing"] * 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from coordinator.problems import Problem
 from coordinator.service import Service
 from coordinator.store import Store
 from edge_runtime.errors import UsageError
-from tests.coordinator_backends import blobs, s3_server  # noqa: F401  fixtures
+from tests.coordinator_backends import blobs, postgresql_server, postgresql_url, s3_server  # noqa: F401  fixtures
 from tests.coordinator_round import Clock, describe_task, enrol, make_upload, run_due, submit
 
 pytestmark = pytest.mark.unit
@@ -117,6 +118,58 @@ def test_a_task_is_not_created_on_blobs_that_are_gone(
     service.tick()
     with pytest.raises(UsageError, match="transfer"):
         service.create_task(task)
+
+
+@pytest.mark.parametrize("method", ["delete", "age_s", "older_than"])
+def test_a_folder_that_does_not_obey_keeps_no_round_from_its_step_5(
+    service: Service, aged: AgedBlobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    task = service.create_task(describe_task(tmp_path, aged, goal=1))
+    aged.age(aged.put(b"nobody committed this"))
+    device = enrol(service)
+    service.ask(device, {})
+    submit(service, task, device, "birds.1")
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(aged, method, refuse)
+    assert run_due(service, tmp_path) == 1
+    assert service.rounds("birds")[0].phase == "completed"
+
+
+def test_a_look_at_all_blobs_comes_to_its_end_however_long_it_takes(
+    service: Service, aged: AgedBlobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = service.create_task(describe_task(tmp_path, aged))
+    orphan = aged.put(b"nobody committed this")
+    aged.age(orphan)
+    monkeypatch.setattr(aged, "older_than", lambda _: iter([task.transfer.blob] * 250 + [orphan]))
+    for _ in range(3):  # a hundred a tick; the next look falls due between two of them
+        service.tick()
+        service.clock.now_s += 2 * 3600
+    assert aged.size(orphan) is None and aged.size(task.transfer.blob)
+
+
+@pytest.mark.contract
+def test_no_task_appears_while_all_are_locked(
+    postgresql_url: str,  # noqa: F811
+    aged: AgedBlobs,
+    tmp_path: Path,
+) -> None:
+    """Else it could be created on a blob that another replica is about to delete."""
+    here, there = Store(postgresql_url), Service(Store(postgresql_url), aged, Clock())
+    task = describe_task(tmp_path, aged)
+    with ThreadPoolExecutor(1) as pool:
+        with here.write() as transaction:
+            transaction.lock_all_tasks()
+            creating = pool.submit(there.create_task, task)
+            assert not wait([creating], timeout=1.0).done
+            aged.delete(task.transfer.blob)
+        with pytest.raises(UsageError, match="transfer"):
+            creating.result(timeout=30)
+    here.close()
+    there.store.close()
 
 
 def test_a_database_in_memory_takes_nothing_for_an_orphan(aged: AgedBlobs) -> None:

@@ -76,6 +76,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         "trim": 0.2,
         "byzantine": 0.2,
         "align": False,
+        "screen": False,
     }
     assert parse_task(with_field("transfer.labelled", True)).distil.alpha == 0.5
     assert parse_task(with_field("goal", 5)).minimum == 3

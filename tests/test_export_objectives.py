@@ -115,7 +115,7 @@ def test_objectives_at_any_weight(objective: Objective, numbers: dict[str, float
     [
         pytest.param(objective, which, id=f"{objective.name}-{objective.kd_loss}-{which}")
         for objective in OBJECTIVES
-        for which in (["label_weights", "teacher_weights"] if objective.distills else ["label_weights"])
+        for which in (["label_weights", "teacher_weights"] if objective.needs_teacher else ["label_weights"])
     ],
 )
 def test_a_term_without_samples_is_zero(objective: Objective, which: str, layout: str) -> None:

@@ -79,7 +79,7 @@ def batch(configuration: ExportOptions, seed: int) -> dict[str, np.ndarray]:
     }
     numbers = SGD if configuration.optimizer.name == "sgd" else ADAMW
     objective = configuration.objective
-    if objective.distills:
+    if objective.needs_teacher:
         for taken, name, size in (
             (objective.takes_latents, "latents", LATENT),
             (objective.takes_logits, "logits", CLASSES),
@@ -120,7 +120,7 @@ def eager_losses(
     w = inputs["label_weights"]
     ce = (F.cross_entropy(logits, inputs["labels"].long(), reduction="none") * w).sum() / w.sum()
     objective = configuration.objective
-    if not objective.distills:
+    if not objective.needs_teacher:
         return ce, ce, None, latents, logits
     if objective.name == "crd":
         rows = contrastive_rows(inputs, heads, latents)

@@ -1,109 +1,21 @@
-"""The device's shell: it goes through rounds, and is killed at every moment without losing or repeating a result."""
+"""The device's shell: it goes through rounds, and whatever the coordinator answers leads to the next."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from edge_runtime import outputs
-from edge_runtime.bundle import Bundle
-from edge_runtime.client import Refused, Unreachable
+from edge_runtime.client import Refused
 from edge_runtime.conditions import Conditions
-from edge_runtime.data import load_splits
-from edge_runtime.device import Device, fetch_assignment
-from edge_runtime.engines import open_engine
-from edge_runtime.errors import EdgestillError, Interrupted, StateError, TrainingError, UsageError
-from edge_runtime.journal import Keep, WorkFolder, WorkMemory
+from edge_runtime.errors import EdgestillError, StateError, TrainingError, UsageError
+from edge_runtime.journal import WorkFolder, WorkMemory
 from edge_runtime.local_round import Equipment, Options, Privacy
-from edge_runtime.local_training import Transfer, train_locally
 from edge_runtime.participant import Participant
-from tests.device_fakes import EXPECTED, FakeCoordinator, write_private_data
-
-
-class Killed(BaseException):
-    """Stands for kill -9: nothing catches it."""
-
-
-class Killer:
-    """Kills at the n-th moment, before or after it took effect."""
-
-    def __init__(self, moment: int | None, late: bool) -> None:
-        self.moment, self.late, self.count = moment, late, 0
-
-    def __call__(self, late: bool) -> None:
-        self.count += not late
-        if self.count == self.moment and late == self.late:
-            self.moment = None
-            raise Killed
-
-
-class DeadlyKeep:
-    """A work folder with a moment to be killed at around every write."""
-
-    def __init__(self, folder: Path, killer: Killer) -> None:
-        self.inner, self.killer = WorkFolder(folder), killer
-
-    def __getattr__(self, name: str):
-        method = getattr(self.inner, name)
-        if name not in ("write", "put_body", "settle", "clean", "clean_blobs"):
-            return method
-
-        def deadly(*arguments: object) -> object:
-            self.killer(late=False)
-            result = method(*arguments)
-            self.killer(late=True)
-            return result
-
-        return deadly
-
-
-class Bench:
-    """Everything that a device needs; opened once, used by many devices."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        fake = FakeCoordinator(folder / "coordinator")
-        write_private_data(folder / "d.npz")
-        keep = WorkMemory(folder / "blobs")
-        assignment = fetch_assignment(fake, keep)
-        self.task = assignment.task
-        self.bundle = Bundle.open(assignment.bundle_path)
-        self.engine = open_engine(self.bundle, None, 1)
-        splits = load_splits(folder / "d.npz", self.bundle.input, self.bundle.classes)
-        assert assignment.transfer_path is not None and splits.test is not None
-        self.private, self.tests = splits.train, {"t_priv": splits.test}
-        self.transfer = Transfer.load(assignment.transfer_path)
-        self.made = 0
-
-    def coordinator(self, **how: object) -> FakeCoordinator:
-        self.made += 1
-        return FakeCoordinator(self.folder / f"coordinator-{self.made}", **how)
-
-    def device(self, fake: FakeCoordinator, keep: Keep, options: Options | None = None, **how) -> Device:
-        kit = Equipment(
-            fake.task, self.bundle, self.engine, self.private, self.transfer, self.tests, options or Options()
-        )
-        how = {"clock": lambda: 1000.0, "sleep": lambda seconds: None, **how}
-        return Device(fake.device, fake, keep, kit, **how)
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    bench = Bench(tmp_path_factory.mktemp("bench"))
-    yield bench
-    bench.engine.close()
-    bench.bundle.close()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(bench: Bench) -> dict[str, bytes]:
-    fake = bench.coordinator()
-    assert bench.device(fake, WorkMemory(bench.folder / "blobs")).run() == 2
-    assert set(fake.uploads) == {"birds.1", "birds.2"}
-    return fake.uploads
+from tests.device_bench import Bench, open_bench, upload_undisturbed  # noqa: F401  fixtures
+from tests.device_fakes import EXPECTED
 
 
 def test_a_device_reports_what_it_did(bench: Bench, tmp_path: Path) -> None:
@@ -140,32 +52,6 @@ def test_memory_and_folder_give_the_same_bytes(
     assert fake.uploads == undisturbed
 
 
-@pytest.mark.simulation
-@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
-def test_killed_at_every_write_it_uploads_the_same_bytes(
-    bench: Bench, tmp_path: Path, undisturbed: dict[str, bytes], late: bool
-) -> None:
-    moment = 0
-    while True:
-        moment += 1
-        killer, fake = Killer(moment, late), bench.coordinator()
-        starts = 0
-        while True:
-            starts += 1
-            try:
-                keep = DeadlyKeep(tmp_path / f"{moment}", killer)
-                bench.device(fake, keep).run()
-                break
-            except Killed:
-                keep.inner.close()
-        assert fake.uploads == undisturbed, moment
-        # what is sent again is the same: the coordinator never had to refuse another body
-        assert len(set(fake.submissions)) == 2, moment
-        if starts == 1:
-            break
-    assert moment > 15  # else the killer missed the writes
-
-
 @pytest.mark.parametrize("exchange", ["latents", "parameters"])
 @pytest.mark.parametrize("kind", ["late", "quota"])
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -190,65 +76,6 @@ def test_a_model_of_its_own_stays_trained_when_its_upload_comes_to_nothing(
     for name in initial:
         np.testing.assert_array_equal(mine[name], expected[name])
     assert any((accepted.student(bench.bundle)[name] != initial[name]).any() for name in initial)
-
-
-def test_killed_in_training_it_goes_on_from_the_checkpoint(
-    bench: Bench, tmp_path: Path, undisturbed: dict[str, bytes]
-) -> None:
-    fake, steps = bench.coordinator(), []
-
-    def dying(*arguments: object, on_step, **how: object):
-        def count(record) -> None:
-            steps.append(record.step)
-            on_step(record)
-            if len(steps) in (4, 9, 30):
-                raise Killed
-
-        return train_locally(*arguments, on_step=count, **how)
-
-    starts = 0
-    while True:
-        starts += 1
-        keep = WorkFolder(tmp_path / "w")
-        try:
-            bench.device(fake, keep, train=dying).run()
-            break
-        except Killed:
-            keep.close()
-    assert starts == 4 and fake.uploads == undisturbed
-    # every step was made once: with a checkpoint after each, nothing is done twice
-    second = steps.index(1, 1)
-    assert steps == [*range(1, second + 1), *range(1, len(steps) - second + 1)]
-
-
-@pytest.mark.parametrize("answered", [False, True], ids=["request lost", "answer lost"])
-def test_an_upload_whose_fate_is_unknown_is_sent_again_as_it_was(
-    bench: Bench, tmp_path: Path, undisturbed: dict[str, bytes], answered: bool
-) -> None:
-    fake = bench.coordinator()
-    failures = iter(
-        [Unreachable("gone"), Killed(), Refused("busy", status=503, retry_after_s=7), None, Killed()]
-    )
-    slept: list[float] = []
-
-    def fail(call: str) -> None:
-        if call == "submit" and (failure := next(failures, None)) is not None:
-            raise failure
-
-    setattr(fake, "after" if answered else "before", fail)
-    # noise makes a second packing visible: it would give other bytes
-    noisy = Options(privacy=Privacy(clip=1.0, noise_multiplier=5.0))
-    for _ in range(4):
-        keep = WorkFolder(tmp_path / "w")
-        try:
-            bench.device(fake, keep, noisy, sleep=slept.append).run()
-            break
-        except Killed:
-            keep.close()
-    assert len(fake.uploads) == 2 and len(set(fake.submissions)) == 2
-    assert 7 in slept
-    assert fake.uploads != undisturbed
-    assert 0 < fake.reports["birds.1"]["epsilon"] < fake.reports["birds.2"]["epsilon"]
 
 
 def test_epsilon_counts_earlier_rounds_with_the_noise_that_they_had(bench: Bench, tmp_path: Path) -> None:
@@ -343,25 +170,6 @@ def test_it_waits_until_the_conditions_are_met_even_in_the_middle_of_training(
     assert device.run() == 2
     assert seen[:3] == ["waiting", "asking", "round"]
     assert seen.index("step") < len(seen) - 1 - seen[::-1].index("waiting")
-    assert fake.uploads == undisturbed
-
-
-def test_a_request_to_stop_leaves_a_checkpoint(
-    bench: Bench, tmp_path: Path, undisturbed: dict[str, bytes]
-) -> None:
-    fake, steps = bench.coordinator(), []
-    keep = WorkFolder(tmp_path / "w")
-    device = bench.device(
-        fake,
-        keep,
-        watch=lambda event, **details: steps.append(event) if event == "step" else None,
-        stop_requested=lambda: len(steps) >= 3,
-    )
-    with pytest.raises(Interrupted):
-        device.run()
-    keep.close()
-    assert list((tmp_path / "w").glob("training-birds.1*")) and len(steps) == 4
-    bench.device(fake, WorkFolder(tmp_path / "w")).run()
     assert fake.uploads == undisturbed
 
 

@@ -1,4 +1,4 @@
-"""`edgestill join` from outside: over HTTP, killed, stopped, refused; and finding a coordinator by mDNS."""
+"""`edgestill join` from outside: over HTTP, killed, stopped, refused."""
 
 from __future__ import annotations
 
@@ -269,58 +269,6 @@ def test_an_assignment_out_of_form_is_refused(
     assert "version" in said and "Traceback" not in said
 
 
-@pytest.mark.parametrize(
-    ("properties", "addresses", "url"),
-    [
-        ({"url": "https://pi.example:8443"}, ["127.0.0.1"], "https://pi.example:8443"),
-        ({"url": "http://laptop:8321"}, ["127.0.0.1"], "http://127.0.0.1:8321"),
-        ({"url": "https://laptop:8443"}, ["127.0.0.1"], "https://laptop:8443"),
-        ({"url": "file:///etc"}, ["fe80::1", "127.0.0.1"], "http://127.0.0.1:8321"),
-        ({}, ["fe80::1"], "http://[fe80::1]:8321"),
-        ({}, [], None),
-    ],
-)
-def test_an_announcement_gives_an_address(
-    properties: dict[str, str], addresses: list[str], url: str | None
-) -> None:
-    zeroconf = pytest.importorskip("zeroconf")
-    from edge_runtime.discovery import SERVICE, read_announcement
-
-    info = zeroconf.ServiceInfo(
-        SERVICE, f"pi.{SERVICE}", port=8321, properties=properties, parsed_addresses=addresses
-    )
-    found = read_announcement(f"pi.{SERVICE}", info)
-    assert (None if found is None else (found.name, found.url)) == (None if url is None else ("pi", url))
-
-
-@pytest.mark.contract
-def test_a_coordinator_on_this_machine_is_found_by_mdns() -> None:
-    zeroconf = pytest.importorskip("zeroconf")
-    from edge_runtime.discovery import SERVICE, discover
-
-    name, only = f"test-{os.getpid()}", ["127.0.0.1"]
-    info = zeroconf.ServiceInfo(
-        SERVICE, f"{name}.{SERVICE}", port=8321, properties={"url": "https://pi.example:8443"},
-        parsed_addresses=only, server=f"{name}.local.",
-    )  # fmt: skip
-    try:
-        announcing = zeroconf.Zeroconf(interfaces=only)
-    except OSError as error:
-        pytest.skip(f"no multicast here: {error}")
-    found: list[str] = []
-    try:
-        announcing.register_service(info)
-        for wait_s in (2.0, 4.0, 8.0):
-            found = found or [one.url for one in discover(wait_s, interfaces=only) if one.name == name]
-            if found:
-                break
-    finally:
-        announcing.close()
-    if not found:
-        pytest.skip("the loopback interface carries no multicast here")
-    assert found == ["https://pi.example:8443"]
-
-
 def test_the_token_goes_to_no_discovered_stranger(
     work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -338,23 +286,6 @@ def test_the_token_goes_to_no_discovered_stranger(
         assert heard == [] and f"enrolled at {url}" in capsys.readouterr().err
         found[0] = discovery.Found("laptop", url)
         assert main(discovering) == 0
-
-
-def test_discovery_says_what_to_install_and_chooses_nobody_by_chance(monkeypatch: pytest.MonkeyPatch) -> None:
-    from edge_runtime import discovery
-    from edge_runtime.errors import EdgestillError
-
-    one, other = discovery.Found("a", "http://192.0.2.1:1"), discovery.Found("b", "http://192.0.2.2:1")
-    for answers, message in (([], "no coordinator"), ([one, other], "several")):
-        monkeypatch.setattr(discovery, "discover", lambda *_, answers=answers: answers)
-        with pytest.raises(EdgestillError, match=message):
-            discovery.find_one()
-    monkeypatch.setattr(discovery, "discover", lambda *_: [one])
-    assert discovery.find_one() == one
-    monkeypatch.undo()
-    monkeypatch.setitem(sys.modules, "zeroconf", None)
-    with pytest.raises(EdgestillError, match="zeroconf"):
-        discovery.find_one()
 
 
 def test_a_person_is_told_what_the_device_waits_for(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

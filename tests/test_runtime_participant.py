@@ -110,10 +110,17 @@ def test_a_round_goes_through_its_phases_in_order(number: int) -> None:
 def test_a_round_that_is_over_is_given_up(phase: str, event: object) -> None:
     state = Participant(phase, work_of(1, 50.0), upload=DIGESTS[0], report={"samples": 1}, privacy_spent=0.5)
     after, effects = step(state, event)
+    if phase == "uploading" or (
+        phase == "packing" and isinstance(event, machine.Ticked)
+    ):  # it has learned something
+        # a restart finds the round again, and keeps what was learned
+        assert after == replace(state, phase="keeping", reasons=("its deadline passed",))
+        assert effects == resume(after) == (machine.KeepTrained(work_of(1, 50.0), "its deadline passed"),)
+        after, effects = step(after, machine.Settled())
+    else:
+        assert effects[0] == machine.Discard(work_of(1, 50.0), "its deadline passed")
     assert after == Participant(last_round="birds.1", privacy_spent=0.5)
-    trained = phase == "uploading" or (phase == "packing" and isinstance(event, machine.Ticked))
-    discard = machine.Discard(work_of(1, 50.0), "its deadline passed", trained)
-    assert effects == (discard, machine.CheckConditions())
+    assert effects[-1] == machine.CheckConditions()
 
 
 @pytest.mark.parametrize(
@@ -122,7 +129,7 @@ def test_a_round_that_is_over_is_given_up(phase: str, event: object) -> None:
 )
 def test_training_that_ended_past_the_deadline_counts_for_the_device(phase: str, event: object) -> None:
     _, effects = step(Participant(phase, work_of(1, 50.0)), event)
-    assert effects[0] == machine.Discard(work_of(1, 50.0), "its deadline passed", True)
+    assert effects == (machine.KeepTrained(work_of(1, 50.0), "its deadline passed"),)
 
 
 def test_an_accepted_upload_is_settled_after_the_deadline_too() -> None:

@@ -232,7 +232,7 @@ def test_the_run_knows_its_neighbourhood_and_its_temperature(bundles: Path) -> N
     assert second.description() != first
     assert (second.inputs(0)["neighbour_weights"] > 0).sum(1).max() == 2
     crd = run_of(bundles, "crd")
-    assert crd.hyperparameters["temperature"] == 0.07 and "neighbours" not in crd.description()
+    assert crd.hyperparameters["temperature"] == 0.07 and crd.description()["neighbours"] is None
 
 
 @pytest.mark.parametrize(

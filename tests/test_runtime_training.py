@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,19 @@ def test_other_settings_are_named(work: Path) -> None:
     assert "a run at step 3" in error.value.message and "alpha 0.3 → 0.1" in error.value.message
     assert "--restart" in error.value.hint
     assert prepare(engine, other, path, restart=True) == 0
+
+
+def test_alpha_walks_to_its_end_and_an_interrupted_run_knows_where_it_was(work: Path) -> None:
+    settings = replace(SETTINGS, alpha_end=0.9)
+    run = run_of(work, settings)
+    alphas = [run.inputs(step)["alpha"][0] for step in range(run.total_steps)]
+    np.testing.assert_allclose(alphas, np.linspace(0.3, 0.9, 24), rtol=1e-6)
+    whole = finish(run, work / "whole.safetensors")
+    assert whole != finish(run_of(work, SETTINGS), work / "constant.safetensors")
+    finish(run_of(work, settings), work / "parts.safetensors", stop_after=7)
+    with pytest.raises(StateError, match="alpha_end"):
+        prepare(open_engine(run.bundle, threads=1), run_of(work, SETTINGS), work / "parts.safetensors")
+    assert finish(run_of(work, settings), work / "parts.safetensors") == whole
 
 
 def test_a_file_that_is_no_run_is_not_overwritten(work: Path) -> None:
@@ -257,6 +271,8 @@ TRAIN = ("{w}/c", "--data", "{w}/d.npz", "--state", "{w}/x")
         (["train", "{w}/s", "--data", "{w}/d.npz", "--state", "{w}/x"], 2, "needs a teacher"),
         (["train", *TRAIN, "--teacher", "{w}/t"], 2, "takes no teacher"),
         (["train", *TRAIN, "--alpha", "0.1"], 2, "takes no alpha"),
+        (["train", *TRAIN, "--alpha-end", "0.1"], 2, "takes no alpha"),
+        (["train", "{w}/s", *TRAIN[1:], "--teacher", "{w}/t", "--alpha-end", "1.1"], 2, "alpha 1.1 is out of range"),
         (["train", *TRAIN, "--transfer", "{w}/o.npz"], 2, "--teacher"),
         (["train", "{w}/c", "--data", "{w}/d.npz", "--state", "{w}/c/x"], 2, "lies in the bundle"),
         (["train", *TRAIN, "--augment", "spin"], 2, "'spin'"),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.simulation.settings import SimulationSettings
 from coordinator.blobs import FileBlobs
 from coordinator.problems import Problem
 from coordinator.service import Service
@@ -111,6 +112,33 @@ def test_a_refused_report_takes_nothing_from_the_upload(
 
     monkeypatch.setattr(Service, "report", refuse)
     assert without_times(simulate(words, capsys)) == without_times(whole)
+
+
+@pytest.mark.parametrize("exchange", ["latents", "parameters"])
+def test_a_late_device_keeps_its_training_where_its_model_is_its_own(
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    exchange: str,
+) -> None:
+    if exchange == "parameters":
+        words = [word.replace("student0", "ce") for word in words]
+
+    def states(name: str, *more: str) -> dict[str, bytes]:
+        lines = simulate(words, capsys, "--exchange", exchange, "--rounds", "1", "--no-local-only", "--work-dir",
+                         str(tmp_path / name), *more)  # fmt: skip
+        refused.append(lines[-1]["summary"]["refusals"])
+        return {path.name: path.read_bytes() for path in (tmp_path / name / "devices").iterdir()}
+
+    refused: list[dict[str, int]] = []
+    all_in_time = states("all")
+    monkeypatch.setattr(SimulationSettings, "over_selection", 2.5)
+    two_in_time = states("two", "--goal", "2")
+    assert refused == [{}, {"late": 3}]
+    assert len(all_in_time) == 5 and len(two_in_time) == (2 if exchange == "parameters" else 5)
+    # the first round's training does not depend on who was quicker
+    assert two_in_time == {name: all_in_time[name] for name in two_in_time}
 
 
 def test_more_devices_than_images_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

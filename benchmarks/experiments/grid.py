@@ -122,10 +122,9 @@ def run_cells(
     done = len(wanted) - len(waiting)
     failed = 0
     started = time.monotonic()
-    if waiting:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_torn_line(path)
-    with path.open("a", encoding="utf-8") if waiting else open(os.devnull, "a") as file:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _drop_torn_line(path)
+    with path.open("a", encoding="utf-8") as file:
         for count, (cell, result, elapsed_s, error) in enumerate(
             _run_all(waiting, run_cell, context, workers), start=1
         ):

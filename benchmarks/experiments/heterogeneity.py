@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.experiments.figures import COLOURS, Figure, Line, draw_lines
-from benchmarks.experiments.grid import Cell, Context, Options, Stage
+from benchmarks.experiments.figures import COLOURS, Figure
+from benchmarks.experiments.grid import Cell, Options, Stage
 from benchmarks.experiments.protocol import (
     TEACHER_CPU_MINUTES,
     base_settings,
@@ -15,12 +15,12 @@ from benchmarks.experiments.protocol import (
     teacher_stage,
 )
 from benchmarks.experiments.report import Report
-from benchmarks.experiments.series import PARTS, Series, collect, summarise, table_of
+from benchmarks.experiments.series import collect, draw_series, summarise, table_of
 from benchmarks.experiments.sources import CLASSES
 
 NAME = "heterogeneity"
 TITLE = "Heterogeneity: accuracy against γ, k-shot classes and the number of samples"
-# Nothing is tuned here: the same share of distillation for both, from FINDINGS' first look at γ = 1.
+# Nothing is tuned here: the same share of distillation for both.
 METHODS: dict[str, dict[str, Any]] = {
     "ce": {"objective": "ce"},
     "kd": {"objective": "kd", "hyperparameters": {"alpha": 0.9}},
@@ -53,9 +53,7 @@ def stages(options: Options) -> list[Stage]:
     return [teacher_stage(NAME, options), cells]
 
 
-def run_cell(settings: Mapping[str, Any], context: Context) -> dict[str, Any]:
-    """Trains and scores one student, or the teacher."""
-    return make_run(settings, context)
+run_cell = make_run
 
 
 def estimate_cpu_minutes(options: Options) -> float:
@@ -77,25 +75,13 @@ def report(records: Sequence[Mapping[str, Any]]) -> Report:
     found = {name: collect(records, "sweep", name, name) for name in sweeps}
     tables = [table_of(found[name], x_label, title) for name, (x_label, title) in sweeps.items()]
     figures = [
-        Figure(name, lambda canvas, name=name: _draw(canvas, found[name], sweeps[name][0]), width=11)
+        Figure(
+            name, lambda canvas, name=name: draw_series(canvas, found[name], sweeps[name][0], 10), width=11
+        )
         for name in ("gamma", "samples")
     ]
     figures.append(Figure("labels", lambda canvas: _draw_labels(canvas, records), width=11, height=3.5))
     return Report(tables, figures, {name: summarise(series) for name, series in found.items()})
-
-
-def _draw(canvas: Any, series: Series, x_label: str) -> None:
-    for axes, (part, label) in zip(canvas.subplots(1, 2, sharey=True), PARTS.items(), strict=True):
-        lines = {
-            method: Line(list(by_x), [m[part].mean for m in by_x.values()],
-                         [m[part].ci95 or 0.0 for m in by_x.values()])
-            for method, by_x in series.items()
-        }  # fmt: skip
-        draw_lines(axes, lines, x_label, "accuracy", label)
-        axes.set_xscale("log")
-        ticks = list(next(iter(series.values())))
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.minorticks_off()
 
 
 def _draw_labels(canvas: Any, records: Sequence[Mapping[str, Any]]) -> None:

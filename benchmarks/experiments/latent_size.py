@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.experiments.figures import Figure, Line, draw_lines
-from benchmarks.experiments.grid import Cell, Context, Options, Stage
+from benchmarks.experiments.figures import Figure
+from benchmarks.experiments.grid import Cell, Options, Stage
 from benchmarks.experiments.methods import CRD_NEGATIVES_PER_IMAGE
 from benchmarks.experiments.protocol import (
     TEACHER_CPU_MINUTES,
@@ -16,7 +16,7 @@ from benchmarks.experiments.protocol import (
     teacher_stage,
 )
 from benchmarks.experiments.report import Report
-from benchmarks.experiments.series import PARTS, Series, collect, summarise, table_of
+from benchmarks.experiments.series import collect, draw_series, summarise, table_of
 from benchmarks.experiments.tables import Table
 
 NAME = "latent-size"
@@ -79,9 +79,7 @@ def stages(options: Options) -> list[Stage]:
     return [teacher_stage(NAME, options), heads, students]
 
 
-def run_cell(settings: Mapping[str, Any], context: Context) -> dict[str, Any]:
-    """Trains and scores one student, or a teacher."""
-    return make_run(settings, context)
+run_cell = make_run
 
 
 def estimate_cpu_minutes(options: Options) -> float:
@@ -107,21 +105,7 @@ def report(records: Sequence[Mapping[str, Any]]) -> Report:
         Table("Teachers, accuracy on all test images", ("l", "trained", "accuracy"), rows),
     ]
     return Report(
-        tables, [Figure("accuracy", lambda canvas: _draw(canvas, series), width=11)], summarise(series)
+        tables,
+        [Figure("accuracy", lambda canvas: draw_series(canvas, series, "latent size l", 2), width=11)],
+        summarise(series),
     )
-
-
-def _draw(canvas: Any, series: Series) -> None:
-    for axes, (part, label) in zip(canvas.subplots(1, 2), PARTS.items(), strict=True):
-        lines = {
-            method: Line(
-                list(by_x),
-                [m[part].mean for m in by_x.values()],
-                [m[part].ci95 or 0.0 for m in by_x.values()],
-            )
-            for method, by_x in series.items()
-        }
-        draw_lines(axes, lines, "latent size l", "accuracy", label)
-        axes.set_xscale("log", base=2)
-        ticks = list(next(iter(series.values())))
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from edge_runtime.errors import EdgestillError
+
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Holds the lock that the file `path` stands for; the system gives it back when a process ends, however.
 
     Where the system has no such locks, the block runs at once: what it makes is made twice then.
+    Errors: EdgestillError where another process holds it and `wait` is false.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
@@ -20,5 +23,10 @@ def locked(path: Path) -> Iterator[None]:
         except ImportError:
             yield
             return
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise EdgestillError(
+                f"another process works on {path}", "wait for it, or give another --output"
+            ) from error
         yield

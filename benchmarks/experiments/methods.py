@@ -7,6 +7,7 @@ final run has.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -36,8 +37,13 @@ GAMMA = 1.0
 FINAL_SEEDS = 8
 TUNING_SEED, SAMPLES_SEED = 1000, 2000
 """Where the seeds of the earlier stages start; final seeds count from 0."""
-SHARES = (0.5, 0.9, 0.98)
-MIXTURES = (("mse", 0.9, 0.2), ("mse", 0.9, 0.5), ("kl", 0.9, 0.5), ("kl", 0.98, 0.5))
+SHARES = {"kd": (0.5, 0.7, 0.9, 0.95, 0.98), "lkd": (0.5, 0.7, 0.9, 0.95, 0.98),
+          "crd": (0.1, 0.2, 0.45, 0.65, 0.8), "lpd": (0.05, 0.1, 0.3, 0.5, 0.9)}  # fmt: skip
+"""Of the distillation term; the authors of crd have 0.8 of it beside the cross-entropy, an α of 0.444."""
+MIXTURES = (("mse", 0.9, None), ("kl", 0.9, None), ("kl", 0.98, None), ("mse", 0.98, 0.5), ("kl", 0.98, 0.5))
+"""Loss of the logits, α at the start and, where it is not the same, at the end: as many as the others' shares."""
+OWN = ("objective", "export_options", "hyperparameters", "alpha_end")
+"""The settings in which a method's candidates differ."""
 CRD_NEGATIVES_PER_IMAGE = 16384 / 50000
 """Of the authors' implementation, which this scales to the data."""
 
@@ -49,14 +55,14 @@ def candidates(method: str, samples: int) -> list[dict[str, Any]]:
     if method == "best":
         return [
             {"objective": "both", "export_options": ["--kd-loss", loss],
-             "hyperparameters": {"alpha": alpha, "logit_share": share}}
-            for loss, alpha, share in MIXTURES
+             "hyperparameters": {"alpha": alpha, "logit_share": 0.5},
+             **({} if end is None else {"alpha_end": end})}
+            for loss, alpha, end in MIXTURES
         ]  # fmt: skip
     options: dict[str, Any] = {}
     if method == "crd":
         options["export_options"] = ["--negatives", str(round(CRD_NEGATIVES_PER_IMAGE * samples))]
-    shares = (0.2, 0.45, 0.8) if method == "crd" else (0.1, 0.5, 0.9) if method == "lpd" else SHARES
-    return [{"objective": method, "hyperparameters": {"alpha": alpha}, **options} for alpha in shares]
+    return [{"objective": method, "hyperparameters": {"alpha": alpha}, **options} for alpha in SHARES[method]]
 
 
 def stages(options: Options) -> list[Stage]:
@@ -91,7 +97,7 @@ def stages(options: Options) -> list[Stage]:
     def final(records: Sequence[Mapping[str, Any]]) -> list[Cell]:
         samples = choose_samples(records)
         return [
-            cell("final", method, seed, samples, choose_settings(records, method, samples))
+            cell("final", method, seed, samples, choose_settings(records, method))
             for seed in final_seeds
             for method in METHODS
         ]
@@ -118,7 +124,7 @@ def estimate_cpu_minutes(options: Options) -> float:
     """Measured: docs/experiments.md."""
     if options.quick:
         return 4.0
-    runs = (4 * 3 + 2 * (4 * 3 + len(MIXTURES))) + (options.seeds or FINAL_SEEDS) * len(METHODS)
+    runs = 4 * 3 + 2 * 5 * len(MIXTURES) + (options.seeds or FINAL_SEEDS) * len(METHODS)
     return TEACHER_CPU_MINUTES + runs * student_cpu_minutes(1500)
 
 
@@ -133,19 +139,30 @@ def choose_samples(records: Sequence[Mapping[str, Any]]) -> int:
     return min(sorted(found), key=distance)
 
 
-def choose_settings(records: Sequence[Mapping[str, Any]], method: str, samples: int) -> dict[str, Any]:
+def choose_settings(records: Sequence[Mapping[str, Any]], method: str) -> dict[str, Any]:
     """The candidate with the best mean of both validation accuracies over the tuning seeds; the first of equals."""
-    of_method = [r for r in _of_stage(records, "tuning") if r["settings"]["method"] == method]
+    if method == "ce":
+        return {"objective": "ce"}
+    tried = [(own, fmean(scores)) for of, own, *scores in _tried(records) if of == method]
+    return max(tried, key=lambda pair: pair[1])[0]
 
-    def score(own: Mapping[str, Any]) -> float:
-        return fmean(
-            (record["result"]["priv"] + record["result"]["uni"]) / 2
-            for record in of_method
-            if all(record["settings"].get(name) == value for name, value in own.items())
+
+def _tried(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, dict[str, Any], float, float]]:
+    """Method, own settings and mean V_priv and V_uni of every candidate in the records."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for record in _of_stage(records, "tuning"):
+        found.setdefault(json.dumps([record["settings"]["method"], own_settings(record)]), []).append(
+            record["result"]
         )
+    return [
+        (*json.loads(candidate), *(fmean(result[part] for result in results) for part in PARTS))
+        for candidate, results in found.items()
+    ]
 
-    offered = candidates(method, samples)
-    return offered[0] if len(offered) == 1 else max(offered, key=score)
+
+def own_settings(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a record's settings that tuning chooses."""
+    return {name: record["settings"][name] for name in OWN if name in record["settings"]}
 
 
 def report(records: Sequence[Mapping[str, Any]]) -> Report:
@@ -187,18 +204,11 @@ def _tests(results: Mapping[str, Mapping[int, Mapping[str, float]]], first: str)
 
 
 def _tuning(records: Sequence[Mapping[str, Any]]) -> Table:
-    samples = choose_samples(records)
-    rows = []
-    for method in METHODS[1:]:
-        chosen = choose_settings(records, method, samples)
-        for own in candidates(method, samples):
-            results = [
-                r["result"]
-                for r in _of_stage(records, "tuning")
-                if all(r["settings"].get(name) == value for name, value in {**own, "method": method}.items())
-            ]
-            priv, uni = (fmean(result[part] for result in results) for part in PARTS)
-            rows.append([method, describe(own), priv, uni, "chosen" if own == chosen else ""])
+    chosen = {record["settings"]["method"]: own_settings(record) for record in _of_stage(records, "final")}
+    rows = [
+        [method, describe(own), priv, uni, "chosen" if own == chosen.get(method) else ""]
+        for method, own, priv, uni in _tried(records)
+    ]
     return Table("Tuning, accuracy on validation images", ("method", "settings", "V_priv", "V_uni", ""), rows)
 
 
@@ -209,8 +219,8 @@ def describe(own: Mapping[str, Any]) -> str:
         f"{option.removeprefix('--')} {value}"
         for option, value in zip(options[::2], options[1::2], strict=True)
     ]
-    numbers = own.get("hyperparameters", {}).items()
-    return ", ".join([*words, *(f"{name.replace('_', ' ')} {value}" for name, value in numbers)])
+    words += [f"{name.replace('_', ' ')} {value}" for name, value in own.get("hyperparameters", {}).items()]
+    return ", ".join([*words, *([f"alpha at the end {own['alpha_end']}"] if "alpha_end" in own else [])])
 
 
 def _notes(records: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -25,8 +25,8 @@ RULES: Mapping[str, Mapping[str, Any]] = {
     "mean": {"aggregation": "mean", "clip": "median"},
     "median": {"aggregation": "median", "clip": "median"},
     "trimmed mean": {"aggregation": "trimmed_mean", "clip": "median", "trim": 0.25},
-    "median, aligned": {"aggregation": "median", "clip": "median", "align": True},
-    "trimmed mean, aligned": {"aggregation": "trimmed_mean", "clip": "median", "trim": 0.25, "align": True},
+    "median, screened": {"aggregation": "median", "clip": "median", "screen": True},
+    "trimmed mean, screened": {"aggregation": "trimmed_mean", "clip": "median", "trim": 0.25, "screen": True},
     "mean, not clipped": {"aggregation": "mean", "clip": None},
 }
 FULL = {
@@ -92,7 +92,7 @@ def report(records: Sequence[Mapping[str, Any]]) -> Report:
             test = paired_test([100 * clean[seed] for seed in attacked], [100 * v for v in attacked.values()])
             losses[rule, attack] = test.difference
             rows.append([rule, attack, str(mean_with_interval(list(attacked.values()))),
-                         _points(test.difference), test.p, len(attacked)])  # fmt: skip
+                         test.difference.shown(".1f"), test.p, len(attacked)])  # fmt: skip
     columns = ("rule", "attack", "accuracy", "loss, points", "p (paired)", "seeds")
     within = {
         rule: max(loss.mean for (of, _), loss in losses.items() if of == rule) <= ALLOWED_LOSS_POINTS
@@ -110,10 +110,6 @@ def report(records: Sequence[Mapping[str, Any]]) -> Report:
 
 def _size(options: Options) -> dict[str, Any]:
     return dict(QUICK if options.quick else FULL)
-
-
-def _points(loss: Mean) -> str:
-    return f"{loss.mean:.1f}" + ("" if loss.ci95 is None else f" ± {loss.ci95:.1f}")
 
 
 def _draw(canvas: Any, losses: Mapping[tuple[str, str], Mean]) -> None:

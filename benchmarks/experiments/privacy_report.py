@@ -66,19 +66,12 @@ def _mean(results: Sequence[Mapping[str, Any]], attack: str, what: str, number: 
 
 def _table(title: str, found: Found, number: str) -> Table:
     columns = {**({} if number == "gain_db" else {"mean image, private": (_BASELINE, "private")}), **_ATTACKS}
+    form = ".3f" if number == "ssim" else ".2f"
     rows = [
-        [exchange, protection, *(_shown(_mean(results, *of, number), number) for of in columns.values())]
+        [exchange, protection, *(_mean(results, *of, number).shown(form) for of in columns.values())]
         for (exchange, protection), results in found.items()
     ]
     return Table(title, ("exchange", "protection", *columns), rows)
-
-
-def _shown(value: Mean, number: str) -> str:
-    return (
-        str(value)
-        if number == "ssim"
-        else f"{value.mean:.2f}" + ("" if value.ci95 is None else f" ± {value.ci95:.2f}")
-    )
 
 
 def _releases(found: Found) -> Table:

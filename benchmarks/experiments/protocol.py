@@ -109,6 +109,7 @@ def train_student(
                     **settings.get("hyperparameters", {}),
                 },
                 transfer_fraction=settings.get("transfer_fraction", 0.5),
+                alpha_end=settings.get("alpha_end"),
             ),
             teacher=teacher,
             transfer=transfer,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.experiments.figures import Figure, Line, draw_lines
-from benchmarks.experiments.grid import Cell, Context, Options, Stage
+from benchmarks.experiments.figures import Figure
+from benchmarks.experiments.grid import Cell, Options, Stage
 from benchmarks.experiments.protocol import (
     TEACHER_CPU_MINUTES,
     base_settings,
@@ -15,7 +15,7 @@ from benchmarks.experiments.protocol import (
     teacher_stage,
 )
 from benchmarks.experiments.report import Report
-from benchmarks.experiments.series import PARTS, Series, collect, compare, summarise, table_of
+from benchmarks.experiments.series import collect, compare, draw_series, summarise, table_of
 
 NAME = "scarcity"
 TITLE = "Scarcity: few private images, with auxiliary transfer images of another data set"
@@ -54,9 +54,7 @@ def stages(options: Options) -> list[Stage]:
     return [teacher_stage(NAME, options), cells]
 
 
-def run_cell(settings: Mapping[str, Any], context: Context) -> dict[str, Any]:
-    """Trains and scores one student, or the teacher."""
-    return make_run(settings, context)
+run_cell = make_run
 
 
 def estimate_cpu_minutes(options: Options) -> float:
@@ -85,7 +83,9 @@ def report(records: Sequence[Mapping[str, Any]]) -> Report:
         table_of(longer, "transfer images", "Without transfer images, as many steps as with them"),
         compare(pairs, "What transfer images bring"),
     ]
-    figure = Figure("transfer", lambda canvas: _draw(canvas, series), width=11)
+    figure = Figure(
+        "transfer", lambda canvas: draw_series(canvas, series, "auxiliary transfer images"), width=11
+    )
     return Report(tables, [figure], {**summarise(series), "longer": summarise(longer)})
 
 
@@ -98,16 +98,3 @@ def _by_seed(
         if [record["settings"].get(name) for name in ("method", "kind", "transfer_samples")]
         == [method, kind, size]
     }
-
-
-def _draw(canvas: Any, series: Series) -> None:
-    for axes, (part, label) in zip(canvas.subplots(1, 2), PARTS.items(), strict=True):
-        lines = {
-            method: Line(
-                list(by_x),
-                [m[part].mean for m in by_x.values()],
-                [m[part].ci95 or 0.0 for m in by_x.values()],
-            )
-            for method, by_x in series.items()
-        }
-        draw_lines(axes, lines, "auxiliary transfer images", "accuracy", label)

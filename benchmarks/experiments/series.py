@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.experiments.figures import Line, draw_lines
 from benchmarks.experiments.statistics import Mean, mean_with_interval, paired_test
 from benchmarks.experiments.tables import Table
 
@@ -41,6 +42,25 @@ def table_of(series: Series, x_label: str, title: str) -> Table:
             row += [str(by_value[value][part]) if value in by_value else None for part in PARTS]
         rows.append(row)
     return Table(f"{title}; mean ± 95 % interval over seeds", columns, rows)
+
+
+def draw_series(canvas: Any, series: Series, x_label: str, log_base: int | None = None) -> None:
+    """T_priv and T_uni beside each other, one line a method; with `log_base` a logarithmic axis, every value marked."""
+    for axes, (part, label) in zip(canvas.subplots(1, 2, sharey=True), PARTS.items(), strict=True):
+        lines = {
+            method: Line(
+                list(by_value),
+                [means[part].mean for means in by_value.values()],
+                [means[part].ci95 or 0.0 for means in by_value.values()],
+            )
+            for method, by_value in series.items()
+        }
+        draw_lines(axes, lines, x_label, "accuracy", label)
+        if log_base is not None:
+            axes.set_xscale("log", base=log_base)
+            ticks = list(next(iter(series.values())))
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.minorticks_off()
 
 
 def summarise(series: Series) -> dict[str, Any]:

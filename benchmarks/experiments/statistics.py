@@ -22,8 +22,13 @@ class Mean:
     def as_json(self) -> dict[str, float | int | None]:
         return {"mean": self.mean, "ci95": self.ci95, "seeds": self.seeds}
 
+    def shown(self, form: str) -> str:
+        """Mean and interval in a format such as `+.2f`; the sign is the mean's alone."""
+        half_width = "" if self.ci95 is None else f" ± {self.ci95:{form.removeprefix('+')}}"
+        return f"{self.mean:{form}}{half_width}"
+
     def __str__(self) -> str:
-        return f"{self.mean:.3f}" + ("" if self.ci95 is None else f" ± {self.ci95:.3f}")
+        return self.shown(".3f")
 
 
 @dataclass(frozen=True)

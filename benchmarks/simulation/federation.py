@@ -220,7 +220,6 @@ class Federation:
         digest = hashlib.sha256(body).hexdigest()
         name, encoding = outcome.round_name, outcome.content_encoding
         try:
-            self.service.check_upload(device, name, device.name, len(body), digest, encoding)
             self.service.submit(device, name, device.name, body, digest, encoding)
         except Problem:
             return False  # late, most often: the round has gone on without the slow device
@@ -264,6 +263,7 @@ def describe_task(
             "trim": settings.trim,
             "byzantine": settings.byzantine,
             "align": settings.align,
+            "screen": settings.screen,
         },
         "local": {
             "epochs": settings.local_epochs,

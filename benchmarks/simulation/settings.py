@@ -62,6 +62,7 @@ class SimulationSettings:
     mode: str = "global"
     aggregation: str = "mean"
     align: bool = False
+    screen: bool = False
     clip: float | str | None = None
     trim: float = 0.2
     byzantine: float = 0.2

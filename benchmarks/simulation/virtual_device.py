@@ -65,9 +65,9 @@ class RoundJob:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a device sends; `body` is None when it gave the round up, `reason` says why.
+    """What a device sends; `body` is None when it gave the round up.
 
-    `student`: its encoded state once the coordinator has taken the upload.
+    `student`: its encoded state after the training.
     """
 
     round_name: str
@@ -77,7 +77,6 @@ class Outcome:
     report: Mapping[str, Any]
     bytes_down: int
     setup_bytes: int
-    reason: str | None = None
 
     @property
     def after(self) -> Mapping[str, float | None]:
@@ -151,15 +150,9 @@ def run_round(job: RoundJob) -> Outcome:
     if job.privacy is not None:
         equipment = replace(equipment, options=Options(privacy=job.privacy))
     setup_bytes = coordinator.bytes_down
-    reasons: list[str] = []
-
-    def watch(event: str, /, **details: Any) -> None:
-        if event == "given up":
-            reasons.append(str(details["reason"]))
-
     device = Device(
         job.device, coordinator, keep, equipment, conditions=None,
-        clock=lambda: 0.0, sleep=lambda _: None, watch=watch,
+        clock=lambda: 0.0, sleep=lambda _: None,
         # noise that can be drawn again protects nobody, and here there is nobody to protect
         random=np.random.default_rng([int(job.work["seed"]), job.index]),
     )  # fmt: skip
@@ -172,7 +165,6 @@ def run_round(job: RoundJob) -> Outcome:
         coordinator.report_sent,
         coordinator.bytes_down - setup_bytes,
         setup_bytes if job.student is None else 0,
-        reasons[-1] if reasons else None,
     )
 
 

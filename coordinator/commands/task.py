@@ -62,6 +62,7 @@ OPTIONS: dict[str, _Option] = {
 _SWITCHES = {
     "transfer-labels": _Option("transfer_labels", bool, "publish the transfer set's labels, too"),
     "align": _Option("aggregation.align", bool, "rotate each device's latents to the global ones first"),
+    "screen": _Option("aggregation.screen", bool, "leave out uploads that disagree with the others"),
 }
 
 

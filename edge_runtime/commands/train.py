@@ -80,6 +80,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     for option, (name, help_text) in HYPERPARAMETERS.items():
         parser.add_argument(f"--{option}", dest=name, type=float, metavar="X", help=help_text)
+    parser.add_argument(
+        "--alpha-end", type=float, metavar="X", help="alpha of the last step, reached in a straight line"
+    )
     parser.add_argument("--teacher", metavar="BUNDLE[:STATE]", help="whose latents or logits to distill")
     parser.add_argument(
         "--transfer",
@@ -166,6 +169,7 @@ def settings_from(arguments: argparse.Namespace) -> TrainSettings:
         hyperparameters={name: value for name, value in given.items() if value is not None},
         augmentations=tuple(name for name in arguments.augment.split(",") if name),
         transfer_fraction=0.5 if arguments.transfer_fraction is None else arguments.transfer_fraction,
+        alpha_end=arguments.alpha_end,
         neighbours=arguments.neighbours,
         neighbour_scale=arguments.neighbour_scale,
     )
