@@ -17,7 +17,7 @@ from schemathesis import GenerationMode
 
 from tests.coordinator_site import Device, Site, make_site, outputs
 
-MALFORMED_REQUESTS = 100_000
+GENERATED_REQUESTS, DAMAGED_UPLOADS = 14_000, 86_000  # together 100,000
 _LET_IN_MEMORY_BYTES = 300 << 20
 _QUIET = {
     "deadline": None,
@@ -105,8 +105,8 @@ def test_generated_requests(site: Site, device: Device, method: str, path: str) 
 
 @pytest.mark.long
 @EVERY_OPERATION
-def test_a_hundred_thousand_generated_requests(site: Site, device: Device, method: str, path: str) -> None:
-    send_generated(site, device, method, path, MALFORMED_REQUESTS // len(OPERATIONS) + 1)
+def test_many_generated_requests(site: Site, device: Device, method: str, path: str) -> None:
+    send_generated(site, device, method, path, GENERATED_REQUESTS // len(OPERATIONS) + 1)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < _BASE_BYTES + _LET_IN_MEMORY_BYTES
 
 
@@ -161,7 +161,7 @@ def test_many_damaged_uploads(tmp_path: Path, seed: int) -> None:
     device = site.enrol()
     site.service.tick()
     assert device.work().status_code == 200
-    assert upload_damaged(site, device, 2000, seed) <= 1
+    assert upload_damaged(site, device, DAMAGED_UPLOADS // 20, seed) <= 1
 
 
 _BASE_BYTES = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -22,12 +22,12 @@ ATTACKS = ("scale", "shuffle", "random")
 SHARE = 0.2
 ALLOWED_LOSS_POINTS = 3.0
 RULES: Mapping[str, Mapping[str, Any]] = {
-    "mean": {"aggregation": "mean", "clip": "median"},
-    "median": {"aggregation": "median", "clip": "median"},
-    "trimmed mean": {"aggregation": "trimmed_mean", "clip": "median", "trim": 0.25},
     "median, screened": {"aggregation": "median", "clip": "median", "screen": True},
     "trimmed mean, screened": {"aggregation": "trimmed_mean", "clip": "median", "trim": 0.25, "screen": True},
     "mean, not clipped": {"aggregation": "mean", "clip": None},
+    "mean": {"aggregation": "mean", "clip": "median"},
+    "median": {"aggregation": "median", "clip": "median"},
+    "trimmed mean": {"aggregation": "trimmed_mean", "clip": "median", "trim": 0.25},
 }
 FULL = {
     "devices": 20, "gamma": 1.0, "rounds": 8, "train_samples": 4000, "transfer_samples": 800,
@@ -56,8 +56,8 @@ def cells(options: Options) -> list[Cell]:
         Cell(NAME, {**COMMON, **_size(options), **how, "rule": rule, "attack": attack, "seed": seed,
                     "poison": None if attack is None else f"{SHARE}:{attack}",
                     "data": options.data, "quick": options.quick})
-        for seed in range(options.seeds or (QUICK_SEEDS if options.quick else FULL_SEEDS))
         for rule, how in RULES.items()
+        for seed in range(options.seeds or (QUICK_SEEDS if options.quick else FULL_SEEDS))
         for attack in (None, *ATTACKS)
     ]  # fmt: skip
 
