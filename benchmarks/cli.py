@@ -75,7 +75,7 @@ def add_parser(subparsers: Any) -> None:
     )
     add("--seed", type=int, default=0, help="seed of the batches (default 0)")
     add("--cache", type=Path, metavar="DIR", help="keep exported bundles here and use them again")
-    add_json_option(step, "one JSON line an engine instead of a table")
+    add_json_option(step, "one JSON line an engine")
     add(
         "--output",
         type=Path,

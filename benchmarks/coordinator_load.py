@@ -80,7 +80,7 @@ def add_parser(benches: Any) -> None:
                             metavar="N", help=f"{text} (default %(default)s)")  # fmt: skip
     parser.add_argument("--precision", choices=("fp32", "fp16", "int8"), default=default.precision,
                         help="default %(default)s")  # fmt: skip
-    add_json_option(parser, "one JSON object instead of text")
+    add_json_option(parser, "one JSON object")
     parser.set_defaults(run=run)
 
 
@@ -97,13 +97,15 @@ def run(arguments: argparse.Namespace) -> int:
               f"p50 {result['p50_ms']:.1f} ms, p99 {result['p99_ms']:.1f} ms, "
               f"{result['long_polls']} long polls held, {result['errors']} errors")  # fmt: skip
     for complaint in result["complaints"]:
-        print(f"bench: {complaint}", file=sys.stderr)
+        _say(complaint)
     return 0 if result["errors"] == 0 else 1
 
 
 def measure(settings: LoadSettings, data_dir: Path) -> dict[str, Any]:
     """The figures of one run against a server of its own in `data_dir`."""
+    _say(f"making codes for {settings.uploads + settings.long_polls + 1} devices")
     codes = prepare_tasks(settings, data_dir)
+    _say("starting the server")
     with running_server(data_dir) as port:
         return asyncio.run(_load(settings, port, codes))
 
@@ -171,11 +173,13 @@ def running_server(data_dir: Path) -> Iterator[int]:
 
 
 async def _load(settings: LoadSettings, port: int, codes: tuple[list[str], list[str]]) -> dict[str, Any]:
+    _say("enrolling the devices")
     uploaders = await _enrol(port, codes[0], settings.connections)
     waiters = await _enrol(port, codes[1], settings.connections)
     await _take_the_only_place(port, waiters.pop())
     rounds = await _ask_for_work(port, uploaders, settings.connections)
     polls = Polls()
+    _say(f"holding {settings.long_polls} long polls")
     tokens = [device.token for device in waiters]
     holding = asyncio.create_task(hold_polls(HOST, port, tokens, POLL_WAIT_S, polls, STATUS))
     try:
@@ -241,9 +245,12 @@ async def _upload(
     """Milliseconds of every accepted upload, and what went wrong with the others."""
     latencies_ms: list[float] = []
     complaints: list[str] = []
+    tenth = max(1, len(devices) // 10)
     base = make_body(settings, 0)
 
     async def upload(connection: Connection, index: int) -> None:
+        if index % tenth == 0:
+            _say(f"upload {index} of {len(devices)}")
         device = devices[index]
         body = vary(base, index)
         digest = base64.b64encode(hashlib.sha256(body).digest()).decode()
@@ -297,6 +304,10 @@ def vary(body: bytes, index: int) -> bytes:
     """The body with other last values: two finite numbers of 16 bits that tell `index`."""
     tail = np.array([index % 1000, index // 1000], np.float16).tobytes()
     return body[: -len(tail)] + tail
+
+
+def _say(text: str) -> None:
+    print(f"bench: {text}", file=sys.stderr, flush=True)
 
 
 def _percentile(values: Sequence[float], share: float) -> float:

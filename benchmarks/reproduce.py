@@ -72,7 +72,7 @@ def add_parser(subparsers: Any) -> None:
         help="write the final states and their bundles here, for `edgestill evaluate`")  # fmt: skip
     add("--summary", action="store_true",
         help="run nothing: print the summary of the records in --output (default: the committed ones)")  # fmt: skip
-    add_json_option(parser, "the summary as one JSON object instead of tables")
+    add_json_option(parser, "the summary as one JSON object")
     parser.set_defaults(run=run)
 
 

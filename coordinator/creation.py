@@ -25,10 +25,13 @@ SOURCES = (
 """Fields of a description that name files or data; every other field is the task's own."""
 
 AddBlob = Callable[[Path], str]
+Warn = Callable[[str], None]
 
 
-def make_task(description: Mapping[str, Any], add_blob: AddBlob) -> Task:
+def make_task(description: Mapping[str, Any], add_blob: AddBlob, warn: Warn = lambda _: None) -> Task:
     """Stores bundles, transfer set and test set as blobs and returns the task that names them.
+
+    `warn` gets a sentence for all that is allowed and may not be meant.
 
     `description` has the fields of a task without students, `global_student`, `transfer` and `test`; in their
     place stand SOURCES. Errors: UsageError, BundleError, DataError, naming what does not fit.
@@ -50,15 +53,18 @@ def make_task(description: Mapping[str, Any], add_blob: AddBlob) -> Task:
         _refuse_relational(everyone)
         if drafted.exchange != "parameters":
             _check_objectives(bundles, whole, drafted.exchange)
+            _warn_of_control_arms(bundles, drafted.exchange, warn)
             _check_transfer_fraction(bundles, drafted.local.transfer_fraction)
         seed = _count(description, "seed", 0) or 0
         transfer = load_transfer(
             _text(description, "transfer"), first.input, first.classes,
             bool(description.get("transfer_labels")), _count(description, "transfer_count", 1), seed,
         )  # fmt: skip
+        _warn_of_fewer(description, "transfer", transfer, warn)
         test = None
         if description.get("test") is not None:
             test = load_test(str(description["test"]), first, _count(description, "test_count", 1), seed)
+            _warn_of_fewer(description, "test", test, warn)
         if fields.get("exchange") == "parameters":
             fields["parameter_shapes"] = parameter_shapes(first)
         return parse_task({
@@ -95,17 +101,10 @@ def describe_bundle(bundle: Bundle, folder: Path, add_blob: AddBlob) -> dict[str
         "bundle": add_blob(packed),
         "size_bytes": packed.stat().st_size,
         "engines": list(bundle.engines),
-        "memory_bytes": needed_memory_bytes(bundle),
+        "memory_bytes": bundle.training_memory_bytes,
         "model_digest": bundle.model_digest,
         "parameters": bundle.student.parameters,
     }
-
-
-def needed_memory_bytes(bundle: Bundle) -> int:
-    """What training takes at most, by the manifest: the state twice (old and new) and the planned memory."""
-    state = sum(int(np.prod(spec.shape, dtype=np.int64)) * 4 for spec in bundle.state_specs)
-    planned = [bundle.graph(engine, "train_step").planned_memory_bytes or 0 for engine in bundle.engines]
-    return 2 * state + max(planned, default=0)
 
 
 def describe_samples(samples: Transfer, path: Path, add_blob: AddBlob) -> dict[str, Any]:
@@ -174,7 +173,9 @@ def _with_stand_ins(fields: Mapping[str, Any], description: Mapping[str, Any]) -
 
 def _paths(description: Mapping[str, Any]) -> list[Path]:
     bundles = description.get("bundles")
-    if not isinstance(bundles, Sequence) or isinstance(bundles, str) or not bundles:
+    if isinstance(bundles, str):
+        raise UsageError(f"bundles is {bundles!r}, no list", f'write bundles = ["{bundles}"]')
+    if not isinstance(bundles, Sequence) or not bundles:
         raise UsageError("no bundle is given", "make one with `edgestill export` and name it with --bundle")
     return [_path(bundle, "bundles") for bundle in bundles]
 
@@ -187,6 +188,8 @@ def _path(value: Any, name: str) -> Path:
 
 def _text(description: Mapping[str, Any], name: str) -> str:
     value = description.get(name)
+    if value is None:
+        raise UsageError(f"no {name} set is given", f"name a data set or a path with --{name}")
     if not isinstance(value, str | Path) or not str(value):
         raise UsageError(f"{name} is {value!r}", "give the name of a data set, or a path")
     return str(value)
@@ -242,6 +245,27 @@ def _check_objectives(bundles: Sequence[Bundle], whole: Bundle | None, exchange:
                 f"{bundle.source}: objective {objective.name} does not learn from {exchange}",
                 "export it with --objective lkd for latents, kd for logits, both for either",
             )
+
+
+def _warn_of_control_arms(bundles: Sequence[Bundle], exchange: str, warn: Warn) -> None:
+    """Students of objective `ce` are legitimate, to compare with, and easily exported by mistake."""
+    deaf = [bundle for bundle in bundles if not bundle.objective.needs_teacher]
+    if deaf:
+        who = "no device" if len(deaf) == len(bundles) else f"no device with {_named(deaf)}"
+        warn(
+            f"{who} learns from the others: objective {deaf[0].objective.name} takes labels alone, not the exchanged "
+            f"{exchange}; unless that is meant, to compare with, export with --objective both"
+        )
+
+
+def _named(bundles: Sequence[Bundle]) -> str:
+    return " or ".join(str(bundle.source) for bundle in bundles)
+
+
+def _warn_of_fewer(description: Mapping[str, Any], name: str, taken: Transfer, warn: Warn) -> None:
+    wanted = description.get(f"{name}_count")
+    if wanted is not None and wanted > len(taken):
+        warn(f"--{name}-count {wanted}: {description[name]} has {len(taken)} samples, all of which are taken")
 
 
 def _check_transfer_fraction(bundles: Sequence[Bundle], fraction: float) -> None:

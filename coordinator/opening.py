@@ -16,7 +16,13 @@ from edge_runtime.errors import UsageError
 def open_service(settings: Settings) -> Service:
     """Opens or creates database and blobs. Errors: StoreError, BlobError, UsageError, OSError."""
     if not settings.database or not settings.blobs:
-        settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise UsageError(
+                f"--data-dir {settings.data_dir}: cannot be a folder: {error.strerror}",
+                "give a folder that is there, or that can be made",
+            ) from error
     return Service(
         Store(settings.database_url),
         open_blobs(settings.blobs_location),

@@ -53,7 +53,7 @@ CATALOG: dict[str, ProblemKind] = {
     "no_fitting_student": ProblemKind(
         409,
         "No student of the task fits the device",
-        "install an engine that the task has a bundle for, or have the operator add a smaller student",
+        "start again with more --memory, or with an engine that is named there; else the task needs a smaller student",
     ),
     "not_selected": ProblemKind(
         409, "The device was not selected for the round", "ask for work and wait to be selected"

@@ -20,6 +20,15 @@ class TaskRecord:
     finished: bool
     student_state: str | None
     """Blob with the global student's state after the last completed round."""
+    stopped_s: float | None = None
+    """When the operator stopped it; it is finished, too, then."""
+
+    @property
+    def ended(self) -> str | None:
+        """How the task ended, in a word; None while it has rounds left."""
+        if self.stopped_s is not None:
+            return "stopped"
+        return "finished" if self.finished else None
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "task": self.task.as_json()}

@@ -13,7 +13,14 @@ from coordinator.task import parse_task
 
 
 def task_record(row: Row[Any]) -> TaskRecord:
-    return TaskRecord(row.name, parse_task(row.definition), row.created_s, row.finished, row.student_state)
+    return TaskRecord(
+        row.name,
+        parse_task(row.definition),
+        row.created_s,
+        row.finished,
+        row.student_state,
+        row.stopped_s,
+    )
 
 
 def device_record(row: Row[Any]) -> DeviceRecord:

@@ -112,6 +112,8 @@ class Schedule:
         due = []
         with self._store.write() as transaction:
             transaction.lock_task(name)
+            if transaction.is_finished(name):  # stopped meanwhile
+                return []
             task = self._progress.task(transaction, name)
             record = self._progress.load(transaction, name)
             if record is not None:

@@ -47,6 +47,8 @@ tasks = Table(
     Column("finished", Boolean, nullable=False),
     # the global student after the last completed round, a blob
     Column("student_state", _DIGEST),
+    # when the operator stopped it before its last round
+    Column("stopped_s", Double),
 )
 
 devices = Table(

@@ -16,6 +16,7 @@ from coordinator.transaction import Transaction
 _HEARD_S = 15.0
 """How old the store's `seen_s` of a device may get: writing down every poll would cost a disk flush each."""
 _STATUS_S = 1.0
+_NEEDS_TOLD = 3
 
 
 class Hearing:
@@ -38,6 +39,12 @@ class Hearing:
         self._heard[device.name] = (now_s, dict(status))
 
 
+def check_unfinished(transaction: Transaction, task: str) -> None:
+    """Errors: Problem `task_finished`."""
+    if transaction.is_finished(task):
+        raise Problem("task_finished", f"task {task} has no rounds left")
+
+
 def student_of(task: Task, device: DeviceRecord) -> StudentEntry:
     """The student that the device has, or the largest that fits it. Errors: Problem `no_fitting_student`."""
     for entry in task.students:
@@ -46,12 +53,29 @@ def student_of(task: Task, device: DeviceRecord) -> StudentEntry:
     engines, memory_bytes = device.info.get("engines", ()), device.info.get("memory_bytes")
     student = task.fitting_student(engines, memory_bytes)
     if student is None:
+        memory = "memory of unknown size" if memory_bytes is None else f"{_megabytes(memory_bytes)} of memory"
         raise Problem(
             "no_fitting_student",
-            f"device {device.name} has engines {', '.join(engines) or 'none'} and "
-            f"{'unknown' if memory_bytes is None else memory_bytes} bytes of memory",
+            f"device {device.name} has engines {', '.join(engines) or 'none'} and {memory}; {_needs(task)}",
         )
     return student
+
+
+def _needs(task: Task) -> str:
+    """What the students that ask the least need."""
+    entries = sorted(task.students, key=lambda entry: (entry.memory_bytes, entry.student))
+    needs = [
+        f"{entry.student} needs {_megabytes(entry.memory_bytes, up=True)} and {' or '.join(entry.engines)}"
+        for entry in entries[:_NEEDS_TOLD]
+    ]
+    more = len(entries) - len(needs)
+    return "; ".join(needs) + (f"; {more} more need as much or more memory" if more else "")
+
+
+def _megabytes(size_bytes: int, up: bool = False) -> str:
+    """Rounded so that what is said to be needed is enough, and what is there is not less."""
+    tenths = -(-size_bytes // 10**5) if up else size_bytes // 10**5
+    return f"{tenths / 10:.1f} MB"
 
 
 def may_select(task: Task, record: RoundRecord | None, device: DeviceRecord, now_s: float) -> bool:

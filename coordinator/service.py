@@ -29,9 +29,9 @@ from coordinator.records import (
     TaskRecord,
 )
 from coordinator.refusals import RefusalCounts
-from coordinator.rounds import Ask
+from coordinator.rounds import Ask, Failed
 from coordinator.schedule import Schedule
-from coordinator.selection import Hearing, may_select, standing_of, student_of, work_for
+from coordinator.selection import Hearing, check_unfinished, may_select, standing_of, student_of, work_for
 from coordinator.step5 import Step5
 from coordinator.steps import Steps
 from coordinator.store import Store
@@ -46,6 +46,7 @@ __all__ = ["DeviceRecord", "Service", "Step5", "UploadTicket"]
 
 _LOG = logging.getLogger("coordinator")
 _IDENTIFIED_AT_MOST = 20_000
+_STOPPED = "stopped by the operator"
 
 
 class Service:
@@ -110,6 +111,27 @@ class Service:
         """Stores a file and returns its digest. Errors: BlobError."""
         return self.blobs.put_file(Path(path))
 
+    def stop_task(self, name: str) -> bool:
+        """Ends a task before its last round, abandoning the open one; False when it had ended already.
+
+        What was published stays. Errors: Problem `no_such_task`.
+        """
+        now_s, record = self.clock(), None
+        with self.store.write() as transaction:
+            self._lock(transaction, name)
+            if transaction.is_finished(name):
+                return False
+            task = self._progress.task(transaction, name)
+            record = self._progress.load(transaction, name)
+            if record is not None:
+                record, _ = self._progress.apply(transaction, task, record, Failed(_STOPPED), now_s)
+            transaction.set_task(name, finished=True, stopped_s=now_s)
+            transaction.note(name, "task", now_s)
+            transaction.say("task %s is stopped", name)
+        if record is not None:
+            self._progress.remember(record)
+        return True
+
     def issue_code(self, task_name: str, lifetime_s: float = 86_400.0) -> str:
         """A code with which one device can enrol once. Errors: Problem `no_such_task`."""
         code = credentials.enrolment_code(self._entropy(credentials.CODE_BYTES))
@@ -121,7 +143,10 @@ class Service:
     # device
 
     def enrol(self, code: str, info: Mapping[str, Any]) -> dict[str, str]:
-        """Uses a code up; `{"device", "token", "task"}`, the token said this once. Errors: Problem `code_refused`."""
+        """Uses a code up; `{"device", "token", "task"}`, the token said this once.
+
+        Errors: Problem `code_refused`, `task_finished`.
+        """
         name = credentials.device_name(self._entropy(credentials.DEVICE_BYTES))
         token = credentials.access_token(self._entropy(credentials.TOKEN_BYTES))
         now_s = self.clock()
@@ -129,6 +154,7 @@ class Service:
             task = transaction.use_code(credentials.hash_code(code), name, now_s)
             if task is None:
                 raise Problem("code_refused")
+            check_unfinished(transaction, task)
             transaction.add_device(name, task, credentials.hash_token(token), info, now_s)
             transaction.note(task, "device", now_s, device=name)
             transaction.say("device %s is enrolled for task %s", name, task)
@@ -153,6 +179,14 @@ class Service:
         """
         return self._identified.get(credentials.hash_token(token)) or self.authenticate(token)
 
+    def inform(self, device: DeviceRecord, info: Mapping[str, Any]) -> None:
+        """Replaces INFO: an engine was installed since enrolment, or another limit of memory is given."""
+        if dict(device.info) == dict(info):
+            return
+        with self.store.write() as transaction:
+            transaction.set_device(device.name, info=dict(info))
+            transaction.note(device.task, "device", self.clock(), device=device.name)
+
     def assignment(self, device: DeviceRecord) -> dict[str, Any]:
         """The device's task and student, which stays the same. Errors: Problem `no_fitting_student`."""
         with self.store.read() as transaction:
@@ -174,15 +208,14 @@ class Service:
         now_s = self.clock()
         with self.store.read() as transaction:
             task = self._progress.task(transaction, device.task)
-            finished = transaction.is_finished(task.name)
+            check_unfinished(transaction, task.name)
             record = self._progress.load(transaction, task.name)
             work = work_for(transaction, device, record, now_s)
-        if finished:
-            raise Problem("task_finished", f"task {task.name} has no rounds left")
         student_of(task, device)
         if work is None and may_select(task, record, device, now_s):
             with self.store.write() as transaction:
                 self._lock(transaction, task.name)
+                check_unfinished(transaction, task.name)  # or stopped meanwhile
                 self._hearing.hear(transaction, device, status, now_s)
                 record = self._progress.load(transaction, task.name)
                 if may_open(None if record is None else record.round, task):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import ipaddress
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -37,7 +39,9 @@ class Settings:
         "", "what a browser needs for the dashboard and /metrics; empty: open to all", secret=True
     )
     public_url: str = _setting("", "address that devices are told, where it is not http(s)://HOST:PORT")
-    allowed_hosts: str = _setting("", "further names, separated by commas, that requests may ask for (Host)")
+    allowed_hosts: str = _setting(
+        "", "further names without port, comma-separated, that requests may ask for (Host)"
+    )
     trusted_proxies: str = _setting("127.0.0.1", "addresses whose X-Forwarded-For and -Proto are believed")
     quota_bytes: int = _setting(1 << 30, "bytes of uploads that one device may store in a task", low=1)
     max_body_bytes: int = _setting(256 << 20, "largest upload, whatever the task allows", low=1)
@@ -55,6 +59,7 @@ class Settings:
     def __post_init__(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise UsageError("tls_cert and tls_key belong together", "give both, or neither")
+        _check_hosts(self.allowed_hosts)
         for one in dataclasses.fields(self):
             _check_range(one, getattr(self, one.name))
 
@@ -175,6 +180,19 @@ def _to_bool(value: Any) -> bool:
     if isinstance(value, str) and value.lower() in _TRUE + _FALSE:
         return value.lower() in _TRUE
     raise ValueError(value)
+
+
+def _check_hosts(text: str) -> None:
+    """Refuses what no Host header without its port can be, and which would therefore never match."""
+    for name in filter(None, map(str.strip, text.split(","))):
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            if not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", name):
+                raise UsageError(
+                    f"allowed_hosts: {name!r} is no name or address",
+                    "leave scheme, port, path and brackets out, such as edge.example or 192.168.1.5",
+                ) from None
 
 
 def _check_range(one: dataclasses.Field[Any], value: Any) -> None:

@@ -141,10 +141,10 @@ def _parse_url(text: str) -> URL:
 def _prepare_sqlite(connection: Any, _: object) -> None:
     connection.isolation_level = None  # transactions begin where `write` and `read` say, nowhere else
     for pragma in (
+        f"busy_timeout={_BUSY_S * 1000}",  # first: changing the journal mode waits for others, too
         "journal_mode=WAL",
         "synchronous=FULL",
         "foreign_keys=ON",
-        f"busy_timeout={_BUSY_S * 1000}",
     ):
         connection.execute(f"PRAGMA {pragma}")
 

@@ -109,14 +109,28 @@ class Task:
         return _as_json(self)
 
     def risks(self) -> list[str]:
-        """What an operator should know before devices that he does not trust take part, a sentence each."""
-        spec = self.aggregation
+        """What an operator should know of a task that is allowed and may not be meant, a sentence each."""
+        spec, found = self.aggregation, []
         if self.exchange == "parameters" and spec.rule == "mean" and spec.clip is None:
-            return [
+            found.append(
                 "the mean of parameters without clip: one hostile or broken device decides what all devices start "
                 "from; where they are not all your own, add --clip median, or take --aggregation median"
-            ]
-        return []
+            )
+        if spec.rule == "krum" and share_of(self.minimum, spec.byzantine) == 0:
+            found.append(
+                f"Krum with --byzantine {spec.byzantine:g} of --minimum {self.minimum} uploads reckons with no hostile "
+                "device, for the share is rounded down; raise --minimum and --goal, or --byzantine"
+            )
+        if self.mode == "global" and self.exchange == "latents" and not self._labels_are_distilled:
+            found.append(
+                "the global student cannot classify: latents without labels do not train its output layer; take "
+                "--exchange both, or a labelled transfer set (--transfer-labels) with --distil-alpha below 1"
+            )
+        return found
+
+    @property
+    def _labels_are_distilled(self) -> bool:
+        return self.transfer.labelled and self.distil.alpha < 1
 
     def rules(self) -> Rules:
         return Rules(self.goal, self.minimum, self.over_selection, self.deadline_s, self.distil.deadline_s)
@@ -286,7 +300,8 @@ def _check_consistency(task: Task) -> None:
                     "aggregation.byzantine",
                     spec.byzantine,
                     f"such that Krum has more than 2 * {hostile} + 2 uploads wherever a round may end, "
-                    f"from minimum {task.minimum} to goal {task.goal}; with {uploads} it has not",
+                    f"from minimum {task.minimum} to goal {task.goal}; with {uploads} it has not: raise --minimum and "
+                    "--goal, or lower --byzantine",
                 )
 
 

@@ -144,7 +144,7 @@ def view_task(
     running = bool(views) and views[-1].phase not in FINAL_PHASES
     return TaskView(
         name=record.name,
-        state="finished" if record.finished else views[-1].phase if running else "waiting",
+        state=record.ended or (views[-1].phase if running else "waiting"),
         exchange=task.exchange,
         mode=task.mode,
         precision=task.precision,
@@ -333,16 +333,14 @@ def _view_device(record: DeviceRecord, report: Mapping[str, Any]) -> DeviceView:
 
 
 def _memory(info: Mapping[str, Any], status: Mapping[str, Any], report: Mapping[str, Any]) -> str:
-    whole, free = _number(info.get("memory_bytes")), _number(status.get("memory_free_bytes"))
-    peak = _number(report.get("peak_rss_bytes"))
-    parts = []
-    if peak is not None:
-        parts.append(f"{format_bytes(peak)} used")
-    if free is not None:
-        parts.append(f"{format_bytes(free)} free")
-    if whole is not None:
-        parts.append(f"of {format_bytes(whole)}" if free is not None else f"{format_bytes(whole)} in all")
-    return ", ".join(parts).replace("free, of", "free of") or "–"
+    # what is offered may be a limit that the device set, far below what the machine has
+    figures = (
+        (report.get("peak_rss_bytes"), "used"),
+        (info.get("memory_bytes"), "offered"),
+        (status.get("memory_free_bytes"), "free on the machine"),
+    )
+    known = ((number, text) for value, text in figures if (number := _number(value)) is not None)
+    return ", ".join(f"{format_bytes(number)} {text}" for number, text in known) or "–"
 
 
 def _battery(status: Mapping[str, Any]) -> str:

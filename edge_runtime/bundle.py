@@ -107,6 +107,12 @@ class Bundle:
     def state_specs(self) -> tuple[TensorSpec, ...]:
         return self.manifest.state
 
+    @property
+    def training_memory_bytes(self) -> int:
+        """What training takes at most, by the manifest: the state twice (old and new) and the planned memory."""
+        planned = [self.graph(engine, "train_step").planned_memory_bytes or 0 for engine in self.engines]
+        return 2 * sum(spec.size_bytes for spec in self.state_specs) + max(planned, default=0)
+
     def inputs(self, graph: str) -> tuple[TensorSpec, ...]:
         """What `train_step` or `encode` takes besides state."""
         return self.manifest.inputs[graph]

@@ -11,13 +11,13 @@ import hashlib
 import json
 import os
 import random
-import ssl
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
+from edge_runtime.address import check_url, hint_unreachable, tls_context
 from edge_runtime.errors import EdgestillError, UsageError
 from edge_runtime.files import sha256_of_file, sync_folder
 
@@ -115,7 +115,7 @@ class HttpCoordinator:
         self._client = self._httpx.Client(
             base_url=self.url,
             timeout=timeout_s,
-            verify=_tls_context(ca_cert),
+            verify=tls_context(ca_cert),
             transport=transport,
             headers={"User-Agent": "edgestill-device", "Accept-Encoding": "identity"},
             # a redirect could carry the token to a stranger
@@ -138,6 +138,14 @@ class HttpCoordinator:
         enrolled = _json_object(answer, ("device", "token", "task"))
         self.use_token(str(enrolled["token"]))
         return enrolled
+
+    def inform(self, info: Mapping[str, Any]) -> None:
+        """Replaces INFO of enrolment; a coordinator that is too old for it keeps what it has."""
+        try:
+            self._ask("PUT", "/v1/info", json=dict(info))
+        except Refused as refused:
+            if refused.status != 404:
+                raise
 
     def assignment(self) -> dict[str, Any]:
         return _json_object(self._ask("GET", "/v1/assignment"), ("task", "student"))
@@ -286,8 +294,7 @@ class HttpCoordinator:
     def _unreachable(self, error: Exception) -> Unreachable:
         return Unreachable(
             f"{self.url} does not answer: {str(error) or type(error).__name__}",
-            "check the address, the network, and that `edgestill serve` runs there"
-            + ("; for a certificate of your own, give --ca-cert" if "CERTIFICATE" in str(error) else ""),
+            hint_unreachable(self.url, str(error)),
         )
 
 
@@ -298,14 +305,6 @@ def _size_of(path: Path) -> int:
 class _Answer:
     def __init__(self, status_code: int, headers: Mapping[str, str], body: bytes, where: str) -> None:
         self.status_code, self.headers, self.body, self.where = status_code, headers, body, where
-
-
-def check_url(url: str) -> str:
-    """The coordinator's address without a trailing slash. Errors: UsageError."""
-    scheme, _, rest = url.partition("://")
-    if scheme not in ("http", "https") or not rest.strip("/") or "@" in rest or "?" in rest or "#" in rest:
-        raise UsageError(f"{url!r} is no coordinator's address", "give http://HOST:PORT or https://HOST:PORT")
-    return url.rstrip("/")
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:
@@ -364,15 +363,6 @@ def _json_object(answer: _Answer, names: tuple[str, ...]) -> dict[str, Any]:
             "is this address a coordinator's, and of this version?",
         )
     return value
-
-
-def _tls_context(ca_cert: Path | None) -> ssl.SSLContext | bool:
-    if ca_cert is None:
-        return True
-    try:
-        return ssl.create_default_context(cafile=str(ca_cert))
-    except (OSError, ssl.SSLError) as error:
-        raise UsageError(f"--ca-cert {ca_cert}: {error}", "give a PEM file of certificates") from error
 
 
 def _import_httpx2() -> ModuleType:

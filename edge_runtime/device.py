@@ -10,7 +10,6 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,8 +28,9 @@ from edge_runtime.local_round import (
     read_published,
     train_round,
 )
-from edge_runtime.local_training import EXCHANGES, train_locally
+from edge_runtime.local_training import train_locally
 from edge_runtime.participant import Participant, Work
+from edge_runtime.privacy import epsilon_of_spent
 from edge_runtime.trainer import StepRecord
 
 LONG_POLL_S = 25.0
@@ -84,8 +84,15 @@ class Device:
         self._out_of_reach_s = 0.0
         self._without_work = False
         self._told: dict[str, Any] = {}
+        self._given_up: str | None = None
         work = self.participant.work
         self.keep.clean(None if work is None else work.round)
+
+    @property
+    def epsilon(self) -> float | None:
+        """Of all that may have left the device so far; None without noise, or once anything left without."""
+        privacy, spent = self.equipment.options.privacy, self.participant.privacy_spent
+        return None if privacy is None or spent is None else epsilon_of_spent(spent, privacy.delta)
 
     def run(self, rounds: int | None = None) -> int:
         """Takes part until the task is finished, or `rounds` rounds are over; returns how many were uploaded.
@@ -95,6 +102,8 @@ class Device:
         before, first_done = self.participant.completed, self._done
         if self.participant.work is not None and self.participant.phase != "training":
             self.watch("continuing", round=self.participant.work.round, phase=self.participant.phase)
+        if self.participant.phase == "finished":
+            self.watch("finished")
         self._follow(machine.resume(self.participant), lambda: rounds == self._done - first_done)
         return self.participant.completed - before
 
@@ -152,16 +161,18 @@ class Device:
                 case machine.Settle(work, report):
                     event = self._settle(work, report)
                 case machine.KeepTrained(work, reason):
-                    event = self._keep_trained(work, reason)
+                    return self._keep_trained(work, reason)
                 case machine.Discard(work, reason):
                     self._done += 1
                     self.keep.clean(None)
-                    self.watch("given up", round=work.round, reason=reason)
+                    self._tell_given_up(work, reason)
                     return None
         except (Unreachable, Refused) as error:
-            if isinstance(error, Refused) and not error.transient:
-                return self._answer_refusal(effect, error)
-            return self._wait_for_coordinator(error)
+            if not isinstance(error, Refused) or error.transient:
+                return self._wait_for_coordinator(error)
+            event = self._answer_refusal(effect, error)
+        if self._out_of_reach_s:
+            self.watch("in reach again")
         self._out_of_reach_s = 0.0
         return event
 
@@ -197,7 +208,7 @@ class Device:
         told = {name: value for name, value in standing.items() if name != "seconds_left"}
         if told != self._told:
             self._told = told
-            self.watch("standing", **standing)
+            self.watch("standing", **standing, given_up=standing["round"] == self._given_up)
 
     def _fetch(self, work: Work) -> machine.Event:
         try:
@@ -281,7 +292,9 @@ class Device:
         if hashlib.sha256(body).hexdigest() != digest:
             return machine.RoundGone("its packed outputs are lost or damaged")
         self.coordinator.submit(work.round, self.name, body, content_encoding)
-        self.watch("uploaded", round=work.round, size_bytes=len(body))
+        privacy = self.equipment.options.privacy
+        spent = {} if privacy is None else {"epsilon": self.epsilon, "delta": privacy.delta}
+        self.watch("uploaded", round=work.round, size_bytes=len(body), **spent)
         return machine.Accepted()
 
     def _settle(self, work: Work, report: Mapping[str, Any]) -> machine.Event:
@@ -301,8 +314,12 @@ class Device:
         if self.equipment.exchange != "parameters":
             self.keep.settle(work.round, self.equipment.bundle)
         self.keep.clean(None)
-        self.watch("given up", round=work.round, reason=reason)
+        self._tell_given_up(work, reason)
         return machine.Settled()
+
+    def _tell_given_up(self, work: Work, reason: str) -> None:
+        self._given_up = work.round
+        self.watch("given up", round=work.round, reason=reason)
 
     def _answer_refusal(self, effect: machine.Effect, refused: Refused) -> machine.Event:
         if refused.kind == "task_finished":
@@ -348,49 +365,3 @@ class _Stop:
             self.held = device._unmet()
             return bool(self.held)
         return True
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """What the coordinator gave this device to take part with; paths of downloaded blobs."""
-
-    task: Mapping[str, Any]
-    bundle_path: Path
-    transfer_path: Path | None
-    bytes_down: int
-    digests: frozenset[str]
-
-
-def fetch_assignment(coordinator: Coordinator, keep: Keep) -> Assignment:
-    """Asks for the assignment and downloads its bundle and transfer set, where they are not here already.
-
-    Errors: Refused (`no_fitting_student`), Unreachable, DamagedBlob; Refused too for an answer out of its form.
-    """
-    answer = coordinator.assignment()
-    try:
-        task, student = answer["task"], answer["student"]
-        transfer = task.get("transfer")
-        wanted = [(str(student["bundle"]), int(student["size_bytes"]))]
-        if transfer is not None:
-            wanted.append((str(transfer["blob"]), int(transfer["size_bytes"])))
-        if task["exchange"] not in EXCHANGES:
-            raise ValueError(f"exchange {task['exchange']!r}")
-        for digest, size_bytes in wanted:
-            if len(digest) != 64 or set(digest) - set("0123456789abcdef") or size_bytes < 1:
-                raise ValueError(f"blob {digest[:70]!r} of {size_bytes} bytes")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise Refused(
-            f"the assignment is not readable: {error!r}", "is the coordinator of this version?"
-        ) from error
-    paths, bytes_down = [], 0
-    for digest, size_bytes in wanted:
-        target = keep.blob_path(digest)
-        bytes_down += 0 if target.exists() else size_bytes
-        paths.append(coordinator.blob(digest, size_bytes, target))
-    return Assignment(
-        task,
-        paths[0],
-        paths[1] if transfer is not None else None,
-        bytes_down,
-        frozenset(d for d, _ in wanted),
-    )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from edge_runtime.client import check_url
+from edge_runtime.address import check_url
 from edge_runtime.errors import EdgestillError, UsageError
 
 SERVICE = "_edgestill._tcp.local."

@@ -75,6 +75,7 @@ def examine(bundle: Bundle) -> dict[str, Any]:
         "optimizer": {"name": manifest.optimizer.name, "nesterov": manifest.optimizer.nesterov},
         "freeze": list(manifest.freeze),
         "flops_per_step": manifest.flops_per_step,
+        "training_memory_bytes": bundle.training_memory_bytes,
         "state": state,
         "engines": engines,
         "parity": {engine: dict(record) for engine, record in manifest.parity.items()},
@@ -101,6 +102,7 @@ def describe(report: dict[str, Any]) -> str:
         f"objective   {objective}, optimizer {report['optimizer']['name']}{nesterov}",
         f"frozen      {', '.join(report['freeze']) or 'nothing'}",
         f"a step      {f'{flops / 1e9:.3g} GFLOP' if flops else 'FLOP not counted'}",
+        f"training    {_megabytes(report['training_memory_bytes'])} by plan: what `edgestill join --memory` must allow",
         f"bundle      {_megabytes(report['size_bytes'])} in {len(report['files'])} files, "
         f"by edgestill {report['edgestill_version']}",
         "",

@@ -31,7 +31,7 @@ from edge_runtime.local_training import (
     with_parameters,
 )
 from edge_runtime.participant import Work
-from edge_runtime.privacy import epsilon_of_spent, privatise, spend
+from edge_runtime.privacy import epsilon_of_spent, noise_in_mean, privatise, spend
 
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
@@ -77,7 +77,8 @@ class Equipment:
         if self.options.privacy is not None and self.exchange == "parameters":
             raise UsageError(
                 "noise is added to latents and logits; this task exchanges parameters",
-                "leave the privacy options out, or join a task that exchanges latents",
+                "leave the privacy options out and start again, for which an enrolled work folder needs no other code; "
+                "or join a task that exchanges latents or logits",
             )
 
     @property
@@ -116,6 +117,22 @@ def expected_outputs(
         "logits": (len(transfer), bundle.classes),
     }
     return {name: shapes[name] for name in EXCHANGED_OUTPUTS[exchange]}
+
+
+def warn_of_noise(equipment: Equipment) -> str | None:
+    """A sentence where the noise of a round's mean is longer than what it hides, so that students learn noise."""
+    privacy, goal = equipment.options.privacy, int(equipment.task.get("goal", 1))
+    if privacy is None:
+        return None
+    shapes = expected_outputs(equipment.task, equipment.bundle, equipment.transfer).values()
+    ratio = max(noise_in_mean(privacy.noise_multiplier, rows, width, goal) for rows, width in shapes)
+    if ratio <= 1:
+        return None
+    return (
+        f"the mean of {goal} device{'s' * (goal != 1)} with this noise carries noise about {ratio:,.0f} times as long "
+        "as a clipped row, and who learns from it gets worse, perhaps useless; it falls with the square root of the "
+        "number of devices: more devices, a smaller alpha in the task, or less noise (docs/privacy.md)"
+    )
 
 
 def read_published(body: bytes, expected: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:

@@ -73,6 +73,14 @@ def privatise(
     return (rows + deviation * random.standard_normal(rows.shape)).astype(np.float32)
 
 
+def noise_in_mean(noise_multiplier: float, rows: int, width: int, releases: int) -> float:
+    """Length of the noise of one row of the mean of releases [rows, width], in units of the clip.
+
+    So many times what a row of the mean can be at most. The mean over D releases divides the noise by sqrt(D).
+    """
+    return noise_multiplier * sensitivity(rows, 1.0) * math.sqrt(width / releases)
+
+
 def epsilon(noise_multiplier: float, rounds: int, delta: float, releases_per_round: int = 1) -> float:
     """The smallest epsilon for which all releases together are (epsilon, delta)-locally differentially private.
 

@@ -54,6 +54,8 @@ class StepRecord:
     """
 
     step: int
+    steps: int
+    """In the whole run."""
     epoch: int
     loss: float
     ce_loss: float
@@ -312,6 +314,7 @@ def _record(
     distillation = metrics.get("distillation_loss")
     return StepRecord(
         step=step + 1,
+        steps=run.total_steps,
         epoch=run.plan.epoch(step) + 1,
         loss=float(metrics["loss"][0]),
         ce_loss=float(metrics["ce_loss"][0]),

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from edge_runtime.assignment import fetch_assignment
 from edge_runtime.bundle import Bundle
 from edge_runtime.data import load_splits
-from edge_runtime.device import Device, fetch_assignment
+from edge_runtime.device import Device
 from edge_runtime.engines import open_engine
 from edge_runtime.journal import Keep, WorkMemory
 from edge_runtime.local_round import Equipment, Options
@@ -38,6 +39,9 @@ class Bench:
     def coordinator(self, **how: object) -> FakeCoordinator:
         self.made += 1
         return FakeCoordinator(self.folder / f"coordinator-{self.made}", **how)
+
+    def keep(self) -> Keep:
+        return WorkMemory(self.folder / "blobs")
 
     def device(self, fake: FakeCoordinator, keep: Keep, options: Options | None = None, **how) -> Device:
         kit = Equipment(

@@ -56,6 +56,7 @@ class FakeCoordinator:
         self.device = "d-" + "a" * 16
         self.uploads: dict[str, bytes] = {}
         self.reports: dict[str, dict] = {}
+        self.info: dict = {}
         self.submissions: list[str] = []
         self.codes = {"AAAAA-BBBBB-CCCCC-DDDDD"}
         self.before: Callable[[str], None] = lambda call: None
@@ -73,7 +74,12 @@ class FakeCoordinator:
         if code not in self.codes:
             raise Refused("the code is used up", status=403, kind="code_refused")
         self.codes.remove(code)
+        self.info = info
         return {"device": self.device, "token": "est_" + "t" * 43, "task": "birds"}
+
+    def inform(self, info: dict) -> None:
+        self.before("inform")
+        self.info = info
 
     def assignment(self) -> dict:
         self.before("assignment")
@@ -166,6 +172,9 @@ def served(fake: FakeCoordinator) -> Iterator[tuple[str, list[tuple[str, dict[st
             if path == "/v1/enrol":
                 asked = json.loads(body)
                 self.send(201, json.dumps(fake.enrol(asked["code"], asked["device"])).encode())
+            elif path == "/v1/info":
+                fake.inform(json.loads(body))
+                self.send(204, b"")
             elif path == "/v1/assignment":
                 self.send(200, json.dumps(fake.assignment()).encode())
             elif path == "/v1/standing" and fake.standing() is not None:

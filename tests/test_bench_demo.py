@@ -9,7 +9,10 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from benchmarks import demo_commands, processes
 from benchmarks.demo import (
@@ -23,7 +26,16 @@ from benchmarks.demo import (
     task_words,
 )
 from benchmarks.demo_commands import Commands, DemoFailed
-from benchmarks.demo_page import DeviceResult, Results, gains, page_html, summary_table, write_page
+from benchmarks.demo_page import (
+    _STYLE,
+    DeviceResult,
+    Results,
+    gains,
+    page_html,
+    spread,
+    summary_table,
+    write_page,
+)
 
 # Stands for `edgestill`: says its words on stderr, more than a pipe holds, and answers as the real one does.
 FAKE = """
@@ -161,11 +173,14 @@ class _Page(HTMLParser):
         super().__init__()
         self.tags: list[str] = []
         self.images: list[dict] = []
+        self.sources: list[dict] = []
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
         self.tags.append(tag)
         if tag == "img":
             self.images.append(dict(attrs))
+        if tag == "source":
+            self.sources.append(dict(attrs))
 
 
 def test_the_page_has_the_table_and_pictures_with_words(tmp_path: Path) -> None:
@@ -175,8 +190,29 @@ def test_the_page_has_the_table_and_pictures_with_words(tmp_path: Path) -> None:
     assert page.tags.count("tr") == 4 and len(page.images) == 2
     for image in page.images:
         assert len(image["alt"]) > 20 and (tmp_path / image["src"]).read_bytes().startswith(b"\x89PNG")
+    for source in page.sources:
+        height, width = png_size(tmp_path / source["srcset"])
+        assert height > 1.5 * width, "on a phone the panels of a picture stand below each other"
+        assert source["media"] in _STYLE, "pictures and table rows are stacked at the same width"
+    assert len(page.sources) == 2
     text = page_html(results(), [])
     assert "&lt;watch&gt;" in text and "<watch>" not in text
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    """Height and width of a PNG, from its header."""
+    header = path.read_bytes()[16:24]
+    return int.from_bytes(header[4:]), int.from_bytes(header[:4])
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=8), st.floats(0.1, 20))
+def test_labels_of_curves_stand_apart_and_in_order(values: list[float], gap: float) -> None:
+    values.sort()
+    places = spread(values, gap)
+    assert np.all(np.diff(places) >= gap - 1e-9)
+    assert np.mean(places) == pytest.approx(np.mean(values))
+    if len(values) == 1 or min(np.diff(values)) > gap + 1e-9:
+        assert places == pytest.approx(values)
 
 
 @pytest.mark.long

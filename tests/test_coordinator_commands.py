@@ -6,17 +6,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import httpx2
-import numpy as np
 import pytest
 
 from coordinator.creation import make_task, zip_bundle
@@ -24,47 +19,11 @@ from edge_runtime.bundle import Bundle
 from edge_runtime.cli import main
 from edge_runtime.errors import UsageError
 from edge_runtime.local_training import Transfer
+from tests.coordinator_commands import CREATE, make_place, run_json, serving  # noqa: F401  fixture
 from tests.coordinator_site import INFO, problem_of
-from tests.handmade_bundle import CHANNELS, CLASSES, LATENT, SIZE, write_handmade_bundle
+from tests.handmade_bundle import CLASSES, LATENT, write_handmade_bundle
 
 pytestmark = pytest.mark.contract
-ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with two bundles and data; the current one."""
-    monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith("EDGESTILL_")]:
-        monkeypatch.delenv(name)
-    write_handmade_bundle(tmp_path / "one")
-    write_handmade_bundle(tmp_path / "two", seed=1)
-    random = np.random.default_rng(0)
-    images = random.integers(0, 256, (20, CHANNELS, SIZE, SIZE), np.uint8)
-    labels = random.integers(0, CLASSES, 20)
-    np.savez(tmp_path / "data.npz", x=images, y=labels)
-    return tmp_path
-
-
-CREATE = [
-    "task",
-    "create",
-    "--data-dir",
-    "fed",
-    "--name",
-    "birds",
-    "--bundle",
-    "one",
-    "--transfer",
-    "data.npz",
-]
-
-
-def run_json(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
-    capsys.readouterr()
-    assert main([*words, "--json"]) == 0
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
 
 
 def test_from_a_task_to_a_code(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,22 +194,6 @@ def test_a_folder_is_zipped_alike_whatever_its_clock(place: Path) -> None:
         os.utime(path, (1, 1))
     assert zip_bundle(place / "one", place / "b.zip").read_bytes() == first
     assert "manifest.json" in zipfile.ZipFile(place / "a.zip").namelist()
-
-
-@contextmanager
-def serving(*options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """`edgestill serve` on a free port: its address and its process."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "edge_runtime.cli", "serve", "--data-dir", "fed", "--port", "0", "--json", *options],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    try:
-        line = process.stdout.readline()
-        assert line, process.stderr.read()
-        yield json.loads(line)["url"], process
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def test_serve_takes_a_device_and_lets_go_of_it_when_told_to_stop(

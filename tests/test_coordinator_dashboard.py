@@ -111,7 +111,7 @@ def test_the_task_page_shows_what_the_store_holds(client):
     for words in (
         "Round 5 of 12: 1 1 of 4 accepted, 5 selected", "1 accepted at the deadline, at least 2 are needed",
         "both, fp16", "4, at least 1", "raspberry-pi-5", device_name(0), "onnxruntime", "18.4 ms",
-        "44 %", "1.9 GB free of 8 GB", "The round no longer collects outputs", "565 kB / 2.08 MB",
+        "44 %", "8 GB offered, 1.9 GB free on the machine", "The round no longer collects outputs", "565 kB / 2.08 MB",
     ):  # fmt: skip
         assert words in said, words
     titles = ["".join(e[2]) for e in page.all("h3")]
@@ -164,6 +164,18 @@ def test_made_up_figures_of_a_device_break_no_page(value):
         answer = client.get("/tasks/birds")
     assert answer.status_code == 200
     assert device_name(0) in answer.text and not re.search(r"\b(nan|inf)\b", answer.text)
+
+
+def test_a_limit_of_memory_is_not_shown_as_the_machines():
+    service = DashboardService(rounds=2, devices=1)
+    service.device_records[0] = dataclasses.replace(
+        service.device_records[0],
+        info={"memory_bytes": 7_000_000},
+        status={"memory_free_bytes": 21_800_000_000},
+    )
+    (task, _) = service.tasks()
+    (device,) = views.view_task(task, service.rounds("birds"), service.devices("birds"), ()).devices
+    assert device.memory_text == "210 MB used, 7 MB offered, 21.8 GB free on the machine"
 
 
 def test_many_devices_come_in_pages_and_many_rounds_are_cut():

@@ -91,6 +91,10 @@ TEXT_CONTRASTS = """(() => {
   return least; })()"""
 
 
+CUT_TABLES = """[...document.querySelectorAll(".card.scroll")].filter(
+  (one) => one.scrollWidth > one.clientWidth).length"""
+
+
 @pytest.mark.contract
 @needs_chromium
 def test_in_a_browser_pages_fit_read_well_and_follow_changes(tmp_path):
@@ -105,6 +109,7 @@ def test_in_a_browser_pages_fit_read_well_and_follow_changes(tmp_path):
                 for path in ("/", "/tasks/birds"):
                     browser.open(url + path, width, height, dark)
                     assert browser.evaluate("document.documentElement.scrollWidth") <= width
+                    assert browser.evaluate(CUT_TABLES) == 0, "a table runs off its card"
                     assert browser.evaluate(TEXT_CONTRASTS) >= 4.5, (width, dark, path)
                     browser.screenshot(tmp_path / "page.png")
                     assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")

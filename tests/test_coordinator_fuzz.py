@@ -45,6 +45,7 @@ def device(site: Site) -> Device:
 
 OPERATIONS = [
     ("POST", "/v1/enrol"),
+    ("PUT", "/v1/info"),
     ("GET", "/v1/assignment"),
     ("GET", "/v1/standing"),
     ("POST", "/v1/work"),

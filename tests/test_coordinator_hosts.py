@@ -9,6 +9,7 @@ from starlette.testclient import TestClient
 
 from coordinator.hosts import host_of, known_hosts
 from coordinator.settings import Settings
+from edge_runtime.errors import UsageError
 from tests.coordinator_site import make_site, problem_of
 
 
@@ -65,3 +66,16 @@ def test_a_further_name_is_answered(tmp_path: Path) -> None:
     with_name = TestClient(site.app, base_url="https://edge.example")
     assert with_name.get("/").status_code == 200
     assert TestClient(site.app, base_url="https://other.example").get("/").status_code == 421
+
+
+@pytest.mark.parametrize(
+    "name", ["edge.example:8000", "https://edge.example", "[::1]", "edge.example.", "a b"]
+)
+def test_a_name_that_would_never_match_is_refused_at_start(name: str) -> None:
+    with pytest.raises(UsageError, match="allowed_hosts") as caught:
+        Settings(allowed_hosts=f"localhost, {name}")
+    assert repr(name) in str(caught.value) and "edge.example" in caught.value.hint
+
+
+def test_addresses_are_names_too() -> None:
+    assert {"::2", "192.0.2.7", "my_box"} <= known_hosts(Settings(allowed_hosts="::2,192.0.2.7, my_box,"))

@@ -263,6 +263,8 @@ def test_devices_get_the_largest_student_that_fits_and_keep_it(service: Service,
     stranger = enrol(service, engines=["executorch"])
     assert refusal(lambda: service.assignment(stranger)) == "no_fitting_student"
     assert refusal(lambda: service.ask(stranger, {})) == "no_fitting_student"
+    with pytest.raises(Problem, match=r"engines executorch and .*; \w+ needs \d+\.\d MB and onnxruntime"):
+        service.assignment(stranger)
     assert service.readable_blob(big, other) == 15
     assert refusal(lambda: service.readable_blob(little, other)) == "not_found"
     assert service.readable_blob(little, task["transfer"]["blob"]) == task["transfer"]["size_bytes"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from edge_runtime.client import HttpCoordinator
-from tests.coordinator_site import Site, make_site, outputs, problem_of
+from tests.coordinator_site import INFO, Device, Site, make_site, outputs, problem_of
 
 pytestmark = pytest.mark.unit
 
@@ -51,3 +51,22 @@ def test_a_coordinator_that_does_not_say_is_no_failure() -> None:
     client = HttpCoordinator("http://c", transport=httpx2.MockTransport(answer))
     assert client.standing() is None and client.standing() is None and client.standing() is None
     assert asked == ["/v1/standing"] * 3
+
+
+def test_a_device_that_fitted_no_student_says_that_it_has_more_now(site: Site) -> None:
+    little = {**INFO, "memory_bytes": 999}
+    code = site.service.issue_code("birds")
+    enrolled = site.client.post("/v1/enrol", json={"code": code, "device": little}).json()
+    device = Device(site, enrolled["device"], enrolled["token"], code)
+    refused = device.get("/v1/assignment")
+    assert problem_of(refused) == "no_fitting_student"
+    assert "cnn3 needs 0.1 MB and onnxruntime" in refused.json()["detail"]
+    assert problem_of(site.client.put("/v1/info", json=INFO)) == "unauthorised"
+    empty = site.client.put("/v1/info", json={**INFO, "engines": []}, headers=device.headers)
+    assert problem_of(empty) == "invalid"
+    for _ in range(2):
+        assert site.client.put("/v1/info", json=INFO, headers=device.headers).status_code == 204
+    assert device.get("/v1/assignment").json()["student"]["student"] == "cnn3"
+    told = site.client.put("/v1/info", json=little, headers=device.headers)
+    assert told.status_code == 204 and device.get("/v1/assignment").status_code == 200, "it keeps its student"
+    assert [one.info["memory_bytes"] for one in site.service.devices("birds")] == [999]

@@ -205,7 +205,7 @@ def test_opening_again_keeps_everything_and_matches_the_schema(store_url: str) -
         assert [record.name for record in transaction.tasks()] == ["birds"]
     with second.engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
-        assert connection.execute(text("select version_num from alembic_version")).scalar() == "0003"
+        assert connection.execute(text("select version_num from alembic_version")).scalar() == "0004"
     first.close()
     second.close()
 

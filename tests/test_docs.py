@@ -106,6 +106,11 @@ def test_the_command_lines_can_be_parsed() -> None:
             pytest.fail(f"{call}: {error}")
 
 
+def test_every_json_option_reads_as_one_sentence() -> None:
+    texts = [action.help for one in PARSERS.values() for action in one._actions if action.dest == "json"]
+    assert len(texts) >= 10 and all(text.count("instead of") == 1 for text in texts), texts
+
+
 @EVERY_PAGE
 def test_every_option_exists(page: Path) -> None:
     known = {option for command in PARSERS for option in _options(command)} | OTHER_PROGRAMS_OPTIONS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import socket
 import ssl
 import subprocess
 import sys
@@ -299,6 +300,21 @@ def test_retry_after(text: str | None, seconds: float | None) -> None:
     assert retry_after_s({} if text is None else {"Retry-After": text}) == seconds
 
 
+def test_https_where_nobody_speaks_it_hints_at_http() -> None:
+    def answer(listening: socket.socket) -> None:
+        connection, _ = listening.accept()
+        with connection:
+            connection.recv(1)
+            connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=answer, args=(listening,), daemon=True).start()
+        place = f"127.0.0.1:{listening.getsockname()[1]}"
+        with pytest.raises(Unreachable) as unreachable:
+            client(f"https://{place}", attempts=1).assignment()
+    assert f"try http://{place}" in (unreachable.value.hint or "")
+
+
 @pytest.mark.contract
 def test_a_certificate_of_ones_own_is_trusted_when_it_is_given(tmp_path: Path) -> None:
     made = subprocess.run(
@@ -328,6 +344,12 @@ def test_a_certificate_of_ones_own_is_trusted_when_it_is_given(tmp_path: Path) -
         with pytest.raises(Unreachable) as unreachable:
             client(url, attempts=1).assignment()
         assert "--ca-cert" in (unreachable.value.hint or "")
+        with pytest.raises(Unreachable) as unreachable:
+            client(url.replace("https:", "http:"), attempts=1).assignment()
+        assert f"try {url}" in (unreachable.value.hint or "")
+        with pytest.raises(Unreachable) as unreachable:
+            client(url.replace("https:", "http:"), attempts=1).assignment()
+        assert f"try {url}" in (unreachable.value.hint or "")
     finally:
         http.shutdown()
         http.server_close()

@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file
 
 from edge_runtime import cli, doctor
 from edge_runtime.client import HttpCoordinator
@@ -54,6 +55,15 @@ def test_data_are_json_only_when_asked_for(tmp_path: Path, capsys: pytest.Captur
         assert cli.main(command) == 0
         with pytest.raises(json.JSONDecodeError):
             json.loads(capsys.readouterr().out)
+
+
+def test_inspect_says_what_training_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The state before and after a step; a bundle that is made by hand plans no memory of its own."""
+    write_handmade_bundle(tmp_path / "b")
+    state = load_file(tmp_path / "b" / "state.safetensors")
+    assert cli.main(["inspect", str(tmp_path / "b"), "--json"]) == 0
+    needed = json.loads(capsys.readouterr().out)["training_memory_bytes"]
+    assert needed == 2 * sum(array.nbytes for array in state.values())
 
 
 def test_hints_name_extras_that_there_are() -> None:

@@ -81,9 +81,10 @@ def test_a_device_takes_part_until_the_task_is_finished(
     assert token not in json.dumps(said)
     # the device is enrolled: neither a code nor the address is needed again
     with served(fake) as (url, _):
-        again = arguments(work, url, "--once")
+        again = arguments(work, url)
         del again[2:4]
         assert main(again) == 0
+        assert main([*again, "--once"]) == 1, "there was no round left"
 
 
 def test_one_round_for_a_person(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,7 +203,8 @@ def test_a_round_that_is_given_up_is_a_failure_of_once(
         (["--min-battery", "30"], 2, "battery"),
         (["--min-memory", "-1"], 2, "--min-memory"),
         (["--discover"], 2, "one of them"),
-        (["--code", "AAAAA"], 1, "code_refused"),
+        (["--code", "AAAAA"], 2, "'AAAAA' is no enrolment code"),
+        (["--code", "AAAAA-BBBBB-CCCCC-EEEEE"], 1, "code_refused"),
         (["--data", "nowhere.npz"], 2, "nowhere.npz"),
         (["--ca-cert", "nowhere.pem"], 2, "nowhere.pem"),
     ],

@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from edge_runtime.errors import EdgestillError, TrainingError, UsageError
-from edge_runtime.privacy import clip_rows, epsilon, epsilon_of_spent, privatise, sensitivity, spend
+from edge_runtime.privacy import (
+    clip_rows,
+    epsilon,
+    epsilon_of_spent,
+    noise_in_mean,
+    privatise,
+    sensitivity,
+    spend,
+)
 
 MATRICES = npst.arrays(
     np.float32,
@@ -190,6 +198,14 @@ def test_counts_and_deltas_out_of_range_are_refused(rounds: int, delta: float, r
 def test_outputs_that_are_not_finite_are_not_released(value: float) -> None:
     with pytest.raises(TrainingError, match="NaN or infinity"):
         privatise(np.array([[1.0, value]]), 1.0, 1.0, np.random.default_rng(0))
+
+
+def test_the_noise_in_the_mean_of_a_round_is_as_long_as_is_said() -> None:
+    rows, width, devices, random = 20, 30, 5, np.random.default_rng(3)
+    noise = [privatise(np.zeros((rows, width)), 0.5, 2.0, random) for _ in range(devices)]
+    found = np.sqrt(np.mean(np.sum(np.mean(noise, axis=0) ** 2, axis=1))) / 0.5
+    assert noise_in_mean(2.0, rows, width, devices) == pytest.approx(found, rel=0.1)
+    assert noise_in_mean(2.0, rows, width, 4 * devices) == pytest.approx(found / 2, rel=0.1)
 
 
 def test_only_a_matrix_has_rows() -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from benchmarks.simulation.federation import Federation
+from benchmarks.simulation.pool import LocalFile, _Here
 from benchmarks.simulation.settings import SimulationSettings
 from coordinator.blobs import FileBlobs
 from coordinator.problems import Problem
@@ -75,6 +78,32 @@ def test_the_summary_has_the_names_that_others_script_against(
     arrays, _ = unpack(body, "identity", {"latents": (TRANSFER_COUNT, LATENT)})
     assert arrays["latents"].std() > 0
     assert rounds[0]["bytes_down"] == 0 and rounds[1]["bytes_down"] == pytest.approx(5 * len(body), rel=0.05)
+
+
+def test_what_one_round_needs_is_let_go_with_it(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shared: dict[str, list[weakref.ref]] = {}
+
+    class Counted(LocalFile):
+        pass
+
+    def share(pool: Any, path: Path) -> Counted:
+        file = Counted(path)
+        shared.setdefault(path.name, []).append(weakref.ref(file))
+        return file
+
+    monkeypatch.setattr(_Here, "share", share)
+    kept: list[Federation] = []
+    make = Federation.__init__
+    monkeypatch.setattr(
+        Federation, "__init__", lambda self, *given: (kept.append(self), make(self, *given))[1]
+    )
+    lines = simulate(words, capsys, "--rounds", "3", "--work-dir", str(tmp_path), "--no-local-only")
+    for line in lines[:2]:
+        (outputs,) = shared[line["published"]]  # once, however many devices
+        assert outputs() is None
+    assert kept and any(references[0]() for references in shared.values()), "bundle and data stay"
 
 
 def test_the_number_of_workers_changes_nothing(

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks.simulation.pool import ONE_THREAD
+from benchmarks.simulation.pool import worker_processes
 from edge_runtime.errors import EdgestillError
 
 # The package stays importable without numpy: a worker limits the threads of numerical libraries before it loads one.
@@ -192,26 +191,19 @@ def _run_all(cells: Sequence[Cell], run_cell: RunCell, context: Context, workers
         for cell in cells:
             yield cell, *_timed(run_cell, cell.settings, context)
         return
-    # spawn: engines hold threads, which a forked process would lose
-    executor = ProcessPoolExecutor(
-        min(workers, len(cells)), multiprocessing.get_context("spawn"), initializer=_compute_on_one_thread
-    )
-    try:
-        futures: dict[Future[Any], Cell] = {
-            executor.submit(_timed, run_cell, cell.settings, context): cell for cell in cells
-        }
-        for future in as_completed(futures):
-            try:
-                result, elapsed_s, error = future.result()
-            except Exception as broken:  # the process itself ended, or its result cannot travel
-                result, elapsed_s, error = None, 0.0, f"{type(broken).__name__}: {broken}"
-            yield futures[future], result, elapsed_s, error
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-def _compute_on_one_thread() -> None:
-    os.environ.update(ONE_THREAD)
+    with worker_processes(min(workers, len(cells))) as executor:
+        try:
+            futures: dict[Future[Any], Cell] = {
+                executor.submit(_timed, run_cell, cell.settings, context): cell for cell in cells
+            }
+            for future in as_completed(futures):
+                try:
+                    result, elapsed_s, error = future.result()
+                except Exception as broken:  # the process itself ended, or its result cannot travel
+                    result, elapsed_s, error = None, 0.0, f"{type(broken).__name__}: {broken}"
+                yield futures[future], result, elapsed_s, error
+        finally:
+            executor.shutdown(cancel_futures=True)
 
 
 def _timed(

@@ -148,18 +148,22 @@ class Federation:
     def _jobs(self, selected: Sequence[tuple[Turn, dict[str, Any]]], pool: Pool) -> Iterator[RoundJob]:
         """One a device, made when it is asked for: its student is read from disk only then."""
         setup = self._setup(pool)
+        outputs: dict[str, SharedFile] = {}  # of this round alone: Ray frees what nothing names any more
         expected = {name: tuple(shape) for name, shape in self.task.expected_upload().items()}
         for turn, work in selected:
             index = turn.device
             poison = self.settings.poison if index in self.poisoners else None
             state = self._state_path(index)
+            published = work["global_outputs"]
+            if published and published not in outputs:
+                outputs[published] = pool.share(self._files.path(published))
             yield RoundJob(
                 setup,
                 index,
                 self._devices[index].name,
                 self._assignments[index],
                 work,
-                self._blobs(pool, self._assignments[index], work["global_outputs"]),
+                self._blobs(pool, self._assignments[index]) | outputs,
                 state.read_bytes() if state.exists() else None,
                 None if poison is None else poison.attack,
                 expected,
@@ -171,12 +175,10 @@ class Federation:
         source = self._share(pool, data.resolve()) if data.exists() else settings.data
         return Setup(source, settings.devices, settings.gamma, settings.seed, settings.test_samples)
 
-    def _blobs(
-        self, pool: Pool, assignment: Mapping[str, Any], published: str | None = None
-    ) -> dict[str, SharedFile]:
-        """What a device downloads in a round, or would."""
-        digests = [assignment["student"]["bundle"], assignment["task"]["transfer"]["blob"], published]
-        return {digest: self._share(pool, self._files.path(digest)) for digest in digests if digest}
+    def _blobs(self, pool: Pool, assignment: Mapping[str, Any]) -> dict[str, SharedFile]:
+        """What a device downloads once, or would."""
+        digests = (assignment["student"]["bundle"], assignment["task"]["transfer"]["blob"])
+        return {digest: self._share(pool, self._files.path(digest)) for digest in digests}
 
     def _share(self, pool: Pool, path: Path) -> SharedFile:
         """Each file once, however many jobs name it."""

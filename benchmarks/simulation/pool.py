@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -130,14 +131,35 @@ def open_pool(workers: int, ray: bool) -> Iterator[Pool]:
     elif workers == 1:
         yield _Here()
     else:
-        # spawn: engines hold threads, which a forked process would lose
-        context = multiprocessing.get_context("spawn")
-        with _environment(ONE_THREAD), ProcessPoolExecutor(workers, mp_context=context) as executor:
+        with worker_processes(workers) as executor:
             try:
                 yield _Processes(executor, workers)
             except BaseException:
                 executor.shutdown(wait=False, cancel_futures=True)
                 raise
+
+
+@contextmanager
+def worker_processes(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that compute on one thread each and end with this one, however it ends."""
+    # spawn: engines hold threads, which a forked process would lose
+    context = multiprocessing.get_context("spawn")
+    with (
+        _environment(ONE_THREAD),
+        ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as executor,
+    ):
+        yield executor
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _open_ray(workers: int) -> Iterator[Pool]:

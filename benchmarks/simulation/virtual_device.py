@@ -19,9 +19,10 @@ import numpy as np
 from benchmarks.simulation.attack import spoil
 from benchmarks.simulation.pool import SharedFile
 from edge_runtime import wire
+from edge_runtime.assignment import Assignment, fetch_assignment
 from edge_runtime.bundle import Bundle, InputSpec
 from edge_runtime.data import load_splits
-from edge_runtime.device import Assignment, Device, fetch_assignment
+from edge_runtime.device import Device
 from edge_runtime.engines import Engine, open_engine
 from edge_runtime.federated_data import TEST_SAMPLES, DeviceData, deal
 from edge_runtime.journal import WorkMemory

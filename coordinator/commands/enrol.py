@@ -35,9 +35,14 @@ def run(arguments: argparse.Namespace) -> int:
     if not 0 < arguments.hours <= 24 * 366:
         raise UsageError(f"--hours {arguments.hours:g}", "give more than 0 and at most a year")
     service = open_existing(settings_from(arguments))
-    names = [record.name for record in service.tasks()]
-    if arguments.task not in names:
-        raise UsageError(f"no task {arguments.task!r}", f"there are: {', '.join(names) or 'none'}")
+    records = {record.name: record for record in service.tasks()}
+    if arguments.task not in records:
+        raise UsageError(f"no task {arguments.task!r}", f"there are: {', '.join(records) or 'none'}")
+    if (ended := records[arguments.task].ended) is not None:
+        raise UsageError(
+            f"task {arguments.task} is {ended}: a device that joined it would have nothing to do",
+            "make another with `edgestill task create`; `edgestill task list` has them all",
+        )
     lifetime_s = arguments.hours * 3600
     codes = [service.issue_code(arguments.task, lifetime_s) for _ in range(arguments.count)]
     if arguments.json:

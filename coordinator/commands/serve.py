@@ -6,8 +6,10 @@ import argparse
 import asyncio
 import json
 import socket
+import ssl
 import sys
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -44,6 +46,10 @@ def run(arguments: argparse.Namespace) -> int:
         url = url_of(settings, listener.getsockname()[1])
         if settings.mdns:
             stack.enter_context(announce(url, settings.host, listener.getsockname()[1]))
+        if not service.tasks():
+            # the URL of a database may hold a password
+            where = "--database URL" if settings.database else f"--data-dir {settings.data_dir}"
+            print(f"edgestill: no tasks here yet; edgestill task create {where} …", file=sys.stderr)
         app = make_app(service, settings)
         server = Server(server_config(app, settings), app.state.context, lambda: _say(url, arguments.json))
         asyncio.run(server.serve(sockets=[listener]))
@@ -93,9 +99,8 @@ class Server(uvicorn.Server):
 
 def listen(settings: Settings) -> socket.socket:
     """A socket that is bound before anything else is opened. Errors: UsageError, EdgestillError."""
-    for path in (settings.tls_cert, settings.tls_key):
-        if path is not None and not path.is_file():
-            raise UsageError(f"{path}: no such file", "give PEM files with --tls-cert and --tls-key")
+    if settings.tls_cert is not None and settings.tls_key is not None:
+        check_tls(settings.tls_cert, settings.tls_key)
     try:
         family, kind, _, _, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -115,6 +120,37 @@ def listen(settings: Settings) -> socket.socket:
             "stop what listens there, or give another --port (0: any free one)",
         ) from error
     return listener
+
+
+def check_tls(certificate: Path, key: Path) -> None:
+    """Errors: UsageError naming the file that is no certificate, no key, or the key of another certificate."""
+    for path in (certificate, key):
+        if not path.is_file():
+            raise UsageError(f"{path}: no such file", "give PEM files with --tls-cert and --tls-key")
+    try:
+        ssl.create_default_context().load_verify_locations(certificate)
+    except (ssl.SSLError, OSError) as error:
+        raise UsageError(
+            f"--tls-cert {certificate}: no certificate", "give the PEM file of the certificate chain"
+        ) from error
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, _no_password)
+    except _Encrypted:
+        return  # uvicorn asks for the password
+    except (ssl.SSLError, OSError) as error:
+        if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
+            message = f"--tls-key {key}: the private key does not belong to {certificate}"
+        else:
+            message = f"--tls-key {key}: no private key"
+        raise UsageError(message, f"give the PEM file of the private key of {certificate}") from error
+
+
+class _Encrypted(Exception):
+    pass
+
+
+def _no_password() -> str:
+    raise _Encrypted
 
 
 def url_of(settings: Settings, port: int) -> str:

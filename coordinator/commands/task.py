@@ -1,4 +1,4 @@
-"""`edgestill task create`, `list` and `show`: works on the store, whether or not a coordinator runs."""
+"""`edgestill task create`, `list`, `show` and `stop`: works on the store, whether or not a coordinator runs."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import argparse
 import json
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from coordinator.creation import SOURCES, make_task
 from coordinator.opening import check_shared, open_existing, open_service
+from coordinator.records import DeviceRecord, RoundOverview, TaskRecord
+from coordinator.rounds import COMPLETED
+from coordinator.service import Service
 from coordinator.settings import STORE_SETTINGS, add_flags, settings_from
 from coordinator.task import EXCHANGES, MODES, PRECISIONS, RULES, TASK_NAME, Task, clip_value
 from edge_runtime.console import add_json_option
-from edge_runtime.errors import UsageError
+from edge_runtime.errors import BundleError, DataError, UsageError
 
 
 class _Option(NamedTuple):
@@ -24,6 +27,13 @@ class _Option(NamedTuple):
     field: str
     kind: Callable[[str], Any] | tuple[str, ...]
     help: str
+
+
+def _clip(text: str) -> float | str:
+    try:
+        return clip_value(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number or median") from error
 
 
 OPTIONS: dict[str, _Option] = {
@@ -43,7 +53,7 @@ OPTIONS: dict[str, _Option] = {
     "minimum": _Option("minimum", int, "accepted uploads that are enough at the deadline (half of the goal)"),
     "deadline": _Option("deadline_s", float, "seconds for a round's collection (3600)"),
     "aggregation": _Option("aggregation.rule", RULES, "how uploads become one (mean)"),
-    "clip": _Option("aggregation.clip", clip_value, "largest norm of an upload's rows, or median: that of the uploads"),
+    "clip": _Option("aggregation.clip", _clip, "largest norm of an upload's rows, or median: that of the uploads"),
     "trim": _Option("aggregation.trim", float, "trimmed_mean: share cut at either end (0.2)"),
     "byzantine": _Option("aggregation.byzantine", float, "krum: share of hostile devices to stand (0.2)"),
     "local-epochs": _Option("local.epochs", int, "epochs of a device's training a round (1)"),
@@ -52,8 +62,10 @@ OPTIONS: dict[str, _Option] = {
     "weight-decay": _Option("local.weight_decay", float, "of devices (0)"),
     "alpha": _Option("local.alpha", float, "share of distillation in the devices' loss (0.5)"),
     "temperature": _Option("local.temperature", float, "of the distillation of logits (4)"),
+    "logit-share": _Option("local.logit_share", float, "of the logits in distillation, where both are exchanged (0.5)"),
     "transfer-fraction": _Option("local.transfer_fraction", float, "share of transfer samples in a batch (0.5)"),
     "augment": _Option("local.augment", str, "augmentations of private samples, separated by commas"),
+    "checkpoint-every": _Option("local.checkpoint_every", int, "steps after which devices keep their training (50)"),
     "distil-epochs": _Option("distil.epochs", int, "epochs of step 5 (1)"),
     "distil-learning-rate": _Option("distil.learning_rate", float, "of step 5 (0.01)"),
     "distil-alpha": _Option("distil.alpha", float, "share of distillation in step 5's loss (1)"),
@@ -67,7 +79,7 @@ _SWITCHES = {
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subparsers.add_parser("task", help="create, list and show tasks", description=__doc__)
+    parser = subparsers.add_parser("task", help="create, list, show and stop tasks", description=__doc__)
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     create = actions.add_parser("create", help="make a task from bundles and data", allow_abbrev=False)
     create.add_argument("--file", type=Path, metavar="TASK.toml", help="the task as TOML; flags win over it")
@@ -87,8 +99,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         )
     show = actions.add_parser("show", help="a task with its rounds and devices", allow_abbrev=False)
     show.add_argument("name", metavar="TASK", help="its name; `edgestill task list` has them all")
+    stop = actions.add_parser(
+        "stop", help="end a task before its last round, for good", allow_abbrev=False,
+        description="Ends a task for good: its open round is abandoned, its devices leave, what was published stays.",
+    )  # fmt: skip
+    stop.add_argument("name", metavar="TASK", help="its name; `edgestill task list` has them all")
     listing = actions.add_parser("list", help="all tasks", allow_abbrev=False)
-    for action, run in ((create, run_create), (listing, run_list), (show, run_show)):
+    for action, run in ((create, run_create), (listing, run_list), (show, run_show), (stop, run_stop)):
         add_json_option(action, "one JSON object")
         add_flags(action, STORE_SETTINGS)
         action.set_defaults(run=run)
@@ -108,13 +125,18 @@ def run_create(arguments: argparse.Namespace) -> int:
     service = open_service(settings)
     if any(record.name == name for record in service.tasks()):
         raise UsageError(f"there is a task {name} already", "choose another --name; a task never changes")
-    task = service.create_task(make_task(description, service.add_blob))
-    for risk in task.risks():
-        print(f"edgestill: warning: {risk}", file=sys.stderr)
+    warnings: list[str] = []
+    try:
+        drafted = make_task(description, service.add_blob, warnings.append)
+    except (BundleError, DataError) as error:  # all that is read was named on the command line
+        raise UsageError(error.message, error.hint) from error
+    task = service.create_task(drafted)
+    for warning in (*warnings, *task.risks()):
+        print(f"edgestill: warning: {warning}", file=sys.stderr)
     if arguments.json:
         print(json.dumps(task.as_json()))
     else:
-        print(f"{task.name}: {_in_words(task)}")
+        print(_in_words(task))
         where = f" --data-dir {arguments.data_dir}" if arguments.data_dir else ""
         print(f"edgestill: next: edgestill enrol{where} --task {task.name}", file=sys.stderr)
     return 0
@@ -130,7 +152,7 @@ def run_list(arguments: argparse.Namespace) -> int:
         rows.append(
             {"name": record.name, "exchange": record.task.exchange, "mode": record.task.mode,
              "rounds": record.task.rounds, "completed": completed, "devices": len(devices),
-             "finished": record.finished}
+             "finished": record.finished, "stopped": record.stopped_s is not None}
         )  # fmt: skip
     if arguments.json:
         print(json.dumps({"tasks": rows}))
@@ -138,7 +160,7 @@ def run_list(arguments: argparse.Namespace) -> int:
         for row in rows:
             print(
                 f"{row['name']:<20}  {row['exchange']:<10}  {row['completed']}/{row['rounds']} rounds  "
-                f"{row['devices']} devices{'  finished' if row['finished'] else ''}"
+                f"{row['devices']} devices{'  stopped' if row['stopped'] else '  finished' if row['finished'] else ''}"
             )
     else:
         print("edgestill: no task yet; make one with `edgestill task create`", file=sys.stderr)
@@ -148,24 +170,22 @@ def run_list(arguments: argparse.Namespace) -> int:
 def run_show(arguments: argparse.Namespace) -> int:
     """The task, its rounds, its devices and what was refused."""
     service = open_existing(settings_from(arguments))
-    name = arguments.name
-    records = {record.name: record for record in service.tasks()}
-    if name not in records:
-        raise UsageError(
-            f"no task {name!r}", f"there are: {', '.join(records) or 'none'}; edgestill task list"
-        )
-    task, rounds, devices = records[name].task, service.rounds(name), service.devices(name)
+    record = _find(service, arguments.name)
+    task, name = record.task, record.name
+    rounds, devices = service.rounds(name), service.devices(name)
     if arguments.json:
         shown = {
             "task": task.as_json(),
-            "finished": records[name].finished,
+            "finished": record.finished,
+            "stopped": record.stopped_s is not None,
             "rounds": [one.as_json() for one in rounds],
             "devices": [one.as_json() for one in devices],
             "refusals": [one.as_json() for one in service.refusals(name)],
         }
         print(json.dumps(shown))
         return 0
-    print(f"{name}: {_in_words(task)}")
+    print(_in_words(task))
+    print(_standing(record, rounds, devices))
     for one in rounds:
         reason = f"  {one.reason}" if one.reason else ""
         print(
@@ -174,6 +194,30 @@ def run_show(arguments: argparse.Namespace) -> int:
     for device in devices:
         print(f"{device.name}  {device.student or 'no student yet'}  {device.info.get('name', '')}")
     return 0
+
+
+def run_stop(arguments: argparse.Namespace) -> int:
+    """Ends the task; one that has ended stays as it is."""
+    service = open_existing(settings_from(arguments))
+    record = _find(service, arguments.name)
+    stopped = service.stop_task(record.name)
+    if arguments.json:
+        print(json.dumps({"name": record.name, "stopped": stopped or record.stopped_s is not None}))
+    elif stopped:
+        print(f"{record.name}: stopped")
+    else:
+        print(f"{record.name}: has ended already")
+    return 0
+
+
+def _find(service: Service, name: str) -> TaskRecord:
+    """Errors: UsageError with the names that there are."""
+    records = {record.name: record for record in service.tasks()}
+    if name not in records:
+        raise UsageError(
+            f"no task {name!r}", f"there are: {', '.join(records) or 'none'}; edgestill task list"
+        )
+    return records[name]
 
 
 def describe(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -219,9 +263,43 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def _in_words(task: Task) -> str:
+    """Everything that an operator chose of rounds and rule, in a few lines."""
+    spec = task.aggregation
     students = ", ".join(entry.student for entry in task.students)
     whole = f", global student {task.global_student.student}" if task.global_student else ""
+    options = [
+        *(["aligned"] if spec.align else []),
+        *(["screened"] if spec.screen else []),
+        *([] if spec.clip is None else [f"clip {spec.clip}"]),
+    ]
     return (
-        f"{task.rounds} rounds of {task.goal} uploads, exchanging {task.exchange} on {task.transfer.samples} samples "
-        f"in {task.precision}; students {students}{whole}; {task.aggregation.rule}"
+        f"{task.name}: {task.rounds} rounds, exchanging {task.exchange} on {task.transfer.samples} samples in "
+        f"{task.precision}; students {students}{whole}\n"
+        f"a round: goal {task.goal} uploads, minimum {task.minimum}, deadline {task.deadline_s:g} s\n"
+        f"aggregation: {', '.join([spec.rule, *options])}"
     )
+
+
+def _standing(record: TaskRecord, rounds: Sequence[RoundOverview], devices: Sequence[DeviceRecord]) -> str:
+    """How far the task is, a line each."""
+    completed = sum(one.phase == COMPLETED for one in rounds)
+    lines = [f"{completed} of {record.task.rounds} rounds completed, {len(devices)} devices"]
+    if rounds:
+        lines[0] += f"; round {rounds[-1].number} is {rounds[-1].phase}"
+    if record.ended is not None:
+        lines[0] += f"; the task is {record.ended}"
+    for one in reversed(rounds):
+        if one.metrics.get("t_uni") is not None:
+            lines.append(f"global model after round {one.number}: T_uni {one.metrics['t_uni']:.3f}")
+            break
+    for one in reversed(rounds):
+        after = [report.get("after") or {} for report in one.reports.values()]
+        means = [
+            f"{label} {sum(values) / len(values):.3f}"
+            for key, label in (("t_priv", "T_priv"), ("t_uni", "T_uni"))
+            if (values := [figures[key] for figures in after if figures.get(key) is not None])
+        ]
+        if means:
+            lines.append(f"devices after round {one.number}, on average: {', '.join(means)}")
+            break
+    return "\n".join(lines)

@@ -12,7 +12,7 @@ from coordinator.answers import problems
 from coordinator.auth import device_of
 from coordinator.context import Context, context_of, jittered_s
 from coordinator.routes.bodies import describe_body, json_body
-from coordinator.routes.forms import Assignment, Enrolled, Enrolment, Report, Standing, Status, Work
+from coordinator.routes.forms import Assignment, Enrolled, Enrolment, Info, Report, Standing, Status, Work
 
 router = APIRouter(prefix="/v1", tags=["devices"])
 Shared = Annotated[Context, Depends(context_of)]
@@ -25,11 +25,22 @@ _BODY = ("malformed", "too_large", "invalid")
 
 @router.post(
     "/enrol", status_code=201, response_model=Enrolled,
-    responses=problems(*_BODY, "code_refused"), openapi_extra=describe_body(Enrolment),
+    responses=problems(*_BODY, "code_refused", "task_finished"), openapi_extra=describe_body(Enrolment),
 )  # fmt: skip
 async def enrol(context: Shared, body: Annotated[Enrolment, Depends(json_body(Enrolment))]) -> dict[str, Any]:
     """Turns a one-time code into a device's name and token."""
     return await context.call(context.service.enrol, body.code, body.device.model_dump())
+
+
+@router.put(
+    "/info", status_code=204, openapi_extra=describe_body(Info), responses=problems(*_BODY, "unauthorised")
+)  # fmt: skip
+async def inform(
+    context: Shared, device: Device, body: Annotated[Info, Depends(json_body(Info))]
+) -> Response:
+    """What the device says about itself now; it decides the student of a device that has none yet."""
+    await context.call(context.service.inform, device, body.model_dump())
+    return Response(status_code=204)
 
 
 @router.get(

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from edge_runtime.device import Device
 
+_STEP_LINE_S = 30.0
+"""Between two lines about training where no terminal shows every step."""
+
 
 class EventOutput:
-    """Events as JSON lines on stdout, or for a person as lines on stderr and a summary on stdout."""
+    """Events as JSON lines on stdout, or for a person as lines on stderr and a summary on stdout.
 
-    def __init__(self, as_json: bool) -> None:
-        self._as_json = as_json
+    `clock`: seconds, for how often a log hears of training.
+    """
+
+    def __init__(self, as_json: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        self._as_json, self._clock = as_json, clock
+        self._told_s = clock()
         self._live = sys.stderr.isatty() and not as_json
         self._in_progress = False
 
@@ -23,11 +31,15 @@ class EventOutput:
             print(json.dumps({"event": event, **details}), flush=True)
             return
         if event == "step":
+            text = "step {step} of {steps}  epoch {epoch}  loss {loss:.4f}  {ms:.0f} ms".format(**details)
             if self._live:
-                text = "\rstep {step}  epoch {epoch}  loss {loss:.4f}  {ms:.0f} ms\033[K".format(**details)
-                print(text, end="", file=sys.stderr, flush=True)
+                print(f"\r{text}\033[K", end="", file=sys.stderr, flush=True)
                 self._in_progress = True
+            elif self._clock() - self._told_s >= _STEP_LINE_S:
+                self._told_s = self._clock()
+                print(f"edgestill: {text}", file=sys.stderr, flush=True)
             return
+        self._told_s = self._clock()
         text = _describe(event, details)
         if text is not None:
             self.end_progress()
@@ -40,9 +52,12 @@ class EventOutput:
             self._in_progress = False
 
     def summary(self, device: Device, uploaded: int) -> None:
+        """What this start has done, and what the device has spent of its privacy ever since it is enrolled."""
+        self.end_progress()
         report = dict(device.last_report or {})
         if self._as_json:
             last = {"rounds_uploaded": uploaded, "phase": device.participant.phase, "report": report}
+            last |= {"epsilon": device.epsilon}
             print(json.dumps({"summary": last}), flush=True)
             return
         print(f"rounds uploaded {uploaded}")
@@ -52,8 +67,9 @@ class EventOutput:
                 print(f"accuracy {title:<6} {after:.4f}")
         if report.get("step_ms") is not None:
             print(f"median step     {report['step_ms']:.1f} ms on {report['engine']}")
-        if report.get("epsilon") is not None:
-            print(f"epsilon         {report['epsilon']:.2f}")
+        privacy = device.equipment.options.privacy
+        if privacy is not None:
+            print(f"epsilon         {_epsilon(device.epsilon, privacy.delta)}")
 
 
 def _describe(event: str, details: Mapping[str, Any]) -> str | None:
@@ -76,11 +92,16 @@ def _describe(event: str, details: Mapping[str, Any]) -> str | None:
         case "trained":
             return f"trained: {_accuracy(details['before'])} → {_accuracy(details['after'])}"
         case "uploaded":
-            return f"uploaded {details['size_bytes'] / 1e3:.1f} kB"
+            spent = f"; ε {_epsilon(details['epsilon'], details['delta'])}" if "delta" in details else ""
+            return f"uploaded {details['size_bytes'] / 1e3:.1f} kB{spent}"
         case "given up":
             return "round {round} given up: {reason}".format(**details)
         case "out of reach":
             return f"{details['reason']}; trying again"
+        case "in reach again":
+            return "the coordinator answers again"
+        case "warning":
+            return f"warning: {details['message']}"
         case "report not taken":
             return f"the report was not taken: {details['reason']}"
         case "finished":
@@ -89,6 +110,8 @@ def _describe(event: str, details: Mapping[str, Any]) -> str | None:
 
 
 def _describe_standing(standing: Mapping[str, Any]) -> str | None:
+    if standing.get("given_up") and standing["phase"] in ("collecting", "aggregating"):
+        return f"round {standing['round']} given up here; waiting for its end"
     if standing["phase"] == "collecting":
         left_s = standing["seconds_left"]
         left = f"{left_s / 60:.0f} min" if left_s >= 90 else f"{left_s:.0f} s"
@@ -96,6 +119,12 @@ def _describe_standing(standing: Mapping[str, Any]) -> str | None:
     if standing["phase"] == "aggregating":
         return f"waiting for the outcome of round {standing['round']}"
     return None
+
+
+def _epsilon(epsilon: float | None, delta: float) -> str:
+    if epsilon is None:
+        return "unlimited: something left this device without noise"
+    return f"{epsilon:.2f} at δ {delta:g}, for all uploads of this device so far"
 
 
 def _accuracy(scores: Mapping[str, float | None]) -> str:

@@ -3,40 +3,36 @@
 from __future__ import annotations
 
 import argparse
-import platform
-import secrets
 import signal
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from importlib import metadata
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
+from edge_runtime.address import check_url
+from edge_runtime.assignment import fetch_assignment
 from edge_runtime.bundle import Bundle
-from edge_runtime.client import Coordinator, HttpCoordinator, check_url
+from edge_runtime.client import HttpCoordinator
+from edge_runtime.commands.enrolment import LONGEST_NAME, device_info, enrol, installation_hint
 from edge_runtime.commands.events import EventOutput
 from edge_runtime.conditions import Conditions, read_status
 from edge_runtime.console import add_json_option
-from edge_runtime.data import Dataset, find_source, load_splits
-from edge_runtime.device import Device, fetch_assignment
+from edge_runtime.data import Dataset, load_splits
+from edge_runtime.device import Device
 from edge_runtime.engines import (
     ENGINES,
     Engine,
-    EngineStatus,
-    available_engines,
     engine_status,
     open_engine,
 )
 from edge_runtime.errors import DataError, EngineError, Interrupted, UsageError
 from edge_runtime.federated_data import deal, draw_tests, parse_share, select, share_of
 from edge_runtime.journal import WorkFolder
-from edge_runtime.local_round import Equipment, Options, Privacy
+from edge_runtime.local_round import Equipment, Options, Privacy, warn_of_noise
 from edge_runtime.local_training import Transfer
-from edge_runtime.machine import memory_bytes, peak_rss_bytes, processor
+from edge_runtime.machine import peak_rss_bytes
 from edge_runtime.outputs import PRECISIONS
 
 _MEGABYTE = 10**6
-_LONGEST_NAME = 80
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -47,7 +43,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--discover", action="store_true", help="look for the coordinator on the local network instead (mDNS)"
     )
-    parser.add_argument("--code", metavar="CODE", help="from `edgestill enrol`; needed once for a --work-dir")
+    parser.add_argument(
+        "--code",
+        nargs="?",
+        const="",
+        metavar="CODE",
+        help="from `edgestill enrol`; needed once for a --work-dir",
+    )
     parser.add_argument(
         "--work-dir",
         type=Path,
@@ -58,7 +60,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--name",
         metavar="NAME",
-        help=f"shown to the coordinator, at most {_LONGEST_NAME} characters "
+        help=f"shown to the coordinator, at most {LONGEST_NAME} characters "
         "(the host's name and four characters of chance)",
     )
     parser.add_argument("--ca-cert", type=Path, metavar="FILE", help="certificates to trust instead, PEM")
@@ -88,7 +90,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     training.add_argument("--threads", type=int, default=0, metavar="N", help="default: the engine's choice")
     training.add_argument(
-        "--memory", type=int, metavar="MB", help="what training may take; decides the student (default: all)"
+        "--memory",
+        type=float,
+        metavar="MB",
+        help="what training may take; decides the student (default: all)",
     )
     training.add_argument("--precision", choices=PRECISIONS, help="of uploads; default: the task's")
 
@@ -148,13 +153,22 @@ def run(arguments: argparse.Namespace) -> int:
         keep = WorkFolder(arguments.work_dir)
         stack.callback(keep.close)
         identity = keep.identity()
+        if identity is not None and arguments.code is not None:
+            output(
+                "warning",
+                message=f"--code is not used: {arguments.work_dir} is enrolled already, as {identity['device']}; "
+                "another device needs another --work-dir",
+            )
         url = _address(arguments, None if identity is None else identity["url"], output)
         coordinator = HttpCoordinator(url, ca_cert=arguments.ca_cert)
         stack.callback(coordinator.close)
         if identity is None:
-            identity = _enrol(arguments, url, coordinator, keep)
+            identity = enrol(arguments, url, coordinator, keep)
             output("enrolled", device=identity["device"], task=identity["task"], name=identity["name"])
-        coordinator.use_token(identity["token"])
+        else:
+            coordinator.use_token(identity["token"])
+            with suppress(EngineError):  # which engine is missing is said better once the student is known
+                coordinator.inform(device_info(arguments, identity.get("name")))
         assignment = fetch_assignment(coordinator, keep)
         bundle = stack.enter_context(Bundle.open(assignment.bundle_path))
         engine = open_task_engine(bundle, arguments.engine, arguments.threads)
@@ -182,19 +196,27 @@ def run(arguments: argparse.Namespace) -> int:
             samples=len(private),
             tests={name: len(dataset) for name, dataset in tests.items()},
         )
+        if (warning := warn_of_noise(device.equipment)) is not None:
+            output("warning", message=warning)
+        before = device.participant.completed
         with stop_requests(lambda: device.training) as requests:
             device.stop_requested = lambda: bool(requests)
             try:
-                uploaded = device.run(1 if arguments.once else None)
+                device.run(1 if arguments.once else None)
             except KeyboardInterrupt as error:
+                output.summary(device, device.participant.completed - before)
                 raise Interrupted(
                     f"stopped; {arguments.work_dir} says where this device stands",
                     "run the same command again to go on",
                 ) from error
+            except Interrupted:
+                output.summary(device, device.participant.completed - before)
+                raise
             finally:
                 output.end_progress()
+        uploaded = device.participant.completed - before
         output.summary(device, uploaded)
-    return 1 if arguments.once and not uploaded and device.participant.phase != "finished" else 0
+    return 1 if arguments.once and not uploaded else 0
 
 
 def options_from(arguments: argparse.Namespace) -> Options:
@@ -268,58 +290,16 @@ def open_task_engine(bundle: Bundle, name: str | None, threads: int) -> Engine:
         usable = [engine for engine in known if statuses[engine].usable]
         raise UsageError(
             f"this task's student {student} has no graphs for --engine {name}, only for {', '.join(known)}",
-            f"leave --engine out: {usable[0]} works here" if usable else _installation(statuses.values()),
+            f"leave --engine out: {usable[0]} works here" if usable else installation_hint(statuses.values()),
         )
     wanted = known if name is None else [name]
     if not any(statuses[engine].usable for engine in wanted):
         reasons = "; ".join(f"{engine}: {statuses[engine].reason}" for engine in wanted)
         raise EngineError(
             f"no engine of this task's student {student} works here ({reasons})",
-            _installation(statuses[engine] for engine in wanted),
+            installation_hint(statuses[engine] for engine in wanted),
         )
     return open_engine(bundle, name, threads)
-
-
-def _installation(statuses: Iterable[EngineStatus]) -> str:
-    hints = [f"for {status.name}: {status.hint}" for status in statuses if status.hint is not None]
-    return "; or ".join(hints) or "run `edgestill doctor` to see what to install"
-
-
-def device_name(given: str | None) -> str:
-    """What a person calls the device; many have their host's name, so chance tells them apart.
-
-    Errors: UsageError.
-    """
-    if given is None:
-        return f"{platform.node()[: _LONGEST_NAME - 5] or 'device'}-{secrets.token_hex(2)}"
-    if not (1 <= len(given) <= _LONGEST_NAME and given.isprintable()):
-        raise UsageError(
-            f"--name {given!r} is no device's name",
-            f"give 1 to {_LONGEST_NAME} characters that can be printed",
-        )
-    return given
-
-
-def device_info(arguments: argparse.Namespace) -> dict[str, Any]:
-    """INFO of docs/federation.md. Errors: UsageError; EngineError where no engine works."""
-    statuses = available_engines()
-    if arguments.engine is not None:
-        statuses = [status for status in statuses if status.name == arguments.engine]
-    usable = [status.name for status in statuses if status.usable]
-    if not usable:
-        reasons = "; ".join(f"{status.name}: {status.reason}" for status in statuses)
-        raise EngineError(f"no engine for training works on this device ({reasons})", _installation(statuses))
-    try:
-        version = metadata.version("edgestill")
-    except metadata.PackageNotFoundError:
-        version = "unknown"
-    return {
-        "name": device_name(arguments.name),
-        "engines": usable,
-        "memory_bytes": memory_bytes() if arguments.memory is None else arguments.memory * _MEGABYTE,
-        "processor": processor(),
-        "version": version,
-    }
 
 
 @contextmanager
@@ -363,24 +343,3 @@ def _address(arguments: argparse.Namespace, known: str | None, output: EventOutp
             f"if the coordinator has moved there, say so: edgestill join {found.url}",
         )
     return found.url
-
-
-def _enrol(
-    arguments: argparse.Namespace, url: str, coordinator: Coordinator, keep: WorkFolder
-) -> dict[str, str]:
-    if arguments.code is None:
-        raise UsageError(
-            f"{arguments.work_dir} holds no enrolled device",
-            "give --code from `edgestill enrol`, or the --work-dir of an enrolled device",
-        )
-    # A code works once: what is already wrong here must not cost it.
-    for source in filter(None, (arguments.data, arguments.test)):
-        find_source(source)
-    if arguments.share is not None:
-        parse_share(arguments.share)
-    info = device_info(arguments)
-    enrolled = coordinator.enrol(arguments.code.strip().upper(), info)
-    identity = {name: str(enrolled[name]) for name in ("device", "token", "task")}
-    identity |= {"url": url, "name": info["name"]}
-    keep.write_identity(identity)
-    return identity
