@@ -167,10 +167,11 @@ def _open_ray(workers: int) -> Iterator[Pool]:
         import ray
     except ImportError as error:
         raise UsageError("--ray needs Ray, which is not installed", "pip install 'edgestill[ray]'") from error
-    # RAY_ADDRESS names a cluster; without it Ray starts on this machine with as many workers as are asked for
-    cpus = None if os.environ.get("RAY_ADDRESS") else workers
+    # RAY_ADDRESS names a cluster; without it Ray starts on this machine with as many workers as are asked for, and
+    # does not look for a cluster that somebody started here, or that is gone and left its address behind
+    where = {} if os.environ.get("RAY_ADDRESS") else {"address": "local", "num_cpus": workers}
     try:
-        ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False,
+        ray.init(**where, include_dashboard=False, log_to_driver=False,
                  runtime_env={"env_vars": ONE_THREAD})  # fmt: skip
     except ConnectionError as error:
         raise EdgestillError(
