@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 from coordinator.creation import make_task
 from edge_runtime.cli import main
 from edge_runtime.errors import UsageError
+from tests.certificates import write_certificate
 from tests.coordinator_commands import CREATE, make_place, run_json, serving  # noqa: F401  fixture
 from tests.handmade_bundle import CHANNELS, SIZE, write_handmade_bundle
 
@@ -167,13 +167,7 @@ def test_a_key_that_is_none_or_another_certificate_s_is_named(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("one", "two"):
-        made = subprocess.run(
-            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", f"{name}.key", "-out",
-             f"{name}.pem", "-days", "2", "-subj", "/CN=localhost"],
-            capture_output=True,
-        )  # fmt: skip
-        if made.returncode:
-            pytest.skip("no openssl here")
+        write_certificate(f"{name}.pem", f"{name}.key")
     for certificate, key, complaint in (
         ("one.pem", "two.key", "--tls-key two.key: the private key does not belong to one.pem"),
         ("one.pem", "one.pem", "--tls-key one.pem: no private key"),
