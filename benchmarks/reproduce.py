@@ -186,10 +186,14 @@ def _print_report(experiment: Experiment, records: Sequence[Mapping[str, Any]], 
 
 
 def _markdown(experiment: Experiment, report: Any) -> str:
+    return f"# {experiment.TITLE}\n\n{describe_report(report)}"
+
+
+def describe_report(report: Any) -> str:
+    """Notes and tables as Markdown."""
     from benchmarks.experiments.tables import to_markdown
 
-    parts = [f"# {experiment.TITLE}\n", *(f"{note}\n" for note in report.notes)]
-    return "\n".join([*parts, *map(to_markdown, report.tables)])
+    return "\n".join([*(f"{note}\n" for note in report.notes), *map(to_markdown, report.tables)])
 
 
 def _prepare(arguments: argparse.Namespace) -> tuple[Options, Sources]:

@@ -19,9 +19,17 @@ Arrays = Mapping[str, np.ndarray]
 def rebuild_student(bundle: Bundle, name: str | None = None) -> nn.Module:
     """The student that the bundle was exported from, with the bundle's initial state, training only what the bundle
     trains. `name` replaces the recorded factory. Errors: UsageError when it cannot be built or is another."""
+    student = build_anew(bundle, bundle.student.options.get("seed", 0), name)
+    load_student_state(student, bundle.initial_state())
+    set_training(student, bundle)
+    return student
+
+
+def build_anew(bundle: Bundle, seed: int, name: str | None = None) -> nn.Module:
+    """A student of the bundle's architecture as exporting it with this seed would have built it."""
     options = bundle.student.options
     widths = options.get("widths")
-    student = build_student(
+    return build_student(
         name or bundle.student.name,
         StudentOptions(
             bundle.input.shape,
@@ -30,11 +38,8 @@ def rebuild_student(bundle: Bundle, name: str | None = None) -> nn.Module:
             tuple(widths) if widths else None,
             options.get("normalization", "batch"),
         ),
-        options.get("seed", 0),
+        seed,
     )
-    load_student_state(student, bundle.initial_state())
-    set_training(student, bundle)
-    return student
 
 
 def load_student_state(student: nn.Module, state: Arrays) -> None:

@@ -90,8 +90,8 @@ QUICK = {
     "validation_samples": 400, "test_samples": 100, "local_epochs": 1, "distil_epochs": 2,
 }  # fmt: skip
 COMMON = {
-    "students": MIXED, "width_divisor": 4, "latent_size": 128, "batch": 32, "precision": "fp16", "head": "own",
-    "initial": "common", "local_only": False,
+    "students": MIXED, "width_divisor": 4, "latent_size": 128, "batch": 32, "optimizer": "adamw",
+    "precision": "fp16", "head": "own", "initial": "common", "local_only": False,
 }  # fmt: skip
 TUNING_ROUNDS, TUNING_SEED = 8, 1000
 SEEDS = {"methods": 3, "privacy": 2, "alignment": 3}

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.bundles import BundleRequest, prepare_bundle
+from benchmarks.bundles import BundleRequest
+from benchmarks.experiments.exports import ENGINE, export_cached
 from benchmarks.experiments.grid import Cell, Context, Options, Stage
 from benchmarks.experiments.inversion import (
     Represent,
@@ -49,7 +50,6 @@ from export.reference import load_student_state, rebuild_student
 
 NAME = "privacy"
 TITLE = "Images rebuilt from uploaded latents and logits, by protection"
-ENGINE = "onnxruntime"
 PROTECTIONS: Mapping[str, Mapping[str, Any]] = {
     "none": {},
     "int8": {"precision": "int8"},
@@ -164,14 +164,9 @@ def open_victim(settings: Mapping[str, Any], context: Context) -> Iterator[Victi
 
 
 def _exported(settings: Mapping[str, Any], cache: Path) -> Path:
-    options = ["--seed", str(settings["seed"])]
-    if settings["widths"]:
-        options += ["--widths", settings["widths"]]
-    request = BundleRequest(
-        settings["student"], settings["batch"], settings["latent_size"], options=tuple(options)
-    )
-    with locked(cache / "bundles.lock"):
-        return prepare_bundle(request, [ENGINE], cache, lambda line: None)[0]
+    options = ("--widths", settings["widths"]) if settings["widths"] else ()
+    request = BundleRequest(settings["student"], settings["batch"], settings["latent_size"], options=options)
+    return export_cached(request, cache, settings["seed"])
 
 
 def _trained(

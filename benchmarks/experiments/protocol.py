@@ -12,17 +12,11 @@ import numpy as np
 
 from benchmarks.bundles import BundleRequest
 from benchmarks.experiments.devices import deal_device
+from benchmarks.experiments.exports import ENGINE, export_cached
 from benchmarks.experiments.grid import Cell, Context, Options, Stage
 from benchmarks.experiments.locks import locked
 from benchmarks.experiments.sources import load_data
-from benchmarks.experiments.teachers import (
-    ENGINE,
-    export_cached,
-    score_teacher,
-    stock_outputs,
-    train_to_the_end,
-    transfer_set,
-)
+from benchmarks.experiments.teachers import score_teacher, stock_outputs, train_to_the_end, transfer_set
 from edge_runtime.bundle import Bundle
 from edge_runtime.checkpoint import Checkpoint, save_checkpoint
 from edge_runtime.engines import open_engine
@@ -57,7 +51,6 @@ def base_settings(options: Options) -> dict[str, Any]:
     common = {"data": options.data, "student": "cnn3", "latent_size": 128, "batch": 64, "learning_rate": 1e-3}
     if options.quick:
         return common | {
-            "initial_seed": 0,
             "widths": [8, 16, 16],
             "latent_size": 32,
             "epochs": 40,
@@ -68,7 +61,7 @@ def base_settings(options: Options) -> dict[str, Any]:
                         "batch": 64, "learning_rate": 2e-3, "seed": 0},
         }  # fmt: skip
     return common | {
-        "widths": None,
+        "widths": [16, 32, 64],
         "epochs": 25,
         "tests": 1000,
         "validation_tests": 500,
@@ -146,11 +139,11 @@ def keep_state(folder: Path, name: str, bundle: Path, checkpoint: Checkpoint) ->
 
 
 def export_student(settings: Mapping[str, Any], context: Context) -> Path:
-    """The bundle of a run, from the cache or exported; its initial weights follow the run's seed, or `initial_seed`."""
-    initial_seed = settings.get("initial_seed", settings["seed"])
-    options = ["--seed", str(initial_seed), *settings.get("export_options", ())]
+    """The bundle of a run, from the cache or exported; its initial weights follow the run's seed."""
+    options = list(settings.get("export_options", ()))
     if settings.get("widths"):
         options += ["--widths", ",".join(map(str, settings["widths"]))]
-    return export_cached(BundleRequest(
+    request = BundleRequest(
         settings["student"], settings["batch"], settings["latent_size"], settings["objective"], "adamw",
-        tuple(options)), context)  # fmt: skip
+        tuple(options))  # fmt: skip
+    return export_cached(request, context.cache / "bundles", settings["seed"])

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.bundles import BundleRequest, prepare_bundle
+from benchmarks.bundles import BundleRequest
+from benchmarks.experiments.exports import export_cached
 from benchmarks.experiments.grid import Context
 from benchmarks.experiments.locks import locked
 from benchmarks.experiments.sources import load_data
 from benchmarks.simulation.run import simulate
 from benchmarks.simulation.settings import Poison, SimulationSettings
-from benchmarks.simulation.students import ENGINE, narrow, prepare_students
+from benchmarks.simulation.students import narrow, prepare_students
 from edge_runtime.data import Dataset, Splits
 from edge_runtime.errors import DataError
 from edge_runtime.randomness import SUBSET, permutation
@@ -84,15 +85,19 @@ def export_bundles(settings: Mapping[str, Any], bundles: Bundles, cache: Path) -
     exported = []
     for student in settings["students"]:
         for number in range(bundles.independent or 1):
-            options: tuple[str, ...] = ("--seed", str(first + number))
             if bundles.common_head:
-                name, options = f"{COMMON_HEAD}:{student}", (*options, "--freeze", "output")
+                name, options = f"{COMMON_HEAD}:{student}", ("--freeze", "output")
             else:
-                name, options = student, (*options, *narrow(student, WIDTH_DIVISOR))
+                name, options = student, narrow(student, WIDTH_DIVISOR)
             request = BundleRequest(
-                name, settings["batch"], settings["latent_size"], bundles.objective, options=options
+                name,
+                settings["batch"],
+                settings["latent_size"],
+                bundles.objective,
+                settings["optimizer"],
+                options,
             )
-            exported.append(prepare_bundle(request, [ENGINE], cache, _keep_quiet)[0])
+            exported.append(export_cached(request, cache, first + number))
     return tuple(exported)
 
 

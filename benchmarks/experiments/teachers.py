@@ -7,14 +7,14 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.bundles import BundleRequest, prepare_bundle
+from benchmarks.bundles import BundleRequest
 from benchmarks.experiments.devices import divide
+from benchmarks.experiments.exports import ENGINE, export_cached
 from benchmarks.experiments.grid import Context
 from benchmarks.experiments.locks import locked
 from benchmarks.experiments.sources import load_data, load_transfer
@@ -31,17 +31,8 @@ from edge_runtime.schedule import Schedule
 from edge_runtime.teacher import Teacher, TeacherOutputs
 from edge_runtime.trainer import Run, TrainSettings, plan_run, prepare, train
 
-ENGINE = "onnxruntime"
-TEACHER_THREADS = 2
-"""A teacher is trained while nothing else runs; a fixed number, so that its sums come in one order."""
-
-
-def export_cached(request: BundleRequest, context: Context) -> Path:
-    """The bundle of a request, from the cache or exported now. Errors: UsageError, ExportFailed."""
-    folder = context.cache / "bundles"
-    words = hashlib.sha256(json.dumps(asdict(request)).encode()).hexdigest()[:16]
-    with locked(folder / f"{words}.lock"):
-        return prepare_bundle(request, [ENGINE], folder, lambda line: None)[0]
+TEACHER_THREADS = 1
+"""As students have: sums over more threads come in another order on another machine."""
 
 
 def stock_outputs(settings: Mapping[str, Any], context: Context, student: Bundle) -> TeacherOutputs:
@@ -89,7 +80,8 @@ def prepare_teacher(settings: Mapping[str, Any], context: Context) -> tuple[Path
     described = {name: settings[name] for name in ("data", "division", "teacher")}
     key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
     state = context.cache / "teachers" / f"{key}.safetensors"
-    bundle = export_cached(_teacher_request(settings["teacher"]), context)
+    request, seed = _teacher_request(settings["teacher"]), settings["teacher"]["seed"]
+    bundle = export_cached(request, context.cache / "bundles", seed)
     with locked(state.with_suffix(".lock")):
         if not state.exists():
             _train_teacher(settings, context, bundle, state)
@@ -97,7 +89,7 @@ def prepare_teacher(settings: Mapping[str, Any], context: Context) -> tuple[Path
 
 
 def _teacher_request(teacher: Mapping[str, Any]) -> BundleRequest:
-    options = ["--widths", ",".join(map(str, teacher["widths"])), "--seed", str(teacher["seed"])]
+    options = ["--widths", ",".join(map(str, teacher["widths"]))]
     if "of_latent_size" in teacher:
         options += ["--freeze", "perception"]
     return BundleRequest(
