@@ -33,7 +33,7 @@ def made_up(cells: Sequence[Cell], result: Any) -> list[dict[str, Any]]:
     return [
         {"settings": json.loads(json.dumps(cell.settings)),
          "result": {"t_priv": 0.5, "t_uni": 0.3, "global_t_uni": None, "rounds_abandoned": 0, "rounds": rounds,
-                    **result(cell.settings)}}
+                    "bytes_up_per_device_round": 10, **result(cell.settings)}}
         for cell in cells
     ]  # fmt: skip
 
@@ -76,14 +76,14 @@ def test_the_best_on_validation_images_is_chosen_and_what_diverged_is_not() -> N
     cells = federation.tuning_cells(Options())
 
     def result(settings: Any) -> dict[str, Any]:
-        diverged = settings["distil_learning_rate"] == 0.02 and settings["arm"] == "latents"
+        diverged = settings["alpha"] == 0.97 and settings["arm"] == "latents"
         return {"t_uni": 0.9 if diverged else settings["alpha"] / 10 + settings["learning_rate"],
                 "rounds_abandoned": int(diverged)}  # fmt: skip
 
     chosen = federation.choose(made_up(cells, result))
     assert set(chosen) == set(CANDIDATES)
-    assert chosen["latents"] == {"learning_rate": 0.1, "alpha": 0.97, "distil_learning_rate": 0.05}
-    assert chosen["local only"]["learning_rate"] == 0.1
+    assert chosen["latents"] == {"learning_rate": 2e-3, "alpha": 0.95, "distil_learning_rate": 2e-3}
+    assert chosen["local only"]["learning_rate"] == 4e-3
 
 
 def test_differences_are_paired_by_seed() -> None:
@@ -133,7 +133,7 @@ def test_a_poisoned_run_of_two_rounds(tmp_path: Path) -> None:
 def test_noise_and_a_common_head_go_through_a_real_run(tmp_path: Path) -> None:
     context = Context("cifar10-mini", "cifar100-transfer-mini", tmp_path)
     cells = federation.final_cells(Options(quick=True, seeds=1), CHOSEN)
-    cell = next(cell for cell in cells if cell.settings["arm"] == "noise 3")
+    cell = next(cell for cell in cells if cell.settings["arm"] == "noise 0.1")
     settings = {
         **cell.settings,
         **SMALL,

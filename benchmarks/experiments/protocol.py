@@ -48,7 +48,8 @@ def make_run(settings: Mapping[str, Any], context: Context, keep_as: str | None 
 
 def base_settings(options: Options) -> dict[str, Any]:
     """What all runs of an experiment have in common, quick or in full; docs/experiments.md explains the values."""
-    common = {"data": options.data, "student": "cnn3", "latent_size": 128, "batch": 64, "learning_rate": 1e-3}
+    common = {"data": options.data, "student": "cnn3", "latent_size": 128, "batch": 64, "learning_rate": 1e-3,
+              "augmentations": []}  # fmt: skip
     if options.quick:
         return common | {
             "widths": [8, 16, 16],
@@ -103,6 +104,7 @@ def train_student(
                 },
                 transfer_fraction=settings.get("transfer_fraction", 0.5),
                 alpha_end=settings.get("alpha_end"),
+                augmentations=tuple(settings["augmentations"]),
             ),
             teacher=teacher,
             transfer=transfer,
