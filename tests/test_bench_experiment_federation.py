@@ -133,7 +133,7 @@ def test_a_poisoned_run_of_two_rounds(tmp_path: Path) -> None:
 def test_noise_and_a_common_head_go_through_a_real_run(tmp_path: Path) -> None:
     context = Context("cifar10-mini", "cifar100-transfer-mini", tmp_path)
     cells = federation.final_cells(Options(quick=True, seeds=1), CHOSEN)
-    cell = next(cell for cell in cells if cell.settings["arm"] == "noise 0.1")
+    cell = next(cell for cell in cells if cell.settings["arm"] == "noise 3")
     settings = {
         **cell.settings,
         **SMALL,

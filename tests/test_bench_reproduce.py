@@ -150,7 +150,7 @@ def test_stages_and_reports_fit_together(experiment, options, monkeypatch, tmp_p
     students = [r["settings"] for r in records if r["settings"].get("stage") != "teacher"]
     for settings in students:
         assert settings["score_on"] == (
-            "validation" if settings.get("stage") in ("samples", "tuning") else "test"
+            "validation" if settings.get("stage") in ("device", "tuning") else "test"
         )
     # a set of figures per sweep: drawing them must not fail
     pytest.importorskip("matplotlib")
@@ -173,7 +173,7 @@ def test_methods_chooses_on_validation_with_seeds_of_its_own(monkeypatch, tmp_pa
         by_stage.setdefault(record["settings"]["stage"], []).append(record)
     seeds = {stage: {r["settings"]["seed"] for r in of_stage} for stage, of_stage in by_stage.items()}
     assert len(seeds["final"]) >= 5
-    assert not seeds["final"] & seeds["tuning"] and not seeds["final"] & seeds["samples"]
+    assert not seeds["final"] & seeds["tuning"] and not seeds["final"] & seeds["device"]
     # independently: the candidate with the best validation mean is what the final runs have
     for method in methods.METHODS[1:]:
         scores = {}
@@ -225,7 +225,7 @@ def test_a_real_run_in_miniature(tmp_path):
     }
     context = Context("cifar10-mini", "cifar100-transfer-mini", tmp_path / "cache", tmp_path / "states")
     result = methods.run_cell(settings, context)
-    assert result["steps"] == 2 and sum(result["class_counts"]) == 128
+    assert result["steps"] == 4 and sum(result["class_counts"]) == 128
     assert result == methods.run_cell(settings, context)  # from the same cache: the very same numbers
     found = make_run({**settings, "stage": "teacher"}, context)
     assert 0 < found["uni"] < 1

@@ -51,7 +51,7 @@ METHODS: Mapping[str, Settings] = {
     "FedAvg, cnn3": FEDAVG,
     "latents, cnn3": {**LATENTS, "students": EQUAL},
 }
-NOISES = (0.001, 0.01, 0.1)
+NOISES = (0.001, 0.01, 0.1, 3.0)
 PRIVATE: Mapping[str, Settings] = {
     f"noise {noise:g}": {
         **LATENTS,

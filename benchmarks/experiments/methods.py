@@ -1,8 +1,8 @@
 """Cross-entropy alone against four ways of distilling and a fifth that mixes two, on one device's data.
 
-Three stages: how many private images put cross-entropy near the source's figures; each method's own settings by
-validation; the final runs, scored on test images. What is chosen is chosen on validation images and on seeds that no
-final run has.
+Three stages: which device's data (how many images, how skewed) put cross-entropy near the source's figures; each
+method's own settings by validation; the final runs, scored on test images. What is chosen is chosen on validation images and on
+seeds that no final run has.
 """
 
 from __future__ import annotations
@@ -38,9 +38,13 @@ MARGINS = (("lkd", "ce", "t_priv", 4.0), ("lkd", "ce", "t_uni", 5.2), ("lkd", "k
 """By how many points one method leads another in the source, at least."""
 BEYOND = {"t_priv": 0.674, "t_uni": 0.551}
 """The source's best figures of any method on each test set, which one method of ours should pass at once."""
-GAMMA = 1.0
-FINAL_SEEDS = 8
-TUNING_SEED, SAMPLES_SEED = 1000, 2000
+DEVICES = tuple(
+    {"samples": samples, "gamma": gamma} for samples in (1000, 1500, 2000) for gamma in (1.0, 2.5)
+)
+"""Numbers of private images and concentrations of their classes, among which cross-entropy alone chooses."""
+QUICK_DEVICES = ({"samples": 200, "gamma": 1.0}, {"samples": 300, "gamma": 1.0})
+FINAL_SEEDS, TUNING_SEEDS, DEVICE_SEEDS = 6, 2, 3
+TUNING_SEED, DEVICE_SEED = 1000, 2000
 """Where the seeds of the earlier stages start; final seeds count from 0."""
 SHARES = {"kd": (0.5, 0.7, 0.9, 0.95, 0.98), "lkd": (0.5, 0.7, 0.9, 0.95, 0.98),
           "crd": (0.1, 0.2, 0.45, 0.65, 0.8), "lpd": (0.05, 0.1, 0.3, 0.5, 0.9)}  # fmt: skip
@@ -71,43 +75,43 @@ def candidates(method: str, samples: int) -> list[dict[str, Any]]:
 
 
 def stages(options: Options) -> list[Stage]:
-    """The teacher and the number of samples; each method's settings; the final runs."""
+    """The teacher; the device; each method's settings; the final runs."""
     base = base_settings(options)
-    sizes = (200, 300) if options.quick else (1000, 1500, 2000)
-    tuning_seeds = range(TUNING_SEED, TUNING_SEED + (1 if options.quick else 2))
-    samples_seeds = range(SAMPLES_SEED, SAMPLES_SEED + (1 if options.quick else 4))
+    few = 1 if options.quick else None
+    device_seeds = range(DEVICE_SEED, DEVICE_SEED + (few or DEVICE_SEEDS))
+    tuning_seeds = range(TUNING_SEED, TUNING_SEED + (few or TUNING_SEEDS))
     final_seeds = range(options.seeds or (2 if options.quick else FINAL_SEEDS))
 
-    def cell(stage: str, method: str, seed: int, samples: int, own: Mapping[str, Any]) -> Cell:
-        settings = {"stage": stage, "method": method, "seed": seed, "samples": samples, "gamma": GAMMA,
+    def cell(stage: str, method: str, seed: int, device: Mapping[str, Any], own: Mapping[str, Any]) -> Cell:
+        settings = {"stage": stage, "method": method, "seed": seed, **device,
                     "score_on": "test" if stage == "final" else "validation", **own, **base}  # fmt: skip
         return Cell(NAME, settings)
 
-    def amount(records: Sequence[Mapping[str, Any]]) -> list[Cell]:
+    def devices(records: Sequence[Mapping[str, Any]]) -> list[Cell]:
         return [
-            cell("samples", "ce", seed, samples, {"objective": "ce"})
-            for samples in sizes
-            for seed in samples_seeds
+            cell("device", "ce", seed, device, {"objective": "ce"})
+            for seed in device_seeds
+            for device in (QUICK_DEVICES if options.quick else DEVICES)
         ]
 
     def tuning(records: Sequence[Mapping[str, Any]]) -> list[Cell]:
-        samples = choose_samples(records)
+        device = choose_device(records)
         return [
-            cell("tuning", method, seed, samples, own)
+            cell("tuning", method, seed, device, own)
             for method in METHODS[1:]
-            for own in candidates(method, samples)
+            for own in candidates(method, device["samples"])
             for seed in tuning_seeds
         ]
 
     def final(records: Sequence[Mapping[str, Any]]) -> list[Cell]:
-        samples = choose_samples(records)
+        device = choose_device(records)
         return [
-            cell("final", method, seed, samples, choose_settings(records, method))
+            cell("final", method, seed, device, choose_settings(records, method))
             for seed in final_seeds
             for method in METHODS
         ]
 
-    return [teacher_stage(NAME, options), amount, tuning, final]
+    return [teacher_stage(NAME, options), devices, tuning, final]
 
 
 def run_cell(settings: Mapping[str, Any], context: Context) -> dict[str, Any]:
@@ -129,19 +133,30 @@ def estimate_cpu_minutes(options: Options) -> float:
     """Measured: docs/experiments.md."""
     if options.quick:
         return 4.0
-    runs = 4 * 3 + 2 * 5 * len(MIXTURES) + (options.seeds or FINAL_SEEDS) * len(METHODS)
+    tuned = TUNING_SEEDS * len(MIXTURES) * len(METHODS[1:])
+    runs = len(DEVICES) * DEVICE_SEEDS + tuned + (options.seeds or FINAL_SEEDS) * len(METHODS)
     return TEACHER_CPU_MINUTES + runs * student_cpu_minutes(1500)
 
 
-def choose_samples(records: Sequence[Mapping[str, Any]]) -> int:
-    """The number of samples with which cross-entropy alone comes nearest to the source's figures on validation."""
-    found = _by(_of_stage(records, "samples"), lambda settings: settings["samples"])
+def choose_device(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The device on which cross-entropy alone comes nearest to the source's figures on validation."""
 
-    def distance(samples: int) -> float:
-        scores = [fmean(result[part] for result in found[samples]) for part in PARTS]
-        return sum((score - wanted) ** 2 for score, wanted in zip(scores, SOURCE["ce"], strict=True))
+    def distance(tried: tuple[dict[str, Any], float, float]) -> float:
+        return sum((score - wanted) ** 2 for score, wanted in zip(tried[1:], SOURCE["ce"], strict=True))
 
-    return min(sorted(found), key=distance)
+    return min(_devices(records), key=distance)[0]
+
+
+def _devices(records: Sequence[Mapping[str, Any]]) -> list[tuple[dict[str, Any], float, float]]:
+    """Every device that was tried, with mean V_priv and V_uni of cross-entropy alone."""
+    found: dict[tuple[int, float], list[Mapping[str, Any]]] = {}
+    for record in _of_stage(records, "device"):
+        settings = record["settings"]
+        found.setdefault((settings["samples"], settings["gamma"]), []).append(record["result"])
+    return [
+        ({"samples": samples, "gamma": gamma}, *(fmean(result[part] for result in results) for part in PARTS))
+        for (samples, gamma), results in sorted(found.items())
+    ]
 
 
 def choose_settings(records: Sequence[Mapping[str, Any]], method: str) -> dict[str, Any]:
@@ -187,7 +202,7 @@ def report(records: Sequence[Mapping[str, Any]]) -> Report:
         method: {part: mean.as_json() for part, mean in parts.items()} for method, parts in means.items()
     }
     tests = [_tests(results, first) for first in ("lkd", "best")]
-    tables = [_accuracies(means), _goals(means), *tests, _tuning(records)]
+    tables = [_accuracies(means), _goals(means), *tests, _device_table(records), _tuning(records)]
     return Report(tables, [Figure("accuracy", lambda canvas: _draw(canvas, means))], summary, _notes(records))
 
 
@@ -230,6 +245,15 @@ def _tests(results: Mapping[str, Mapping[int, Mapping[str, float]]], first: str)
     return compare(pairs, f"{first} against the others")
 
 
+def _device_table(records: Sequence[Mapping[str, Any]]) -> Table:
+    rows = [
+        [f"{device['samples']}", f"{device['gamma']:g}", priv, uni] for device, priv, uni in _devices(records)
+    ]
+    return Table(
+        "Cross-entropy alone on validation images, by device", ("images", "γ", "V_priv", "V_uni"), rows
+    )
+
+
 def _tuning(records: Sequence[Mapping[str, Any]]) -> Table:
     chosen = {record["settings"]["method"]: own_settings(record) for record in _of_stage(records, "final")}
     rows = [
@@ -252,15 +276,11 @@ def describe(own: Mapping[str, Any]) -> str:
 
 def _notes(records: Sequence[Mapping[str, Any]]) -> list[str]:
     teacher = _of_stage(records, "teacher")[0]["result"]["uni"]
-    found = _by(_of_stage(records, "samples"), lambda settings: settings["samples"])
-    tried = "; ".join(
-        f"{samples}: {fmean(r['priv'] for r in found[samples]):.3f} / {fmean(r['uni'] for r in found[samples]):.3f}"
-        for samples in sorted(found)
-    )
+    chosen = choose_device(records)
     return [
         f"Teacher: {teacher:.3f} on all test images.",
-        f"Cross-entropy alone on validation images, V_priv / V_uni by the number of private samples: {tried}. "
-        f"Chosen: {choose_samples(records)}, nearest to the source's {SOURCE['ce'][0]} / {SOURCE['ce'][1]}.",
+        f"Device: {chosen['samples']} private images, γ = {chosen['gamma']:g}: on validation images cross-entropy "
+        f"alone comes nearest to the source's {SOURCE['ce'][0]} / {SOURCE['ce'][1]} there.",
     ]
 
 
@@ -284,10 +304,3 @@ def _draw(canvas: Any, means: Mapping[str, Mapping[str, Mean]]) -> None:
 
 def _of_stage(records: Sequence[Mapping[str, Any]], stage: str) -> list[Mapping[str, Any]]:
     return [record for record in records if record["settings"]["stage"] == stage]
-
-
-def _by(records: Sequence[Mapping[str, Any]], key: Any) -> dict[Any, list[Mapping[str, Any]]]:
-    groups: dict[Any, list[Mapping[str, Any]]] = {}
-    for record in records:
-        groups.setdefault(key(record["settings"]), []).append(record["result"])
-    return groups
