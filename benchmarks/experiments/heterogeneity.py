@@ -10,12 +10,13 @@ from benchmarks.experiments.grid import Cell, Options, Stage
 from benchmarks.experiments.protocol import (
     TEACHER_CPU_MINUTES,
     base_settings,
+    epochs_for,
     make_run,
     student_cpu_minutes,
     teacher_stage,
 )
 from benchmarks.experiments.report import Report
-from benchmarks.experiments.series import collect, draw_series, summarise, table_of
+from benchmarks.experiments.series import collect, draw_series, having, summarise, table_of
 from benchmarks.experiments.sources import CLASSES
 
 NAME = "heterogeneity"
@@ -40,15 +41,16 @@ def stages(options: Options) -> list[Stage]:
         gammas, sizes, ways, usual = (0.25, 1.0, 5000.0), (100, 200), (2,), 200
 
     def cells(records: Sequence[Mapping[str, Any]]) -> list[Cell]:
-        points = [{"sweep": "gamma", "gamma": gamma, "samples": usual} for gamma in gammas]
-        points += [{"sweep": "samples", "gamma": 1.0, "samples": size} for size in sizes]
-        points += [{"sweep": "ways", "ways": count, "samples": usual // count * count} for count in ways]
+        points: list[dict[str, Any]] = [{"gamma": gamma, "samples": usual} for gamma in gammas]
+        points += [{"gamma": 1.0, "samples": size} for size in sizes if size != usual]
+        points += [{"ways": count, "samples": usual // count * count} for count in ways]
         return [
-            Cell(NAME, {**point, "method": method, "seed": seed, "score_on": "test", **own, **base})
+            Cell(NAME, {**point, "method": method, "seed": seed, "score_on": "test", **own, **base,
+                        "epochs": epochs_for(point["samples"], base)})
             for point in points
             for seed in seeds
             for method, own in METHODS.items()
-        ]
+        ]  # fmt: skip
 
     return [teacher_stage(NAME, options), cells]
 
@@ -60,7 +62,7 @@ def estimate_cpu_minutes(options: Options) -> float:
     """Measured: docs/experiments.md."""
     if options.quick:
         return 3.0
-    sizes = [1000] * (len(GAMMAS) + 2) + [250, 500, 1000, 2000]
+    sizes = [1000] * (len(GAMMAS) + 2) + [250, 500, 2000]
     runs = (options.seeds or SEEDS) * len(METHODS)
     return TEACHER_CPU_MINUTES + runs * sum(map(student_cpu_minutes, sizes))
 
@@ -72,7 +74,7 @@ def report(records: Sequence[Mapping[str, Any]]) -> Report:
         "samples": ("samples", "Accuracy against the number of private samples, γ = 1"),
         "ways": ("classes", "Accuracy with as many samples of each of a few classes (k-shot)"),
     }
-    found = {name: collect(records, "sweep", name, name) for name in sweeps}
+    found = {name: collect(_sweep(records, name), name) for name in sweeps}
     tables = [table_of(found[name], x_label, title) for name, (x_label, title) in sweeps.items()]
     figures = [
         Figure(
@@ -84,13 +86,23 @@ def report(records: Sequence[Mapping[str, Any]]) -> Report:
     return Report(tables, figures, {name: summarise(series) for name, series in found.items()})
 
 
+def _sweep(records: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:
+    """The runs along one setting; the device with γ = 1 and the usual number of samples is in two of them."""
+    skewed = [record for record in records if "gamma" in record["settings"]]
+    if name == "ways":
+        return [record for record in records if "ways" in record["settings"]]
+    if name == "samples":
+        return having(skewed, gamma=1.0)
+    usual = next(record["settings"]["samples"] for record in skewed if record["settings"]["gamma"] != 1)
+    return having(skewed, samples=usual)
+
+
 def _draw_labels(canvas: Any, records: Sequence[Mapping[str, Any]]) -> None:
     """Stacked bars: the shares of the classes, a bar for each seed's device, a panel for each γ."""
     counts: dict[float, dict[int, list[int]]] = {}
-    for record in records:
+    for record in _sweep(records, "gamma"):
         settings = record["settings"]
-        if settings.get("sweep") == "gamma":
-            counts.setdefault(settings["gamma"], {})[settings["seed"]] = record["result"]["class_counts"]
+        counts.setdefault(settings["gamma"], {})[settings["seed"]] = record["result"]["class_counts"]
     panels = canvas.subplots(1, len(counts), sharey=True, squeeze=False)[0]
     colours = [*COLOURS, "#F0E442", "#882255"]
     for axes, (gamma, by_seed) in zip(panels, sorted(counts.items()), strict=True):

@@ -11,12 +11,13 @@ from benchmarks.experiments.methods import CRD_NEGATIVES_PER_IMAGE
 from benchmarks.experiments.protocol import (
     TEACHER_CPU_MINUTES,
     base_settings,
+    epochs_for,
     make_run,
     student_cpu_minutes,
     teacher_stage,
 )
 from benchmarks.experiments.report import Report
-from benchmarks.experiments.series import collect, draw_series, summarise, table_of
+from benchmarks.experiments.series import collect, draw_series, having, summarise, table_of
 from benchmarks.experiments.tables import Table
 
 NAME = "latent-size"
@@ -25,7 +26,7 @@ SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 SAMPLES = 1000
 SEEDS = 3
 HEAD_EPOCHS = 2
-HEAD_CPU_MINUTES = 1.4
+HEAD_CPU_MINUTES = 2.5
 METHODS = ("ce", "crd", "lkd")
 """`lkd` needs a teacher whose latent is as large: the teacher's representation and output layer are trained anew for
 each size on its frozen perception module. `crd` projects both latents, so that its teacher stays the one."""
@@ -70,6 +71,7 @@ def stages(options: Options) -> list[Stage]:
         return [
             Cell(NAME, {"stage": "student", "method": method, "seed": seed, "samples": samples, "gamma": 1.0,
                         "score_on": "test", **of_method[method], **base, "latent_size": size,
+                        "epochs": epochs_for(samples, base),
                         "teacher": teacher_of(size) if method == "lkd" else teacher})
             for size in sizes
             for seed in seeds
@@ -93,8 +95,8 @@ def estimate_cpu_minutes(options: Options) -> float:
 
 def report(records: Sequence[Mapping[str, Any]]) -> Report:
     """Accuracy of students and teachers against the latent size."""
-    series = collect(records, "stage", "student", "latent_size")
-    teachers = [record for record in records if record["settings"]["stage"] == "teacher"]
+    series = collect(having(records, stage="student"), "latent_size")
+    teachers = having(records, stage="teacher")
     rows = [
         [r["settings"]["teacher"]["latent_size"],
          "heads alone" if "of_latent_size" in r["settings"]["teacher"] else "whole", r["result"]["uni"]]

@@ -1,8 +1,8 @@
 """Cross-entropy alone against four ways of distilling and a fifth that mixes two, on one device's data.
 
 Three stages: which device's data (how many images, how skewed) put cross-entropy near the source's figures; each
-method's own settings by validation; the final runs, scored on test images. What is chosen is chosen on validation images and on
-seeds that no final run has.
+method's own settings by validation; the final runs, scored on test images. What is chosen is chosen on validation
+images and on seeds that no final run has.
 """
 
 from __future__ import annotations

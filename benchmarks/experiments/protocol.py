@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -26,11 +27,18 @@ from edge_runtime.schedule import Schedule
 from edge_runtime.trainer import TrainSettings, plan_run
 
 TEACHER_CPU_MINUTES = 32.0
+LEAST_STEPS = 400
 
 
-def student_cpu_minutes(samples: int, epochs: int = 12) -> float:
+def epochs_for(samples: int, base: Mapping[str, Any]) -> int:
+    """The epochs of `base`, or as many as make LEAST_STEPS steps: few images would be left half learnt."""
+    return max(base["epochs"], math.ceil(LEAST_STEPS / math.ceil(samples / base["batch"])))
+
+
+def student_cpu_minutes(samples: int, epochs: int | None = None) -> float:
     """Minutes of one core of a full-width student's run: 65 ms a step, measured on two cores of an AMD EPYC."""
-    return (samples / 32 * epochs * 0.065 + 2) / 60
+    steps = samples / 32 * 12 if epochs is None else samples / 32 * epochs
+    return (max(steps, LEAST_STEPS) * 0.065 + 2) / 60
 
 
 def teacher_stage(experiment: str, options: Options) -> Stage:

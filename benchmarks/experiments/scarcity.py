@@ -10,12 +10,13 @@ from benchmarks.experiments.grid import Cell, Options, Stage
 from benchmarks.experiments.protocol import (
     TEACHER_CPU_MINUTES,
     base_settings,
+    epochs_for,
     make_run,
     student_cpu_minutes,
     teacher_stage,
 )
 from benchmarks.experiments.report import Report
-from benchmarks.experiments.series import collect, compare, draw_series, summarise, table_of
+from benchmarks.experiments.series import collect, compare, draw_series, having, summarise, table_of
 
 NAME = "scarcity"
 TITLE = "Scarcity: few private images, with auxiliary transfer images of another data set"
@@ -25,7 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 SAMPLES = 512
 TRANSFER_SAMPLES = (0, 512, 1024, 2048, 4096, 6000)
-SEEDS = 5
+SEEDS = 3
 
 
 def stages(options: Options) -> list[Stage]:
@@ -36,13 +37,14 @@ def stages(options: Options) -> list[Stage]:
     base = {**base_settings(options), "transfer_fraction": 0.5}
     seeds = range(options.seeds or (2 if options.quick else SEEDS))
     samples, sizes = (128, (0, 128, 1000)) if options.quick else (SAMPLES, TRANSFER_SAMPLES)
+    epochs = epochs_for(samples, base)
     common = {**base, "samples": samples, "gamma": 1.0, "score_on": "test"}
 
     def cell(method: str, seed: int, own: Mapping[str, Any], size: int, kind: str = "sweep") -> Cell:
         transfer = {"transfer": options.transfer} if size else {}
         return Cell(NAME, {"kind": kind, "method": method, "seed": seed, "transfer_samples": size,
                            **own, **common, **transfer,
-                           "epochs": base["epochs"] * (2 if kind == "longer" else 1)})  # fmt: skip
+                           "epochs": epochs * (2 if kind == "longer" else 1)})  # fmt: skip
 
     def cells(records: Sequence[Mapping[str, Any]]) -> list[Cell]:
         made = [cell("ce", seed, {"objective": "ce"}, 0) for seed in seeds]
@@ -63,14 +65,13 @@ def estimate_cpu_minutes(options: Options) -> float:
         return 3.0
     steps_of = [1] + [1, 2, *(2 for size in TRANSFER_SAMPLES if size)] * len(METHODS)
     return TEACHER_CPU_MINUTES + (options.seeds or SEEDS) * sum(
-        student_cpu_minutes(SAMPLES * n) for n in steps_of
+        student_cpu_minutes(SAMPLES, 25 * n) for n in steps_of
     )
 
 
 def report(records: Sequence[Mapping[str, Any]]) -> Report:
     """Accuracy against the size of the transfer set, and what the largest brings over none with as many steps."""
-    series = collect(records, "kind", "sweep", "transfer_samples")
-    longer = collect(records, "kind", "longer", "transfer_samples")
+    series, longer = (collect(having(records, kind=kind), "transfer_samples") for kind in ("sweep", "longer"))
     largest = max(series["lkd"])
     pairs = {}
     for method in METHODS:
@@ -92,9 +93,5 @@ def report(records: Sequence[Mapping[str, Any]]) -> Report:
 def _by_seed(
     records: Sequence[Mapping[str, Any]], method: str, kind: str, size: float
 ) -> dict[int, Mapping[str, float]]:
-    return {
-        record["settings"]["seed"]: record["result"]
-        for record in records
-        if [record["settings"].get(name) for name in ("method", "kind", "transfer_samples")]
-        == [method, kind, size]
-    }
+    wanted = having(records, method=method, kind=kind, transfer_samples=size)
+    return {record["settings"]["seed"]: record["result"] for record in wanted}

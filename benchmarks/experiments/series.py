@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from benchmarks.experiments.figures import Line, draw_lines
@@ -14,14 +14,12 @@ Series = dict[str, dict[float, dict[str, Mean]]]
 """Means by method, by the setting's value in increasing order, and by `priv` and `uni`."""
 
 
-def collect(records: Sequence[Mapping[str, Any]], selector: str, wanted: Any, x: str) -> Series:
-    """The means over seeds of the records whose setting `selector` is `wanted`, against their setting `x`."""
+def collect(records: Iterable[Mapping[str, Any]], x: str) -> Series:
+    """The means over seeds of these records, against their setting `x`."""
     scores: dict[str, dict[float, list[Mapping[str, float]]]] = {}
     for record in records:
         settings = record["settings"]
-        if settings.get(selector) == wanted:
-            of_method = scores.setdefault(settings["method"], {})
-            of_method.setdefault(settings[x], []).append(record["result"])
+        scores.setdefault(settings["method"], {}).setdefault(settings[x], []).append(record["result"])
     return {
         method: {
             value: {part: mean_with_interval([result[part] for result in by_value[value]]) for part in PARTS}
@@ -29,6 +27,15 @@ def collect(records: Sequence[Mapping[str, Any]], selector: str, wanted: Any, x:
         }
         for method, by_value in scores.items()
     }
+
+
+def having(records: Iterable[Mapping[str, Any]], **wanted: Any) -> list[Mapping[str, Any]]:
+    """The records with these settings."""
+    return [
+        record
+        for record in records
+        if all(record["settings"].get(name) == value for name, value in wanted.items())
+    ]
 
 
 def table_of(series: Series, x_label: str, title: str) -> Table:
