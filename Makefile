@@ -14,7 +14,11 @@ BENCH_OPTIONS ?= --students cnn3 --batches 32 --threads 1 --steps 40
 NATIVE_SOURCES := $(wildcard edge_runtime/native/*.cpp edge_runtime/native/*.h) edge_runtime/native/build.py
 
 .DELETE_ON_ERROR:
-.PHONY: help setup check-machine demo test test-tiny test-unit test-contract test-long lint bench clean
+QUICK_OUTPUT := build/reproduce-quick
+EXPERIMENTS := methods heterogeneity scarcity latent-size federation poisoning privacy
+
+.PHONY: help setup check-machine demo test test-tiny test-unit test-contract test-long lint bench reproduce-quick results \
+  clean
 
 help:
 	@echo 'make setup      creates $(VENV) and $(ORT_VENV) with pinned packages, builds the native runner'
@@ -22,6 +26,8 @@ help:
 	@echo 'make test       lint and all tests under 15 minutes; also test-tiny, test-unit, test-contract, test-long'
 	@echo 'make lint       ruff'
 	@echo 'make bench      measures the training step on every engine; writes benchmarks/results/'
+	@echo 'make reproduce-quick   every experiment in its quick version, from nothing; their figures mean nothing'
+	@echo 'make results    fills docs/results.md from the committed records'
 	@echo 'make clean      removes both environments and what was built'
 	@echo 'PYTHON=...      the Python 3.11 to use (now $(PYTHON)); WORKERS=... test processes (now $(WORKERS))'
 
@@ -88,6 +94,16 @@ test-long: setup
 bench: setup
 	mkdir -p benchmarks/results
 	$(VENV)/bin/edgestill bench step $(BENCH_OPTIONS) --output benchmarks/results --plot benchmarks/results/step.png
+
+# One after another: each uses every core.
+reproduce-quick: setup
+	rm -rf $(QUICK_OUTPUT)
+	for experiment in $(EXPERIMENTS); do \
+	  $(VENV)/bin/edgestill reproduce $$experiment --quick --output $(QUICK_OUTPUT) > /dev/null || exit 1; \
+	done
+
+results: setup
+	$(PY) -m benchmarks.results_page
 
 clean:
 	rm -rf $(VENV) $(ORT_VENV) build *.egg-info
