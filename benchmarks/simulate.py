@@ -39,6 +39,11 @@ def add_parser(subparsers: Any) -> None:
     add("--devices", "virtual devices", type=int, metavar="N")
     add("--rounds", "rounds of the task", type=int, metavar="R")
     add("--gamma", "Dirichlet concentration of the devices' classes", type=float, metavar="G")
+    add(
+        "--by-user",
+        "every device is one of the users that --data names, instead of --gamma",
+        action="store_true",
+    )
     add("--students", "students, dealt to the devices in turn", type=_names, metavar="A,B")
     add("--global-student", "the coordinator's own (default: the last of --students)", metavar="A")
     add("--bundle", "a bundle instead of --students; may be repeated", type=Path, action="append",

@@ -24,11 +24,15 @@ __all__ = ["Dataset", "Splits", "dirichlet_partition", "load_splits", "load_tran
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images [N, C, H, W], uint8 or float32, as the bundle takes them; labels int64 [N]; one name a class."""
+    """Images [N, C, H, W], uint8 or float32, as the bundle takes them; labels int64 [N]; one name a class.
+
+    `users` [N] names whose sample each is, as text or integers; None where the data do not say.
+    """
 
     images: np.ndarray
     labels: np.ndarray
     class_names: tuple[str, ...]
+    users: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -42,8 +46,12 @@ class Dataset:
         """At most `count` samples drawn by the seed, in their old order."""
         if count >= len(self):
             return self
-        chosen = np.sort(permutation(seed, SUBSET, 0, len(self))[:count])
-        return Dataset(self.images[chosen], self.labels[chosen], self.class_names)
+        return self.select(np.sort(permutation(seed, SUBSET, 0, len(self))[:count]))
+
+    def select(self, indices: np.ndarray) -> Dataset:
+        """The samples with these indices."""
+        users = None if self.users is None else self.users[indices]
+        return Dataset(self.images[indices], self.labels[indices], self.class_names, users)
 
 
 @dataclass(frozen=True)
@@ -67,19 +75,20 @@ def load_splits(source: str | Path, form: InputSpec, classes: int, resize: bool 
 
     `resize` scales the images of a folder. Errors: DataError naming the file and what is wrong; UsageError.
     """
-    path = find_source(source)
+    path, users = find_source(source), None
     if find_cifar(path):
         train, test, names = read_cifar(path)
         parts = {"train": (train.images, train.labels), "test": (test.images, test.labels)}
     elif is_image_folder(path):
         parts, names = read_image_folder(path, form, resize)
     else:
-        parts, names = _read_npz(path)
+        parts, names, users = _read_npz(path)
     sets = {}
     for name, (images, labels) in parts.items():
         where = f"{source}: {name}"
         images = fit_images(images, form, where)
-        sets[name] = Dataset(images, _fit_labels(labels, len(images), classes, where), names)
+        of_users = None if name == "test" else _fit_users(users, len(images), where)
+        sets[name] = Dataset(images, _fit_labels(labels, len(images), classes, where), names, of_users)
     return Splits(sets["train"], sets.get("test"))
 
 
@@ -154,6 +163,15 @@ def _fit_labels(labels: np.ndarray, samples: int, classes: int, where: str) -> n
     return labels.astype(np.int64)
 
 
+def _fit_users(users: np.ndarray | None, samples: int, where: str) -> np.ndarray | None:
+    if users is not None and (users.dtype.kind not in "iuU" or users.shape != (samples,)):
+        raise DataError(
+            f"{where}: users are {users.dtype}{list(users.shape)}, not {samples} names or integers",
+            "give the user of every training sample, or leave the array out",
+        )
+    return users
+
+
 def find_source(source: str | Path) -> Path:
     """Where a shipped data set or a path lies. Errors: UsageError when there is none."""
     if str(source) in SHIPPED:
@@ -169,8 +187,8 @@ def find_source(source: str | Path) -> Path:
 
 def _read_npz(
     path: Path, labelled: bool = True
-) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], tuple[str, ...]]:
-    """Splits as (images, labels) and the class names; a file without splits counts as `train`.
+) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], tuple[str, ...], np.ndarray | None]:
+    """Splits as (images, labels), the class names and the users of `train`; a file without splits counts as `train`.
 
     Labels may be absent when not `labelled`; they are empty then.
     """
@@ -198,7 +216,9 @@ def _read_npz(
     parts = {split: (arrays[x], arrays.get(y, np.zeros(0, np.int64))) for split, (x, y) in keys.items()}
     named = arrays.get("classes", arrays.get("class_names", np.zeros(0)))
     names = tuple(str(name) for name in named) if named.ndim == 1 else ()
-    return parts, names
+    return parts, names, arrays.get(f"users{suffix}")
 
 
-_NPZ_NAMES = ("x_train", "y_train", "x_test", "y_test", "x", "y", "classes", "class_names")
+_NPZ_NAMES = (
+    "x_train", "y_train", "users_train", "x_test", "y_test", "x", "y", "users", "classes", "class_names",
+)  # fmt: skip

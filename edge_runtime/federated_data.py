@@ -13,8 +13,8 @@ import numpy as np
 
 from edge_runtime.data import Dataset
 from edge_runtime.errors import DataError, UsageError
-from edge_runtime.partition import dirichlet_partition
-from edge_runtime.randomness import HELD_OUT, TESTS, permutation
+from edge_runtime.partition import dirichlet_partition, user_partition
+from edge_runtime.randomness import HELD_OUT, TESTS, USERS, permutation
 
 TEST_SAMPLES = 200
 
@@ -34,28 +34,29 @@ class DeviceData:
 
     @property
     def train(self) -> Dataset:
-        return select(self.pool, self.train_indices)
+        return self.pool.select(self.train_indices)
 
     @property
     def t_priv(self) -> Dataset:
-        return select(self.held_out, self.t_priv_indices)
+        return self.held_out.select(self.t_priv_indices)
 
     @property
     def t_uni(self) -> Dataset:
-        return select(self.held_out, self.t_uni_indices)
+        return self.held_out.select(self.t_uni_indices)
 
 
 def deal(
     dataset: Dataset,
     devices: int,
-    gamma: float,
+    gamma: float | None,
     seed: int,
     *,
     held_out: Dataset | None = None,
     test_share: float = 0.2,
     test_samples: int = TEST_SAMPLES,
 ) -> list[DeviceData]:
-    """Deals `dataset` out to devices by Dirichlet class distributions of concentration `gamma`.
+    """Deals `dataset` out to devices by Dirichlet class distributions of concentration `gamma`, or with None by user:
+    each device has the samples of one of the users that the data name, drawn by the seed.
 
     Tests come from `held_out`; without it a share `test_share` of every class of `dataset` is held out first. Same
     arguments, same data. Errors: UsageError, DataError.
@@ -68,7 +69,11 @@ def deal(
     if len(tests) == 0:
         raise DataError("no samples are held out for tests", "give a test split, or a larger share")
     dealt = []
-    for share in dirichlet_partition(dataset.labels[kept], devices, gamma, seed):
+    if gamma is None:
+        shares = _users_shares(dataset, kept, devices, seed)
+    else:
+        shares = dirichlet_partition(dataset.labels[kept], devices, gamma, seed)
+    for share in shares:
         train = kept[share]
         t_priv, t_uni = draw_tests(dataset.labels[train], source.labels[tests], seed, test_samples)
         dealt.append(DeviceData(dataset, source, train, tests[t_priv], tests[t_uni]))
@@ -80,7 +85,7 @@ def share_of(dataset: Dataset, number: int, devices: int, gamma: float, seed: in
     come from a set of their own. Errors: UsageError."""
     if not 1 <= number <= devices:
         raise UsageError(f"share {number}/{devices}", f"give 1/{devices} to {devices}/{devices}")
-    return select(dataset, dirichlet_partition(dataset.labels, devices, gamma, seed)[number - 1])
+    return dataset.select(dirichlet_partition(dataset.labels, devices, gamma, seed)[number - 1])
 
 
 def parse_share(text: str) -> tuple[int, int]:
@@ -121,11 +126,6 @@ def draw_tests(
     return tests[0], tests[1]
 
 
-def select(dataset: Dataset, indices: np.ndarray) -> Dataset:
-    """The samples with these indices."""
-    return Dataset(dataset.images[indices], dataset.labels[indices], dataset.class_names)
-
-
 def _allot(wish: np.ndarray, stock: np.ndarray, samples: int) -> np.ndarray:
     """How many samples of each class: at most `samples`, in the proportions of `wish`, within `stock`.
 
@@ -143,6 +143,20 @@ def _allot(wish: np.ndarray, stock: np.ndarray, samples: int) -> np.ndarray:
     for label in np.argsort(-remainders, kind="stable")[: total - int(counts.sum())]:
         counts[label] += 1
     return counts
+
+
+def _users_shares(dataset: Dataset, kept: np.ndarray, devices: int, seed: int) -> list[np.ndarray]:
+    if dataset.users is None:
+        raise DataError(
+            "the data do not name their users",
+            "give an .npz with `users_train`, or `users`: one name a sample",
+        )
+    shares = user_partition(dataset.users[kept])
+    if not 1 <= devices <= len(shares):
+        raise UsageError(
+            f"{devices} devices for {len(shares)} users", "give between one and as many as users"
+        )
+    return [shares[index] for index in np.sort(permutation(seed, USERS, 0, len(shares))[:devices])]
 
 
 def _hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-ORDER, TRANSFER_ORDER, AUGMENTATION, SUBSET, PARTITION, HELD_OUT, TESTS, NEGATIVES = range(8)
+ORDER, TRANSFER_ORDER, AUGMENTATION, SUBSET, PARTITION, HELD_OUT, TESTS, NEGATIVES, USERS = range(9)
 """Streams that one seed gives rise to; two of them never share a number."""
 
 

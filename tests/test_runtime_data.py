@@ -91,6 +91,7 @@ def test_float_windows_may_lack_axes_of_length_one(tmp_path: Path) -> None:
         ({"x": images(3, (5, 5, 3)), "y": np.arange(3)}, "5x5x3"),
         ({"x": images(0), "y": np.zeros(0, int)}, "no samples"),
         ({"x_train": images(3)}, "no array 'y_train'"),
+        ({"x": images(3), "y": np.arange(3), "users": np.array(["a", "b"])}, "not 3 names"),
         ({"pictures": images(3)}, "no array 'x'"),
         ({"x": np.array([{}], dtype=object), "y": np.arange(1)}, "not a readable .npz"),
     ],
@@ -101,6 +102,23 @@ def test_npz_files_that_do_not_fit_are_refused(
     with pytest.raises(DataError) as error:
         load_splits(save(tmp_path / "d.npz", **arrays), SMALL, 3)
     assert message in error.value.message and "d.npz" in error.value.message
+
+
+def test_users_stay_with_their_samples(tmp_path: Path) -> None:
+    x, users = images(6), np.array(["ann", "ben", "ann", "cleo", "ben", "ann"])
+    named = {
+        "x_train": x,
+        "y_train": np.arange(6) % 3,
+        "users_train": users,
+        "x_test": x,
+        "y_test": np.arange(6) % 3,
+    }
+    splits = load_splits(save(tmp_path / "d.npz", **named), SMALL, 3)
+    assert splits.train.users.tolist() == users.tolist() and splits.test.users is None
+    assert splits.train.select(np.array([4, 0])).users.tolist() == ["ben", "ann"]
+    taken = splits.train.take(3, seed=1)
+    where = [np.flatnonzero((splits.train.images == image).all((1, 2, 3)))[0] for image in taken.images]
+    assert taken.users.tolist() == users[where].tolist()
 
 
 def test_unreadable_and_missing_files_are_our_errors(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from edge_runtime.data import Dataset
 from edge_runtime.errors import DataError, UsageError
-from edge_runtime.federated_data import deal, draw_tests, parse_share, select, share_of
+from edge_runtime.federated_data import deal, draw_tests, parse_share, share_of
 
 LABELS = st.lists(st.integers(0, 5), min_size=1, max_size=80).map(lambda values: np.array(values, np.int64))
 
@@ -49,6 +51,23 @@ def test_every_sample_goes_to_one_device_and_none_is_tested_on(
     for device in dealt:
         for part in (device.train, device.t_priv, device.t_uni):
             assert part.labels.tolist() == labels[numbers(part)].tolist() and len(part)
+
+
+@given(st.lists(st.integers(0, 7), min_size=4, max_size=60), st.integers(1, 8), st.integers(0, 2**40))
+def test_each_device_has_the_samples_of_one_user(owners: list[int], devices: int, seed: int) -> None:
+    dataset = replace(balanced(len(owners)), users=np.array([f"user {owner}" for owner in owners]))
+    tests = balanced(30)
+    if devices > len(set(owners)):
+        with pytest.raises(UsageError, match=f"{devices} devices for {len(set(owners))} users"):
+            deal(dataset, devices, None, seed, held_out=tests)
+        return
+    dealt = deal(dataset, devices, None, seed, held_out=tests)
+    chosen = [{owners[number] for number in numbers(device.train)} for device in dealt]
+    assert all(len(names) == 1 for names in chosen) and len(set.union(*chosen)) == devices
+    for device, (owner,) in zip(dealt, chosen, strict=True):
+        assert len(device.train) == owners.count(owner)
+    with pytest.raises(DataError, match="do not name their users"):
+        deal(balanced(12), 2, None, seed, held_out=tests)
 
 
 @given(LABELS, LABELS, st.integers(1, 60), st.integers(0, 2**40))
@@ -98,8 +117,8 @@ def test_a_share_by_its_number_is_that_of_the_deal() -> None:
         share = share_of(dataset, number, 7, 0.5, 3)
         assert numbers(share) == numbers(device.train) and share.class_names == dataset.class_names
         t_priv, t_uni = draw_tests(share.labels, tests.labels, 3)
-        assert numbers(device.t_priv) == numbers(select(tests, t_priv))
-        assert numbers(device.t_uni) == numbers(select(tests, t_uni))
+        assert numbers(device.t_priv) == numbers(tests.select(t_priv))
+        assert numbers(device.t_uni) == numbers(tests.select(t_uni))
     for number in (0, 8):
         with pytest.raises(UsageError, match=f"share {number}/7"):
             share_of(dataset, number, 7, 0.5, 3)

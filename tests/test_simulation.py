@@ -221,6 +221,20 @@ def test_rounds_that_too_few_reach_are_abandoned(
     assert lines[-1]["summary"]["digest"] is None
 
 
+def test_each_device_is_a_user_of_the_data(
+    words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert simulate(words, capsys, "--by-user", code=1) == []  # these data name none
+    with np.load(words[words.index("--data") + 1]) as file:
+        arrays = dict(file)
+    arrays["users_train"] = np.array(["ann", "ben", "cleo"])[np.arange(160) % 3]
+    np.savez(tmp_path / "named.npz", **arrays)
+    more = ("--data", str(tmp_path / "named.npz"), "--by-user", "--devices")
+    *_, last = simulate(words, capsys, *more, "3")
+    assert last["summary"]["devices_took_part"] == 3
+    simulate(words, capsys, *more, "4", code=2)  # more devices than users
+
+
 def test_a_person_gets_a_table(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([word for word in words if word != "--json"]) == 0
     captured = capsys.readouterr()

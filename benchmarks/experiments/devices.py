@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from edge_runtime.data import Dataset, Splits
-from edge_runtime.federated_data import draw_tests, select
+from edge_runtime.federated_data import draw_tests
 from edge_runtime.partition import dirichlet_partition, k_shot_partition
 from edge_runtime.randomness import HELD_OUT, permutation
 
@@ -70,6 +70,6 @@ def deal_device(splits: Splits, settings: Mapping[str, Any]) -> Device:
     if settings["score_on"] == "test":
         source, count = splits.test, settings["tests"]
     else:
-        source, count = select(splits.train, division.validation), settings["validation_tests"]
+        source, count = splits.train.select(division.validation), settings["validation_tests"]
     priv, uni = draw_tests(labels[private], source.labels, seed, count)
-    return Device(private, select(source, priv), select(source, uni))
+    return Device(private, source.select(priv), source.select(uni))

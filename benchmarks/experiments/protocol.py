@@ -22,7 +22,6 @@ from edge_runtime.bundle import Bundle
 from edge_runtime.checkpoint import Checkpoint, save_checkpoint
 from edge_runtime.engines import open_engine
 from edge_runtime.evaluation import evaluate
-from edge_runtime.federated_data import select
 from edge_runtime.schedule import Schedule
 from edge_runtime.trainer import TrainSettings, plan_run
 
@@ -89,7 +88,7 @@ def train_student(
     """
     splits = load_data(context.data)
     device = deal_device(splits, settings)
-    dataset = select(splits.train, device.private)
+    dataset = splits.train.select(device.private)
     with ExitStack() as stack:
         path = export_student(settings, context)
         bundle = stack.enter_context(Bundle.open(path))

@@ -113,13 +113,9 @@ def take_apart(splits: Splits, settings: Mapping[str, Any]) -> tuple[Dataset, Da
         )
     order = permutation(settings["seed"], SUBSET, 0, len(splits.train))
     private, transfer, validation = np.split(order[: sum(wanted)], np.cumsum(wanted)[:-1])
-    return _part(splits.train, private), _part(splits.train, transfer), _part(splits.train, validation)
+    train = splits.train
+    return train.select(np.sort(private)), train.select(np.sort(transfer)), train.select(np.sort(validation))
 
 
 def _keep_quiet(line: str) -> None:
     """The grid reports progress."""
-
-
-def _part(dataset: Dataset, indices: np.ndarray) -> Dataset:
-    chosen = np.sort(indices)
-    return Dataset(dataset.images[chosen], dataset.labels[chosen], dataset.class_names)

@@ -25,7 +25,6 @@ from edge_runtime.data import digest_of_arrays
 from edge_runtime.engines import Engine, open_engine
 from edge_runtime.errors import UsageError
 from edge_runtime.evaluation import evaluate
-from edge_runtime.federated_data import select
 from edge_runtime.randomness import HELD_OUT, permutation
 from edge_runtime.schedule import Schedule
 from edge_runtime.teacher import Teacher, TeacherOutputs
@@ -105,7 +104,7 @@ def _train_teacher(settings: Mapping[str, Any], context: Context, path: Path, st
     """
     teacher = settings["teacher"]
     splits = load_data(context.data)
-    dataset = select(splits.train, divide(splits.train.labels, **settings["division"]).teacher)
+    dataset = splits.train.select(divide(splits.train.labels, **settings["division"]).teacher)
     with ExitStack() as stack:
         bundle = stack.enter_context(Bundle.open(path))
         initial = dict(bundle.initial_state())

@@ -173,7 +173,8 @@ class Federation:
     def _setup(self, pool: Pool) -> Setup:
         settings, data = self.settings, Path(self.settings.data)
         source = self._share(pool, data.resolve()) if data.exists() else settings.data
-        return Setup(source, settings.devices, settings.gamma, settings.seed, settings.test_samples)
+        gamma = None if settings.by_user else settings.gamma
+        return Setup(source, settings.devices, gamma, settings.seed, settings.test_samples)
 
     def _blobs(self, pool: Pool, assignment: Mapping[str, Any]) -> dict[str, SharedFile]:
         """What a device downloads once, or would."""

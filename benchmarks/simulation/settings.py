@@ -49,6 +49,8 @@ class SimulationSettings:
     devices: int = 8
     rounds: int = 3
     gamma: float = 0.5
+    by_user: bool = False
+    """Every device is one of the users that the data name; gamma says nothing then."""
     students: tuple[str, ...] = ("cnn3",)
     global_student: str | None = None
     """None: the last of `students`."""

@@ -38,7 +38,8 @@ class Setup:
 
     data: SharedFile | str
     devices: int
-    gamma: float
+    gamma: float | None
+    """None: every device is a user of the data."""
     seed: int
     test_samples: int = TEST_SAMPLES
 

@@ -25,7 +25,7 @@ from edge_runtime.engines import (
     open_engine,
 )
 from edge_runtime.errors import DataError, EngineError, Interrupted, UsageError
-from edge_runtime.federated_data import deal, draw_tests, parse_share, select, share_of
+from edge_runtime.federated_data import deal, draw_tests, parse_share, share_of
 from edge_runtime.journal import WorkFolder
 from edge_runtime.local_round import Equipment, Options, Privacy, warn_of_noise
 from edge_runtime.local_training import Transfer
@@ -270,7 +270,7 @@ def load_private(arguments: argparse.Namespace, bundle: Bundle) -> tuple[Dataset
         held_out = load_splits(arguments.test, bundle.input, bundle.classes, arguments.resize).choose(None)
     if held_out is not None:
         t_priv, t_uni = draw_tests(private.labels, held_out.labels, arguments.seed)
-        return private, {"t_priv": select(held_out, t_priv), "t_uni": select(held_out, t_uni)}
+        return private, {"t_priv": held_out.select(t_priv), "t_uni": held_out.select(t_uni)}
     try:
         # one device gets all that is not held out, so gamma says nothing here
         own = deal(private, 1, 1.0, arguments.seed)[0]
