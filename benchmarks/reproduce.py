@@ -94,8 +94,11 @@ def run(arguments: argparse.Namespace) -> int:
         f"{minutes / arguments.workers:.0f} with {arguments.workers} workers; what {output} holds is not run again"
     )
     started = time.monotonic()
-    records = run_stages(experiment, options, context, output, arguments.workers)
+    run_stages(experiment, options, context, output, arguments.workers)
     _tell(f"finished after {(time.monotonic() - started) / 60:.1f} minutes")
+    records = read_records(
+        output / f"{experiment.NAME}.jsonl", experiment.NAME
+    )  # with those of earlier commands
     for path in write_report(experiment, records, output):
         _tell(f"wrote {path}")
     _print_report(experiment, records, arguments.json)

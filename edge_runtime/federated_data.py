@@ -73,9 +73,9 @@ def deal(
         shares = _users_shares(dataset, kept, devices, seed)
     else:
         shares = dirichlet_partition(dataset.labels[kept], devices, gamma, seed)
-    for share in shares:
+    for device, share in enumerate(shares):
         train = kept[share]
-        t_priv, t_uni = draw_tests(dataset.labels[train], source.labels[tests], seed, test_samples)
+        t_priv, t_uni = draw_tests(dataset.labels[train], source.labels[tests], seed, test_samples, device)
         dealt.append(DeviceData(dataset, source, train, tests[t_priv], tests[t_uni]))
     return dealt
 
@@ -102,20 +102,23 @@ def parse_share(text: str) -> tuple[int, int]:
 
 
 def draw_tests(
-    train_labels: np.ndarray, test_labels: np.ndarray, seed: int, samples: int = TEST_SAMPLES
+    train_labels: np.ndarray, test_labels: np.ndarray, seed: int, samples: int = TEST_SAMPLES, device: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Indices of T_priv and T_uni, sorted, among the held-out samples with `test_labels`.
 
     T_priv has the class distribution of `train_labels`, T_uni every class equally often, as exactly as whole samples
-    allow. No sample is drawn twice: where a class is scarce a test is smaller than `samples`, its distribution the
-    same. A class without held-out samples is left out. Errors: UsageError; DataError where nothing is left.
+    allow. Each device, by its number from 0, has a draw of its own. No sample is twice in a test: where a class is
+    scarce a test is smaller than `samples`, its distribution the same. A class without held-out samples is left out.
+    Errors: UsageError; DataError where nothing is left.
     """
     if samples < 1:
         raise UsageError(f"{samples} test samples", "give one or more")
     classes = int(max(train_labels.max(initial=-1), test_labels.max(initial=-1))) + 1
     stock = np.bincount(test_labels, minlength=classes)
     orders = [
-        np.flatnonzero(test_labels == label)[permutation(seed, TESTS, label, int(stock[label]))]
+        np.flatnonzero(test_labels == label)[
+            permutation(seed, TESTS, device * classes + label, int(stock[label]))
+        ]
         for label in range(classes)
     ]
     tests = []

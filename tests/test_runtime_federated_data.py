@@ -113,10 +113,19 @@ def test_the_seed_decides_everything() -> None:
 def test_a_share_by_its_number_is_that_of_the_deal() -> None:
     dataset, tests = balanced(300), numbered(np.arange(90) % 6)
     dealt = deal(dataset, 7, 0.5, 3, held_out=tests)
+    assert (
+        len(
+            {
+                tuple(numbers(device.t_uni))
+                for device in deal(dataset, 7, 0.5, 3, held_out=tests, test_samples=30)
+            }
+        )
+        == 7
+    )
     for number, device in enumerate(dealt, 1):
         share = share_of(dataset, number, 7, 0.5, 3)
         assert numbers(share) == numbers(device.train) and share.class_names == dataset.class_names
-        t_priv, t_uni = draw_tests(share.labels, tests.labels, 3)
+        t_priv, t_uni = draw_tests(share.labels, tests.labels, 3, device=number - 1)
         assert numbers(device.t_priv) == numbers(tests.select(t_priv))
         assert numbers(device.t_uni) == numbers(tests.select(t_uni))
     for number in (0, 8):

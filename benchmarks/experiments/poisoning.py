@@ -13,7 +13,7 @@ from benchmarks.experiments.figures import Figure, draw_bars
 from benchmarks.experiments.grid import Cell, Context, Options, Stage
 from benchmarks.experiments.report import Report
 from benchmarks.experiments.simulated import run_federation
-from benchmarks.experiments.statistics import Mean, mean_with_interval, paired_test
+from benchmarks.experiments.statistics import Mean, mean_with_interval, paired_test, show_p
 from benchmarks.experiments.tables import Table
 
 NAME = "poisoning"
@@ -65,7 +65,10 @@ def cells(options: Options) -> list[Cell]:
 def run_cell(settings: Mapping[str, Any], context: Context) -> dict[str, Any]:
     """Accuracy of the global model on all test images after the last round, and of every round."""
     result = run_federation(settings, context)
-    return {name: result[name] for name in ("global_t_uni", "t_uni", "t_priv", "rounds", "poisoners")}
+    return {
+        name: result[name]
+        for name in ("global_t_uni", "t_uni", "t_priv", "rounds", "rounds_abandoned", "poisoners")
+    }
 
 
 def estimate_cpu_minutes(options: Options) -> float:
@@ -92,7 +95,7 @@ def report(records: Sequence[Mapping[str, Any]]) -> Report:
             test = paired_test([100 * clean[seed] for seed in attacked], [100 * v for v in attacked.values()])
             losses[rule, attack] = test.difference
             rows.append([rule, attack, str(mean_with_interval(list(attacked.values()))),
-                         test.difference.shown(".1f"), test.p, len(attacked)])  # fmt: skip
+                         test.difference.shown(".1f"), show_p(test.p), len(attacked)])  # fmt: skip
     columns = ("rule", "attack", "accuracy", "loss, points", "p (paired)", "seeds")
     within = {
         rule: max(loss.mean for (of, _), loss in losses.items() if of == rule) <= ALLOWED_LOSS_POINTS

@@ -186,6 +186,11 @@ def _trained(
 
 def _targets(settings: Mapping[str, Any], transfer: np.ndarray, private: Dataset, unseen: Dataset) -> Targets:
     """Errors: DataError for a transfer set that leaves nothing to learn from."""
+    if len(transfer) < settings["transfer_samples"]:
+        raise DataError(
+            f"a transfer set of {len(transfer)} images, the experiment takes {settings['transfer_samples']}",
+            "give --transfer with more images, such as CIFAR-100's",
+        )
     chosen = permutation(settings["seed"], SUBSET, 0, len(transfer))[: settings["transfer_samples"]]
     count = settings["attacked_samples"]
     if len(chosen) < 3 * count:

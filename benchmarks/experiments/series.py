@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from benchmarks.experiments.figures import Line, draw_lines
-from benchmarks.experiments.statistics import Mean, mean_with_interval, paired_test
+from benchmarks.experiments.statistics import Mean, mean_with_interval, paired_test, show_p
 from benchmarks.experiments.tables import Table
 
 PARTS = {"priv": "T_priv", "uni": "T_uni"}
@@ -92,7 +92,7 @@ def compare(
         row: list[str | float | None] = [name]
         for part in PARTS:
             test = paired_test([ours[seed][part] for seed in seeds], [theirs[seed][part] for seed in seeds])
-            row += [str(test.difference), None if test.p is None else f"{test.p:.2g}"]
+            row += [str(test.difference), show_p(test.p)]
         rows.append(row)
     return Table(
         f"{title}, paired by seed: mean difference ± 95 % interval, two-sided t-test",

@@ -80,8 +80,8 @@ def run_federation(
 
 
 def export_bundles(settings: Mapping[str, Any], bundles: Bundles, cache: Path) -> tuple[Path, ...]:
-    """The students' bundles, cached or exported; initial weights follow `initial_seed`. Errors: ExportFailed."""
-    first = settings["initial_seed"] * 1000
+    """The students' bundles, cached or exported; initial weights follow the seed. Errors: ExportFailed."""
+    first = settings["seed"] * 1000
     exported = []
     for student in settings["students"]:
         for number in range(bundles.independent or 1):

@@ -36,9 +36,12 @@ def find_sources(data: str, transfer: str | None) -> Sources:
 
     Without `transfer` it is what lies beside the data, else the shipped set. Errors: UsageError, DataError.
     """
-    folder = Path(data)
-    if data not in SHIPPED and folder.is_dir() and folder.name not in (*DATA_FILES, *TRANSFER_FILES):
-        data = _first_of(folder, DATA_FILES) or _none_of(folder)
+    if data not in SHIPPED:
+        folder = Path(data)
+        if folder.is_dir() and folder.name not in DATA_FILES:
+            data = _first_of(folder, DATA_FILES) or _none_of(folder)
+        else:
+            folder = folder.parent
         transfer = transfer or _first_of(folder, TRANSFER_FILES)
     transfer = transfer or "cifar100-transfer-mini"
     splits = load_data(data)

@@ -65,6 +65,11 @@ def paired_test(first: Sequence[float], second: Sequence[float]) -> PairedTest:
     return PairedTest(difference, t, 2 * (1 - t_cdf(abs(t), len(differences) - 1)))
 
 
+def show_p(p: float | None) -> str | None:
+    """A p-value with two significant digits, however small."""
+    return None if p is None else f"{p:.2g}"
+
+
 def t_cdf(t: float, freedom: int) -> float:
     """Probability that Student's t with `freedom` degrees of freedom is at most t."""
     square = t * t

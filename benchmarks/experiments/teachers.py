@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -168,10 +169,10 @@ def train_to_the_end(
 
     With `state` there are checkpoints, and an unfinished run in that file goes on. `on_epoch` hears of each epoch.
     """
-    losses: list[float] = []
+    losses: deque[float] = deque(maxlen=run.plan.steps_per_epoch)
     first_step = prepare(engine, run, state)
     for record in train(engine, run, state, first_step=first_step, checkpoint_every=100):
-        losses = losses[-run.plan.steps_per_epoch + 1 :] + [record.loss]
+        losses.append(record.loss)
         if record.step % run.plan.steps_per_epoch == 0:
             on_epoch(record.epoch)
     return float(np.mean(losses)) if losses else float("nan")

@@ -256,7 +256,7 @@ def describe_task(
         "transfer": settings.transfer,
         "transfer_count": settings.transfer_count,
         "transfer_labels": settings.transfer_labels,
-        "test": settings.data if settings.distils else None,
+        "test": settings.data if settings.distils or settings.exchange == "parameters" else None,
         "seed": settings.seed,
         "exchange": settings.exchange,
         "mode": "global" if settings.distils else "consensus",

@@ -261,6 +261,7 @@ def load_private(arguments: argparse.Namespace, bundle: Bundle) -> tuple[Dataset
             f"{arguments.data} has {len(private.class_names)} classes, the task has {bundle.classes}",
             "labels count the classes in order: make a folder for each of the task's, empty where you have none",
         )
+    number = 1
     if arguments.share is not None:
         number, devices = parse_share(arguments.share)
         gamma = 0.5 if arguments.gamma is None else arguments.gamma
@@ -269,7 +270,7 @@ def load_private(arguments: argparse.Namespace, bundle: Bundle) -> tuple[Dataset
     if arguments.test is not None:
         held_out = load_splits(arguments.test, bundle.input, bundle.classes, arguments.resize).choose(None)
     if held_out is not None:
-        t_priv, t_uni = draw_tests(private.labels, held_out.labels, arguments.seed)
+        t_priv, t_uni = draw_tests(private.labels, held_out.labels, arguments.seed, device=number - 1)
         return private, {"t_priv": held_out.select(t_priv), "t_uni": held_out.select(t_uni)}
     try:
         # one device gets all that is not held out, so gamma says nothing here
