@@ -82,15 +82,6 @@ def k_shot_partition(labels: np.ndarray, devices: int, shots: int, ways: int, se
     return shares
 
 
-def user_partition(users: np.ndarray, minimum: int = 1) -> list[np.ndarray]:
-    """Indices of each user's samples, one device a user in the order of their names; `users` names each sample's.
-
-    Users with fewer than `minimum` samples are left out. Errors: UsageError where nobody is left.
-    """
-    names, counts = np.unique(users, return_counts=True)
-    shares = [np.flatnonzero(users == name) for name in names[counts >= minimum]]
-    if not shares:
-        raise UsageError(
-            f"no user has {minimum} samples", "give a smaller minimum, or data that name their users"
-        )
-    return shares
+def user_partition(users: np.ndarray) -> list[np.ndarray]:
+    """Indices of each user's samples, one device a user in the order of their names; `users` names each sample's."""
+    return [np.flatnonzero(users == name) for name in np.unique(users)]

@@ -19,10 +19,15 @@ from benchmarks.experiments.locks import locked
 from benchmarks.experiments.protocol import base_settings, make_run
 from benchmarks.experiments.report import Report
 from benchmarks.experiments.sources import load_data
+from benchmarks.experiments.states import keep_state
 from benchmarks.experiments.tables import Table
 from benchmarks.reproduce import load_experiment, run_stages
+from edge_runtime.bundle import Bundle
+from edge_runtime.checkpoint import Checkpoint
 from edge_runtime.cli import main
+from edge_runtime.engines import open_engine
 from edge_runtime.evaluation import score
+from edge_runtime.teacher import encode_all
 from edge_runtime.wire import load
 
 ON_ONE_DEVICE = [methods, heterogeneity, scarcity, latent_size]
@@ -195,8 +200,15 @@ def test_methods_chooses_on_validation_with_seeds_of_its_own(monkeypatch, tmp_pa
 def test_a_kept_state_is_made_again_where_it_is_missing(tmp_path):
     final = Cell("methods", {"stage": "final", "method": "lkd", "seed": 3})
     assert methods.redo(final, tmp_path)
-    (tmp_path / "lkd-seed3.safetensors").touch()
+    checkpoint = Checkpoint({"a": np.zeros(2, np.float32)}, 1, 1, {"seed": 3})
+    bundle = tmp_path / "exported"
+    bundle.mkdir()
+    (bundle / "manifest.json").write_text('{"state": {"file": "s"}, "files": {"s": {"sha256": "1"}}}')
+    keep_state(tmp_path, methods.kept_as(final.settings), bundle, checkpoint)
     assert not methods.redo(final, tmp_path)
+    other = Cell("methods", {**final.settings, "samples": 7})  # the file is there, of another run
+    assert methods.redo(other, tmp_path)
+    assert (tmp_path / "lkd-bundle" / "manifest.json").is_file()
     assert not methods.redo(Cell("methods", {"stage": "tuning", "method": "lkd", "seed": 4}), tmp_path)
 
 
@@ -248,4 +260,12 @@ def test_a_real_run_in_miniature(tmp_path):
     with torch.no_grad():
         logits = student.eval()((torch.from_numpy(uni.images) / 255 - mean) / std)[1].numpy()
     assert score(logits, uni.labels, 10).accuracy == pytest.approx(result["uni"], abs=0.011)
+    with Bundle.open(tmp_path / "states" / "lkd-bundle") as bundle:
+        engine = open_engine(bundle, "onnxruntime", threads=1)
+        untrained = encode_all(engine, uni.images, bundle.batch).logits
+        engine.load_state(bundle.check_state(arrays))
+        trained = encode_all(engine, uni.images, bundle.batch).logits
+        engine.close()
+    np.testing.assert_allclose(trained, logits, atol=2e-4)
+    assert np.abs(untrained - logits).max() > 0.05
     assert (tmp_path / "states" / "lkd-bundle" / "manifest.json").is_file()

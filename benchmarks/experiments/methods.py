@@ -24,6 +24,7 @@ from benchmarks.experiments.protocol import (
 )
 from benchmarks.experiments.report import Report
 from benchmarks.experiments.series import PARTS, compare
+from benchmarks.experiments.states import KeptAs, is_kept
 from benchmarks.experiments.statistics import Mean, mean_with_interval
 from benchmarks.experiments.tables import Table
 
@@ -116,17 +117,18 @@ def stages(options: Options) -> list[Stage]:
 
 def run_cell(settings: Mapping[str, Any], context: Context) -> dict[str, Any]:
     """Trains and scores one student, or the teacher."""
-    return make_run(settings, context, state_name(settings) if settings["stage"] == "final" else None)
+    return make_run(settings, context, kept_as(settings) if settings["stage"] == "final" else None)
 
 
 def redo(cell: Cell, folder: Path) -> bool:
     """Whether a run's final state is wanted in `folder` and not there."""
-    settings = cell.settings
-    return settings["stage"] == "final" and not (folder / f"{state_name(settings)}.safetensors").exists()
+    return cell.settings["stage"] == "final" and not is_kept(folder, kept_as(cell.settings))
 
 
-def state_name(settings: Mapping[str, Any]) -> str:
-    return f"{settings['method']}-seed{settings['seed']}"
+def kept_as(settings: Mapping[str, Any]) -> KeptAs:
+    """How the final state of a run is named."""
+    method = settings["method"]
+    return KeptAs(f"{method}-seed{settings['seed']}", f"{method}-bundle", Cell(NAME, settings).key)
 
 
 def estimate_cpu_minutes(options: Options) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,11 +14,11 @@ from benchmarks.bundles import BundleRequest
 from benchmarks.experiments.devices import deal_device
 from benchmarks.experiments.exports import ENGINE, export_cached
 from benchmarks.experiments.grid import Cell, Context, Options, Stage
-from benchmarks.experiments.locks import locked
 from benchmarks.experiments.sources import load_data
+from benchmarks.experiments.states import KeptAs, keep_state
 from benchmarks.experiments.teachers import score_teacher, stock_outputs, train_to_the_end, transfer_set
 from edge_runtime.bundle import Bundle
-from edge_runtime.checkpoint import Checkpoint, save_checkpoint
+from edge_runtime.checkpoint import Checkpoint
 from edge_runtime.engines import open_engine
 from edge_runtime.evaluation import evaluate
 from edge_runtime.schedule import Schedule
@@ -35,9 +34,9 @@ def epochs_for(samples: int, base: Mapping[str, Any]) -> int:
 
 
 def student_cpu_minutes(samples: int, epochs: int | None = None) -> float:
-    """Minutes of one core of a full-width student's run: 65 ms a step, measured on two cores of an AMD EPYC."""
+    """Minutes of one core of a full-width student's run: 70 ms a step on one of two busy cores of an AMD EPYC."""
     steps = samples / 32 * 12 if epochs is None else samples / 32 * epochs
-    return (max(steps, LEAST_STEPS) * 0.065 + 2) / 60
+    return (max(steps, LEAST_STEPS) * 0.07 + 2) / 60
 
 
 def teacher_stage(experiment: str, options: Options) -> Stage:
@@ -46,7 +45,7 @@ def teacher_stage(experiment: str, options: Options) -> Stage:
     return lambda records: [Cell(experiment, {"stage": "teacher", **settings})]
 
 
-def make_run(settings: Mapping[str, Any], context: Context, keep_as: str | None = None) -> dict[str, Any]:
+def make_run(settings: Mapping[str, Any], context: Context, keep_as: KeptAs | None = None) -> dict[str, Any]:
     """One run, of the teacher where `stage` says so, else of a student."""
     if settings.get("stage") == "teacher":
         return score_teacher(settings, context)
@@ -80,11 +79,11 @@ def base_settings(options: Options) -> dict[str, Any]:
 
 
 def train_student(
-    settings: Mapping[str, Any], context: Context, keep_as: str | None = None
+    settings: Mapping[str, Any], context: Context, keep_as: KeptAs | None = None
 ) -> dict[str, Any]:
     """One run: a device's student trained as `settings` say; its accuracies `priv` and `uni` and how it was trained.
 
-    With `keep_as` and a folder for states, the final state is written there as KEEP_AS.safetensors.
+    With `keep_as` and a folder for states, the final state is written there.
     """
     splits = load_data(context.data)
     device = deal_device(splits, settings)
@@ -129,22 +128,9 @@ def train_student(
             "class_counts": np.bincount(dataset.labels, minlength=bundle.classes).tolist(),
         }
         if keep_as is not None and context.keep_states is not None:
-            keep_state(context.keep_states, keep_as, path, Checkpoint(
-                engine.state(), run.total_steps, run.total_steps, run.description()))  # fmt: skip
+            final = Checkpoint(engine.state(), run.total_steps, run.total_steps, run.description())
+            keep_state(context.keep_states, keep_as, path, final)
     return result
-
-
-def keep_state(folder: Path, name: str, bundle: Path, checkpoint: Checkpoint) -> None:
-    """Writes NAME.safetensors and beside it, once an architecture, the bundle that `edgestill evaluate` needs."""
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"{name.split('-seed')[0]}-bundle"
-    with locked(folder / ".lock"):
-        if not target.exists():
-            part = folder / f".{target.name}.part"
-            shutil.rmtree(part, ignore_errors=True)
-            shutil.copytree(bundle, part)
-            part.rename(target)
-    save_checkpoint(folder / f"{name}.safetensors", checkpoint)
 
 
 def export_student(settings: Mapping[str, Any], context: Context) -> Path:
