@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -66,6 +67,18 @@ def code_digest(root: Path = ROOT) -> str:
     return digest.hexdigest()
 
 
+def _factory_digest(student: str) -> str | None:
+    """SHA-256 of the file in which a student of one's own is written; None for a built-in one, or a file not found."""
+    module, _, _ = student.rpartition(":")
+    if not module:
+        return None
+    try:
+        path = module if module.endswith(".py") else importlib.util.find_spec(module).origin  # type: ignore[union-attr]
+        return hashlib.sha256(Path(str(path)).read_bytes()).hexdigest()
+    except (ImportError, AttributeError, OSError):
+        return None  # the exporter says what is wrong
+
+
 def prepare_bundle(
     request: BundleRequest, engines: Sequence[str], cache: Path, progress: Callable[[str], None]
 ) -> tuple[Path, dict[str, ExportFailed]]:
@@ -94,9 +107,8 @@ def prepare_bundle(
 def _cached_export(
     request: BundleRequest, engines: Sequence[str], cache: Path, progress: Callable[[str], None]
 ) -> Path:
-    key = hashlib.sha256(json.dumps([asdict(request), sorted(engines), code_digest()]).encode()).hexdigest()[
-        :16
-    ]
+    decides = [asdict(request), sorted(engines), code_digest(), _factory_digest(request.student)]
+    key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
     folder = cache / f"{request.student.replace(':', '-')}-batch{request.batch}-{key}"
     if (folder / "manifest.json").is_file():
         return folder

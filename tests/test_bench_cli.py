@@ -181,6 +181,22 @@ def test_bundles_are_exported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_a_student_of_ones_own_is_exported_again_when_its_file_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.bundles.run_export", FakeExporter(set()))
+    monkeypatch.chdir(tmp_path)
+    found = []
+    for text in ("a = 1", "a = 1", "a = 2"):
+        Path("mine.py").write_text(text)
+        found.append(
+            prepare_bundle(
+                BundleRequest("mine.py:net", 32), ["onnxruntime"], tmp_path / "cache", lambda line: None
+            )[0]
+        )
+    assert found[0] == found[1] != found[2]
+
+
 def test_an_engine_that_cannot_be_exported_leaves_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
