@@ -89,8 +89,8 @@ FULL = {
     "validation_samples": 2000, "test_samples": 200, "local_epochs": 1, "distil_epochs": 2,
 }  # fmt: skip
 QUICK = {
-    "devices": 4, "gamma": 0.5, "rounds": 3, "train_samples": 800, "transfer_samples": 320,
-    "validation_samples": 400, "test_samples": 100, "local_epochs": 1, "distil_epochs": 2,
+    "devices": 4, "gamma": 0.5, "rounds": 2, "train_samples": 400, "transfer_samples": 160,
+    "validation_samples": 200, "test_samples": 50, "local_epochs": 1, "distil_epochs": 2,
 }  # fmt: skip
 COMMON = {
     "students": MIXED, "latent_size": 128, "batch": 32, "optimizer": "adamw",
@@ -100,7 +100,7 @@ COMMON = {
 TUNING_ROUNDS, TUNING_SEED = 8, 1000
 SEEDS = {"methods": 3, "privacy": 2, "alignment": 2}
 QUICK_SEEDS = 1
-CPU_S_A_ROUND = {False: 7.5, True: 2.0}
+CPU_S_A_ROUND = {False: 7.5, True: 1.0}
 """Measured on one of two busy cores of an AMD EPYC."""
 CPU_S_AN_EXPORT = 6.0
 
