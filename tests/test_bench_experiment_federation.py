@@ -72,18 +72,26 @@ def test_cells_are_distinct_and_their_settings_make_sense(quick: bool) -> None:
         )
 
 
-def test_the_best_on_validation_images_is_chosen_and_what_diverged_is_not() -> None:
+def test_the_largest_t_uni_that_costs_no_t_priv_is_chosen_and_what_diverged_is_not() -> None:
     cells = federation.tuning_cells(Options())
 
     def result(settings: Any) -> dict[str, Any]:
-        diverged = settings["alpha"] == 0.97 and settings["arm"] == "latents"
-        return {"t_uni": 0.9 if diverged else settings["alpha"] / 10 + settings["learning_rate"],
-                "rounds_abandoned": int(diverged)}  # fmt: skip
+        if settings["arm"] == "local only":  # by the mean of both
+            return {"t_priv": 0.5, "t_uni": 0.3 + settings["learning_rate"]}
+        if settings["arm"] == "FedMD":  # all cost T_priv: the least
+            return {
+                "t_priv": 0.4 - settings["alpha"] / 10 - settings["learning_rate"],
+                "t_uni": settings["alpha"],
+            }
+        found = {"t_priv": 0.5 - (settings["alpha"] > 0.9) * 0.02, "t_uni": settings["alpha"]}
+        return found | {"rounds_abandoned": int(settings["arm"] == "latents" and settings["alpha"] == 0.9)}
 
     chosen = federation.choose(made_up(cells, result))
     assert set(chosen) == set(CANDIDATES)
-    assert chosen["latents"] == {"learning_rate": 2e-3, "alpha": 0.95}
-    assert chosen["local only"]["learning_rate"] == 2e-3
+    assert chosen["local only"]["learning_rate"] == 4e-3
+    assert chosen["FedMD"] == {"learning_rate": 1e-3, "alpha": 0.1}
+    assert chosen["latents, no labels"] == {"learning_rate": 1e-3, "alpha": 0.9}
+    assert chosen["latents"] == {"learning_rate": 1e-3, "alpha": 0.8}
 
 
 def test_differences_are_paired_by_seed() -> None:
