@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from benchmarks.experiments.devices import deal_device, divide
 from benchmarks.experiments.grid import Options
-from benchmarks.experiments.protocol import base_settings
+from benchmarks.experiments.protocol import base_settings, epochs_for
 from benchmarks.experiments.sources import find_sources, load_data
 from edge_runtime.data import Dataset, Splits
 from edge_runtime.errors import UsageError
@@ -165,3 +165,10 @@ def test_data_are_named_by_what_they_hold(tmp_path):
     assert names[0].data_name.startswith("sha256:") and names[0].transfer_name == "cifar100-transfer-mini"
     with pytest.raises(UsageError, match="holds no CIFAR-10"):
         find_sources(str(tmp_path), None)
+
+
+def test_few_images_get_as_many_epochs_as_make_enough_steps():
+    assert epochs_for(2000, Options()) == 12  # 63 steps each
+    assert epochs_for(500, Options()) == 25  # 16 steps each: 400
+    assert epochs_for(250, Options()) == 50
+    assert epochs_for(100, Options(quick=True)) == base_settings(Options(quick=True))["epochs"]

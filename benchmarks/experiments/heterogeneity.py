@@ -46,7 +46,7 @@ def stages(options: Options) -> list[Stage]:
         points += [{"ways": count, "samples": usual // count * count} for count in ways]
         return [
             Cell(NAME, {**point, "method": method, "seed": seed, "score_on": "test", **own, **base,
-                        "epochs": epochs_for(point["samples"], base)})
+                        "epochs": epochs_for(point["samples"], options)})
             for point in points
             for seed in seeds
             for method, own in METHODS.items()

@@ -71,7 +71,7 @@ def stages(options: Options) -> list[Stage]:
         return [
             Cell(NAME, {"stage": "student", "method": method, "seed": seed, "samples": samples, "gamma": 1.0,
                         "score_on": "test", **of_method[method], **base, "latent_size": size,
-                        "epochs": epochs_for(samples, base),
+                        "epochs": epochs_for(samples, options),
                         "teacher": teacher_of(size) if method == "lkd" else teacher})
             for size in sizes
             for seed in seeds

@@ -295,11 +295,18 @@ def _draw(canvas: Any, means: Mapping[str, Mapping[str, Mean]]) -> None:
         )
         for part, label in (("t_priv", "T_priv"), ("t_uni", "T_uni"))
     }
-    draw_bars(axes, METHODS, bars, "accuracy", "mean and 95 % interval; ◆ the source")
+    draw_bars(axes, METHODS, bars, "accuracy", "mean and 95 % interval; ◆ the source", inside=True)
     for index, method in enumerate(METHODS):
         for offset, value in zip((-0.2, 0.2), SOURCE.get(method, ()), strict=False):
             axes.plot(
-                index + offset, value, marker="D", color="black", markersize=4, linestyle="none", zorder=5
+                index + offset,
+                value,
+                marker="D",
+                color="black",
+                markeredgecolor="white",
+                markersize=6,
+                linestyle="none",
+                zorder=5,
             )
     axes.set_ylim(0, 1)
 

@@ -28,8 +28,11 @@ TEACHER_CPU_MINUTES = 32.0
 LEAST_STEPS = 400
 
 
-def epochs_for(samples: int, base: Mapping[str, Any]) -> int:
-    """The epochs of `base`, or as many as make LEAST_STEPS steps: few images would be left half learnt."""
+def epochs_for(samples: int, options: Options) -> int:
+    """The usual epochs, or in full as many as make LEAST_STEPS steps: few images would be left half learnt."""
+    base = base_settings(options)
+    if options.quick:
+        return base["epochs"]
     return max(base["epochs"], math.ceil(LEAST_STEPS / math.ceil(samples / base["batch"])))
 
 

@@ -37,7 +37,7 @@ def stages(options: Options) -> list[Stage]:
     base = {**base_settings(options), "transfer_fraction": 0.5}
     seeds = range(options.seeds or (2 if options.quick else SEEDS))
     samples, sizes = (128, (0, 128, 1000)) if options.quick else (SAMPLES, TRANSFER_SAMPLES)
-    epochs = epochs_for(samples, base)
+    epochs = epochs_for(samples, options)
     common = {**base, "samples": samples, "gamma": 1.0, "score_on": "test"}
 
     def cell(method: str, seed: int, own: Mapping[str, Any], size: int, kind: str = "sweep") -> Cell:
