@@ -1,0 +1,52 @@
+"""docs/results.md: every figure is what the committed records say, every experiment on it names its command."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from benchmarks.experiments import EXPERIMENTS
+from benchmarks.reproduce import COMMITTED
+from benchmarks.results_page import BLOCK, PAGE, fill
+
+PAGE_TEXT = PAGE.read_text(encoding="utf-8")
+SHOWN = [found["name"] for found in BLOCK.finditer(PAGE_TEXT)]
+
+pytestmark = pytest.mark.unit
+
+
+def test_the_page_is_what_the_records_say() -> None:
+    assert fill(PAGE_TEXT) == PAGE_TEXT, "run `make results` and commit the page"
+    assert SHOWN and set(SHOWN) <= EXPERIMENTS.keys()
+
+
+def test_every_experiment_is_on_the_page_or_named_as_not_measured() -> None:
+    waiting = PAGE_TEXT.partition("\n## Not measured in full yet\n")[2]
+    for name in EXPERIMENTS:
+        assert (name in SHOWN) != (f"`{name}`" in waiting), name
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_command_and_plots_that_exist_stand_beside_each_experiment(name: str) -> None:
+    section = PAGE_TEXT[: PAGE_TEXT.index(f"<!-- {name}:begin -->")].rpartition("\n## ")[2]
+    assert f"edgestill reproduce {name} --data DIR" in section
+    plots = re.findall(rf"\(\.\./(benchmarks/results/reproduce/{name}-[\w-]+\.png)\)", section)
+    assert plots and all((PAGE.parent.parent / plot).is_file() for plot in plots)
+
+
+def test_a_figure_that_was_changed_by_hand_is_replaced(tmp_path: Path) -> None:
+    name = SHOWN[0]
+    shutil.copy(COMMITTED / f"{name}.jsonl", tmp_path)
+    page = f"before 0.123\n<!-- {name}:begin -->\n0.999\n<!-- {name}:end -->\nafter\n"
+    filled = fill(page, tmp_path)
+    assert "0.999" not in filled and "| --- |" in filled
+    assert filled.startswith("before 0.123\n<!--") and filled.endswith("-->\nafter\n")
+    assert fill(filled, tmp_path) == filled
+
+
+def test_an_experiment_that_nobody_knows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no experiment is called alchemy"):
+        fill("<!-- alchemy:begin -->\n<!-- alchemy:end -->", tmp_path)
