@@ -159,6 +159,7 @@ def _draw_rounds(canvas: Any, methods: Mapping[str, Runs]) -> None:
     for axes, (test, label) in zip(canvas.subplots(1, 2), TESTS.items(), strict=True):
         lines = {arm: _line(methods[arm], f"t_{test}") for arm in SHOWN if arm in methods}
         draw_lines(axes, lines, "round", "accuracy", label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _draw_bytes(canvas: Any, methods: Mapping[str, Runs], title: str) -> None:
