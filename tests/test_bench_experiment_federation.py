@@ -89,7 +89,7 @@ def test_the_largest_t_uni_that_costs_no_t_priv_is_chosen_and_what_diverged_is_n
     chosen = federation.choose(made_up(cells, result))
     assert set(chosen) == set(CANDIDATES)
     assert chosen["local only"]["learning_rate"] == 4e-3
-    assert chosen["FedMD"] == {"learning_rate": 1e-3, "alpha": 0.1}
+    assert chosen["FedMD"] == {"learning_rate": 1e-3, "alpha": 0.01}
     assert chosen["latents, no labels"] == {"learning_rate": 1e-3, "alpha": 0.9}
     assert chosen["latents"] == {"learning_rate": 1e-3, "alpha": 0.8}
 

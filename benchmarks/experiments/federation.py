@@ -71,9 +71,9 @@ PARTS = {"methods": METHODS, "privacy": PRIVATE, "alignment": ALIGNED}
 
 RATES = ("learning_rate", "alpha")
 # α is larger for latents, whose squared error is a mean over l instead of K values.
-_OF_LABELS = ((1e-3, 0.5), (2e-3, 0.5), (5e-4, 0.5), (4e-3, 0.5), (3e-4, 0.5))
-_OF_LOGITS = ((1e-3, 0.5), (2e-3, 0.5), (2e-3, 0.7), (1e-3, 0.3), (1e-3, 0.1))
-_OF_LATENTS = ((1e-3, 0.95), (2e-3, 0.95), (2e-3, 0.97), (1e-3, 0.9), (1e-3, 0.8))
+_OF_LABELS = ((1e-3, 0.5), (2e-3, 0.5), (5e-4, 0.5), (4e-3, 0.5), (3e-4, 0.5), (1.5e-3, 0.5), (7e-4, 0.5))
+_OF_LOGITS = ((1e-3, 0.5), (2e-3, 0.5), (2e-3, 0.7), (1e-3, 0.3), (1e-3, 0.1), (1e-3, 0.03), (1e-3, 0.01))
+_OF_LATENTS = ((1e-3, 0.95), (2e-3, 0.95), (2e-3, 0.97), (1e-3, 0.9), (1e-3, 0.8), (1e-3, 0.6), (1e-3, 0.3))
 CANDIDATES: Mapping[str, tuple[Settings, Sequence[tuple[float, float]]]] = {
     "local only": (ALONE, _OF_LABELS),
     "FedAvg": ({**FEDAVG, **LONGER}, _OF_LABELS),
