@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -109,7 +110,8 @@ def _cached_export(
 ) -> Path:
     decides = [asdict(request), sorted(engines), code_digest(), _factory_digest(request.student)]
     key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
-    folder = cache / f"{request.student.replace(':', '-')}-batch{request.batch}-{key}"
+    named = re.sub(r"[^\w.-]+", "-", request.student)  # a student may be a file in another folder
+    folder = cache / f"{named}-batch{request.batch}-{key}"
     if (folder / "manifest.json").is_file():
         return folder
     progress(f"exporting {request.student}, batch {request.batch}, for {', '.join(engines)}")

@@ -187,13 +187,12 @@ def test_a_student_of_ones_own_is_exported_again_when_its_file_changes(
     monkeypatch.setattr("benchmarks.bundles.run_export", FakeExporter(set()))
     monkeypatch.chdir(tmp_path)
     found = []
+    Path("nets").mkdir()
     for text in ("a = 1", "a = 1", "a = 2"):
-        Path("mine.py").write_text(text)
-        found.append(
-            prepare_bundle(
-                BundleRequest("mine.py:net", 32), ["onnxruntime"], tmp_path / "cache", lambda line: None
-            )[0]
-        )
+        Path("nets/mine.py").write_text(text)
+        request = BundleRequest("nets/mine.py:net", 32)
+        found.append(prepare_bundle(request, ["onnxruntime"], tmp_path / "cache", lambda line: None)[0])
+    assert all(folder.parent == tmp_path / "cache" for folder in found)
     assert found[0] == found[1] != found[2]
 
 

@@ -1,4 +1,4 @@
-"""Data sources, batches, augmentation, schedule and partition."""
+"""Data sources and partition."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import os
 import pickle
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from edge_runtime.augmentation import augment
-from edge_runtime.batches import BatchPlan, TransferSet
 from edge_runtime.data import Dataset, dirichlet_partition, load_splits, load_transfer_images
 from edge_runtime.errors import DataError, EdgestillError, UsageError
 from edge_runtime.manifest import InputSpec
-from edge_runtime.schedule import Schedule, learning_rate
-from edge_runtime.teacher import TeacherOutputs
 
 CIFAR = InputSpec((3, 32, 32), "uint8", (0.5,) * 3, (0.25,) * 3)
 SMALL = InputSpec((3, 4, 5), "uint8", (0.5,) * 3, (0.25,) * 3)
@@ -263,102 +258,6 @@ def test_a_palette_image_is_scaled_by_its_colours(tmp_path: Path) -> None:
     assert not pixels[0, 0].any() and 0 < pixels[0, 2].mean() < 200
 
 
-def plan(count: int, batch: int = 8, **more: object) -> BatchPlan:
-    x = np.arange(count, dtype=np.uint8)[:, None, None, None] * np.ones((1, 3, 8, 8), np.uint8)
-    return BatchPlan(Dataset(x, np.arange(count), ()), batch, seed=3, **more)
-
-
-@given(st.integers(1, 40), st.integers(1, 12))
-@settings(max_examples=60, deadline=None)
-def test_an_epoch_sees_every_sample_and_fills_up_by_wrapping(count: int, batch: int) -> None:
-    batches = plan(count, batch)
-    for epoch in range(2):
-        first = epoch * batches.steps_per_epoch
-        seen = [batches.inputs(first + i)["labels"] for i in range(batches.steps_per_epoch)]
-        assert all(len(labels) == batch for labels in seen)
-        order = np.concatenate(seen)
-        assert sorted(order[:count]) == list(range(count))
-        np.testing.assert_array_equal(order, np.resize(order[:count], len(order)))
-
-
-def test_any_step_is_the_same_whenever_it_is_made() -> None:
-    forwards = [plan(30, augmentations=("flip", "crop")).inputs(step) for step in range(10)]
-    for step in reversed(range(10)):
-        again = plan(30, augmentations=("flip", "crop")).inputs(step)
-        for name, array in forwards[step].items():
-            np.testing.assert_array_equal(again[name], array)
-    orders = [np.concatenate([plan(30).inputs(4 * e + i)["labels"] for i in range(4)]) for e in (0, 1)]
-    assert orders[0].tolist() != orders[1].tolist()
-
-
-def test_a_mixed_batch_has_labels_for_private_samples_only() -> None:
-    count, others = 20, 5
-    rows = np.arange(count + others, dtype=np.float32)[:, None]
-    private, shared = (TeacherOutputs(r, 10 * r) for r in (rows[:count], rows[count:]))
-    transfer = TransferSet(np.full((others, 3, 8, 8), 200, np.uint8), shared)
-    mixed = plan(count, 8, teacher=private, transfer=transfer, transfer_count=3)
-    assert mixed.steps_per_epoch == 4
-    seen = []
-    for step in range(10):
-        inputs = mixed.inputs(step)
-        assert inputs["label_weights"].tolist() == [1] * 5 + [0] * 3
-        assert inputs["teacher_weights"].tolist() == [1] * 8
-        np.testing.assert_array_equal(inputs["teacher_latents"][:5, 0], inputs["labels"][:5])
-        np.testing.assert_array_equal(inputs["teacher_logits"], 10 * inputs["teacher_latents"])
-        assert (inputs["images"][5:] == 200).all() and (inputs["images"][:5] < 200).all()
-        seen += inputs["teacher_latents"][5:, 0].tolist()
-    for start in range(0, 30, others):  # the transfer set is passed through again and again
-        assert sorted(seen[start : start + others]) == [20, 21, 22, 23, 24]
-
-
-def test_augmentation_gives_flipped_and_shifted_versions() -> None:
-    batch = images(64, (3, 32, 32))
-    flipped = augment(batch, ("flip",), 0, 0, 0)
-    same = [np.array_equal(a, b) for a, b in zip(flipped, batch, strict=True)]
-    mirrored = [np.array_equal(a, b[:, :, ::-1]) for a, b in zip(flipped, batch, strict=True)]
-    assert all(a != b for a, b in zip(same, mirrored, strict=True)) and 16 < sum(same) < 48
-    cropped = augment(batch, ("crop",), 0, 0, 0)
-    shifts = set()
-    for before, after in zip(batch, cropped, strict=True):
-        padded = np.pad(before, ((0, 0), (4, 4), (4, 4)), mode="reflect")
-        found = [
-            (top, left)
-            for top in range(9)
-            for left in range(9)
-            if np.array_equal(after, padded[:, top : top + 32, left : left + 32])
-        ]
-        assert len(found) == 1
-        shifts.add(found[0])
-    assert {top for top, _ in shifts} == set(range(9)) and len(shifts) > 30
-    assert augment(batch, (), 0, 0, 0) is batch
-
-
-def test_augmentation_takes_well_under_a_millisecond() -> None:
-    batch, best_s = images(32, (3, 32, 32)), math.inf
-    for step in range(30):
-        started = time.perf_counter()
-        augment(batch, ("flip", "crop"), 0, 0, step)
-        best_s = min(best_s, time.perf_counter() - started)
-    assert best_s < 1e-3
-
-
-def test_schedules() -> None:
-    def rates(schedule: Schedule, total: int = 100) -> list[float]:
-        return [learning_rate(step, total, 2.0, schedule) for step in range(total)]
-
-    assert set(rates(Schedule())) == {2.0}
-    cosine = rates(Schedule("cosine"))
-    np.testing.assert_allclose(cosine, 1 + np.cos(np.pi * np.arange(100) / 100))
-    steps = rates(Schedule("step"))
-    assert steps[:50] == [2.0] * 50 and steps[50:75] == pytest.approx([0.2] * 25)
-    assert steps[75:] == pytest.approx([0.02] * 25)
-    warm = rates(Schedule("cosine", warmup_steps=4))
-    assert warm[:5] == [0.5, 1.0, 1.5, 2.0, 2.0] and warm[5] < 2.0
-    assert rates(Schedule(warmup_steps=200))[-1] == 1.0
-    with pytest.raises(UsageError, match="no schedule"):
-        Schedule("sawtooth")
-
-
 @given(st.integers(1, 12), st.sampled_from([0.05, 0.25, 1.0, 5000.0]), st.integers(0, 5))
 @settings(max_examples=40, deadline=None)
 def test_a_partition_deals_out_every_sample_once(devices: int, gamma: float, seed: int) -> None:
@@ -388,7 +287,7 @@ def test_a_partition_of_nonsense_is_refused() -> None:
 
 
 def test_a_limited_dataset_is_a_seeded_subset() -> None:
-    whole = plan(30).dataset
+    whole = Dataset(images(30), np.arange(30), ())
     some = whole.take(10, seed=1)
     assert len(some) == 10 and len(set(some.labels.tolist())) == 10
     np.testing.assert_array_equal(some.images[:, 0, 0, 0], some.labels)

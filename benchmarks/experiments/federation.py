@@ -200,7 +200,9 @@ def run_cell(settings: Settings, context: Context) -> dict[str, Any]:
 
 
 def report(records: Sequence[Mapping[str, Any]]) -> Report:
-    return make_report(records, {part: tuple(arms) for part, arms in PARTS.items()}, TITLE)
+    tuned = any(record["settings"]["part"] == "tuning" for record in records)
+    arms = {part: tuple(arms) for part, arms in PARTS.items()}
+    return make_report(records, arms, choose(records) if tuned else {}, TITLE)
 
 
 def _cell(options: Options, size: Settings, how: Settings, part: str, arm: str, seed: int) -> Cell:

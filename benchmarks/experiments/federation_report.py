@@ -12,7 +12,7 @@ from benchmarks.experiments.report import Report
 from benchmarks.experiments.series import PARTS as TESTS
 from benchmarks.experiments.series import compare
 from benchmarks.experiments.statistics import Mean, mean_with_interval
-from benchmarks.experiments.tables import Table
+from benchmarks.experiments.tables import Table, goals_table
 
 GOALS = (
     ("latents fp32", "local only", "uni", 5.0),
@@ -49,9 +49,13 @@ Runs = Mapping[int, Mapping[str, Any]]
 
 
 def make_report(
-    records: Sequence[Mapping[str, Any]], arms: Mapping[str, Sequence[str]], title: str
+    records: Sequence[Mapping[str, Any]],
+    arms: Mapping[str, Sequence[str]],
+    chosen: Mapping[str, Mapping[str, float]],
+    title: str,
 ) -> Report:
-    """Tables and figures of the parts, and the means that others script against; `arms` orders those of each part."""
+    """Tables and figures of the parts, and the means that others script against; `arms` orders those of each part,
+    `chosen` are the settings that tuning took, by method."""
     parts = {part: _by_arm(records, part, names) for part, names in arms.items()}
     methods, private = parts["methods"], parts["privacy"]
     tables = [_table(TITLES[part], found) for part, found in parts.items() if found]
@@ -70,7 +74,7 @@ def make_report(
         for found in parts.values()
         for arm, runs in found.items()
     }
-    return Report([*tables, _tuning_table(records)], figures, summary)
+    return Report([*tables, _tuning_table(records, chosen)], figures, summary)
 
 
 def _by_arm(records: Iterable[Mapping[str, Any]], part: str, names: Sequence[str]) -> dict[str, Runs]:
@@ -115,22 +119,22 @@ def _table(title: str, found: Mapping[str, Runs]) -> Table:
 
 def _goals(methods: Mapping[str, Runs]) -> Table:
     """What the exchange of latents was meant to reach, beside what came out; of means over seeds."""
-    rows = []
+    goals = []
     for first, second, test, points in GOALS:
         if first in methods and second in methods:
             lead = 100 * (_mean(methods[first], test).mean - _mean(methods[second], test).mean)
-            rows.append([f"{first} above {second} by {points:g} points on {TESTS[test]}", f"{lead:+.1f}",
-                         "yes" if lead >= points else "no"])  # fmt: skip
+            goal = f"{first} above {second} by {points:g} points on {TESTS[test]}"
+            goals.append((goal, f"{lead:+.1f}", lead >= points))
     if {"latents int8", "latents fp32"} <= methods.keys():
-        up = [
+        int8, fp32 = (
             fmean(
                 run["result"]["bytes_up_per_device_round"] for run in methods[f"latents {precision}"].values()
             )
             for precision in ("int8", "fp32")
-        ]
-        rows.append(["latents int8 in a quarter of the bytes of fp32", f"{up[0] / up[1]:.3f}",
-                     "yes" if up[0] / up[1] <= QUARTER else "no"])  # fmt: skip
-    return Table("What latents were meant to reach", ("goal", "came out", "reached"), rows)
+        )
+        share = int8 / fp32
+        goals.append(("latents int8 in a quarter of the bytes of fp32", f"{share:.3f}", share <= QUARTER))
+    return goals_table("What latents were meant to reach", goals)
 
 
 def _differences(methods: Mapping[str, Runs]) -> Table:
@@ -144,14 +148,17 @@ def _differences(methods: Mapping[str, Runs]) -> Table:
     )
 
 
-def _tuning_table(records: Iterable[Mapping[str, Any]]) -> Table:
-    rows = [
-        [r["settings"]["arm"], *(f"{r['settings'][name]:g}" for name in TUNED),
-         *(r["result"][f"t_{test}"] for test in TESTS), r["result"]["rounds_abandoned"]]
-        for r in records
-        if r["settings"]["part"] == "tuning"
-    ]  # fmt: skip
-    columns = ("method", "learning rate", "alpha", "V_priv", "V_uni", "diverged rounds")
+def _tuning_table(records: Iterable[Mapping[str, Any]], chosen: Mapping[str, Mapping[str, float]]) -> Table:
+    rows = []
+    for record in records:
+        settings, result = record["settings"], record["result"]
+        if settings["part"] == "tuning":
+            rates = {name: settings[name] for name in TUNED}
+            rows.append([settings["arm"], *(f"{rate:g}" for rate in rates.values()),
+                         *(result[f"t_{test}"] for test in TESTS), result["rounds_abandoned"],
+                         "chosen" if rates == chosen.get(settings["arm"]) else ""])  # fmt: skip
+    rows.sort(key=lambda row: list(chosen).index(row[0]))
+    columns = ("method", "learning rate", "alpha", "V_priv", "V_uni", "diverged rounds", "")
     return Table("Tuning on validation images", columns, rows)
 
 

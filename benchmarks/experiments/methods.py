@@ -26,7 +26,7 @@ from benchmarks.experiments.report import Report
 from benchmarks.experiments.series import PARTS, compare
 from benchmarks.experiments.states import KeptAs, is_kept
 from benchmarks.experiments.statistics import Mean, mean_with_interval
-from benchmarks.experiments.tables import Table
+from benchmarks.experiments.tables import Table, goals_table
 
 NAME = "methods"
 TITLE = "Methods: ce, kd, crd, lpd, lkd and their best mixture"
@@ -224,22 +224,20 @@ def _accuracies(means: Mapping[str, Mapping[str, Mean]]) -> Table:
 def _goals(means: Mapping[str, Mapping[str, Mean]]) -> Table:
     """The source's order and margins, and its best figures, beside what came out; of means over seeds."""
     mean = {method: {part: found.mean for part, found in parts.items()} for method, parts in means.items()}
-    rows: list[list[str]] = []
-
-    def add(goal: str, figure: str, reached: bool) -> None:
-        rows.append([goal, figure, "yes" if reached else "no"])
-
+    goals = []
     for first, second, part, points in MARGINS:
         lead = 100 * (mean[first][part] - mean[second][part])
         label = PARTS[part.removeprefix("t_")]
-        add(f"{first} above {second} by {points:g} points on {label}", f"{lead:+.1f}", lead >= points)
-    lowest = {part: min(METHODS, key=lambda method: mean[method][part]) for part in BEYOND}
-    add("lpd last on T_priv and T_uni", " and ".join(lowest.values()), set(lowest.values()) == {"lpd"})
+        goals.append(
+            (f"{first} above {second} by {points:g} points on {label}", f"{lead:+.1f}", lead >= points)
+        )
+    lowest = [min(METHODS, key=lambda method, part=part: mean[method][part]) for part in BEYOND]
+    goals.append(("lpd last on T_priv and T_uni", " and ".join(lowest), set(lowest) == {"lpd"}))
     reached = [mean["best"][part] for part in BEYOND]
-    add("best above " + " / ".join(f"{value:.3f}" for value in BEYOND.values()),
-        " / ".join(f"{value:.3f}" for value in reached),
-        all(value > wanted for value, wanted in zip(reached, BEYOND.values(), strict=True)))  # fmt: skip
-    return Table("The source's order and margins, and beyond", ("goal", "came out", "reached"), rows)
+    goals.append(("best above " + " / ".join(f"{value:.3f}" for value in BEYOND.values()),
+                  " / ".join(f"{value:.3f}" for value in reached),
+                  all(value > wanted for value, wanted in zip(reached, BEYOND.values(), strict=True))))  # fmt: skip
+    return goals_table("The source's order and margins, and beyond", goals)
 
 
 def _tests(results: Mapping[str, Mapping[int, Mapping[str, float]]], first: str) -> Table:

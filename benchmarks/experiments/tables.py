@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -20,6 +20,12 @@ class Table:
         for row in self.rows:
             if len(row) != len(self.columns):
                 raise ValueError(f"{self.title}: a row of {len(row)} under {len(self.columns)} columns")
+
+
+def goals_table(title: str, goals: Iterable[tuple[str, str, bool]]) -> Table:
+    """What was meant to be reached, what came out, and whether it was."""
+    rows = [[goal, figure, "yes" if reached else "no"] for goal, figure, reached in goals]
+    return Table(title, ("goal", "came out", "reached"), rows)
 
 
 def to_markdown(table: Table) -> str:
