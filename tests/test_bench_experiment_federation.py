@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.experiments import federation, poisoning
+from benchmarks.experiments import common_head, federation, poisoning
 from benchmarks.experiments.federation import CANDIDATES, RATES
 from benchmarks.experiments.grid import Cell, Context, Options
-from benchmarks.experiments.simulated import take_apart
+from benchmarks.experiments.simulated import WIDTH_DIVISOR, take_apart
 from benchmarks.simulation.settings import SimulationSettings
+from benchmarks.simulation.students import narrow
 from edge_runtime.data import Dataset, Splits
-from edge_runtime.errors import DataError
+from edge_runtime.errors import DataError, EdgestillError
 
 CHOSEN = {of: dict(zip(RATES, grid[0], strict=True)) for of, (_, grid) in CANDIDATES.items()}
 SMALL = {"train_samples": 128, "transfer_samples": 32, "validation_samples": 64, "test_samples": 32, "rounds": 2,
@@ -31,7 +32,7 @@ def made_up(cells: Sequence[Cell], result: Any) -> list[dict[str, Any]]:
         for number in (1, 2)
     ]
     return [
-        {"settings": json.loads(json.dumps(cell.settings)),
+        {"key": cell.key, "settings": json.loads(json.dumps(cell.settings)),
          "result": {"t_priv": 0.5, "t_uni": 0.3, "global_t_uni": None, "rounds_abandoned": 0, "rounds": rounds,
                     "bytes_up_per_device_round": 10, **result(cell.settings)}}
         for cell in cells
@@ -63,8 +64,8 @@ def test_cells_are_distinct_and_their_settings_make_sense(quick: bool) -> None:
         for cell in cells:
             json.dumps(cell.settings)
     assert len({len(grid) for _, grid in CANDIDATES.values()}) == 1  # the same budget for every method
-    # no seed chooses and is reported, nor the one that was seen before the choice was final
-    assert not {0, *(cell.settings["seed"] for cell in tuning)} & {cell.settings["seed"] for cell in final}
+    # no seed chooses and is reported, nor one that was seen before all was settled
+    assert not {0, 1, *(cell.settings["seed"] for cell in tuning)} & {cell.settings["seed"] for cell in final}
     for cell in final:
         assert (
             cell.settings["objective"] == "ce"
@@ -72,31 +73,42 @@ def test_cells_are_distinct_and_their_settings_make_sense(quick: bool) -> None:
         )
 
 
-def test_the_largest_t_uni_that_costs_no_t_priv_is_chosen_and_what_diverged_is_not() -> None:
-    cells = federation.tuning_cells(Options())
-
+def test_the_largest_mean_of_both_is_chosen_and_what_diverged_is_not() -> None:
     def result(settings: Any) -> dict[str, Any]:
-        if settings["arm"] == "local only":  # by the mean of both
-            return {"t_priv": 0.5, "t_uni": 0.3 + settings["learning_rate"]}
-        if settings["arm"] == "FedMD":  # all cost T_priv: the least
-            return {
-                "t_priv": 0.4 - settings["alpha"] / 10 - settings["learning_rate"],
-                "t_uni": settings["alpha"],
-            }
-        found = {"t_priv": 0.5 - (settings["alpha"] > 0.9) * 0.02, "t_uni": settings["alpha"]}
-        return found | {"rounds_abandoned": int(settings["arm"] == "latents" and settings["alpha"] == 0.9)}
+        found = {
+            "t_priv": 0.4 + settings["alpha"] / 5,
+            "t_uni": 0.3 - settings["alpha"] / 10 - settings["learning_rate"],
+        }
+        return found | {"rounds_abandoned": int(settings["arm"] == "latents" and settings["alpha"] == 0.97)}
 
-    chosen = federation.choose(made_up(cells, result))
+    chosen = federation.choose(made_up(federation.tuning_cells(Options()), result))
     assert set(chosen) == set(CANDIDATES)
-    assert chosen["local only"]["learning_rate"] == 4e-3
-    assert chosen["FedMD"] == {"learning_rate": 1e-3, "alpha": 0.01}
-    assert chosen["latents, no labels"] == {"learning_rate": 1e-3, "alpha": 0.9}
-    assert chosen["latents"] == {"learning_rate": 1e-3, "alpha": 0.8}
+    assert chosen["local only"]["learning_rate"] == 3e-4
+    assert chosen["FedMD"] == {"learning_rate": 2e-3, "alpha": 0.7}
+    assert chosen["latents, no labels"] == {"learning_rate": 2e-3, "alpha": 0.97}
+    assert chosen["latents"] == {"learning_rate": 1e-3, "alpha": 0.95}
+
+
+def test_students_are_as_wide_with_a_common_head_as_with_one_of_their_own() -> None:
+    for student, widths in common_head.WIDTHS.items():
+        assert narrow(student, WIDTH_DIVISOR) == ("--widths", ",".join(map(str, widths)))
+
+
+def test_runs_of_other_settings_are_not_mixed_into_a_report() -> None:
+    cells = federation.final_cells(Options(), CHOSEN)
+    older = federation.final_cells(
+        Options(seeds=1), {**CHOSEN, "FedMD": {"learning_rate": 1e-3, "alpha": 0.1}}
+    )
+    records = made_up([*cells, *(cell for cell in older if cell not in cells)], lambda s: {})
+    with pytest.raises(
+        EdgestillError, match="two runs of part methods, arm FedMD, seed 2 with other settings"
+    ):
+        federation.report(records)
 
 
 def test_differences_are_paired_by_seed() -> None:
     random = np.random.default_rng(0)
-    seeds = range(1, 4)
+    seeds = range(2, 5)
     drawn = {(arm, seed): float(random.uniform(0.2, 0.6)) for arm in federation.METHODS for seed in seeds}
     records = made_up(
         federation.final_cells(Options(), CHOSEN),

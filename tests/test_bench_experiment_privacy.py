@@ -143,7 +143,7 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
 @pytest.fixture(scope="module")
 def records(context: Context) -> dict[str, dict[str, Any]]:
     made = {}
-    for name in ("none", "clip", "noise 1"):
+    for name in ("none", "int8", "clip", "noise 1"):
         settings = {**privacy.COMMON, **TINY, **privacy.PROTECTIONS[name], "protection": name}
         if settings["clip"] is not None:
             settings["clip"] = 0.05  # shorter than any row of a student trained as little as this
@@ -155,8 +155,8 @@ def records(context: Context) -> dict[str, dict[str, Any]]:
 def test_cells_release_what_their_protection_says(
     records: dict[str, dict[str, Any]], context: Context
 ) -> None:
-    plain, clipped, noised = (records[name]["result"] for name in ("none", "clip", "noise 1"))
-    assert plain["relative_error"] == clipped["relative_error"] == 0.0
+    plain, rounded, noised = (records[name]["result"] for name in ("none", "int8", "noise 1"))
+    assert 0 < rounded["relative_error"] < 0.05
     # 96 rows that are no longer than 0.05, with noise of 2 · clip · sqrt(96) on each of their 16 values
     assert noised["relative_error"] == pytest.approx(2 * math.sqrt(96 * 16), rel=0.1)
     assert noised["epsilon"] == pytest.approx(noise.epsilon(1.0, 1, 1e-5)) and plain["epsilon"] is None
@@ -164,6 +164,23 @@ def test_cells_release_what_their_protection_says(
     assert plain["attacks"]["mean_image"]["private"]["gain_db"] == 0.0
     assert plain["attacks"]["decoder"] != noised["attacks"]["decoder"]
     assert len(list(context.cache.glob("privacy-*.safetensors"))) == 1  # one student for all
+
+
+@pytest.mark.contract
+def test_a_clipped_cell_releases_the_rows_shortened(
+    records: dict[str, dict[str, Any]], context: Context
+) -> None:
+    plain, clipped = records["none"]["settings"], records["clip"]["settings"]
+    with privacy.open_victim(clipped, context) as victim:
+        images = victim.private.images
+        rows, long_rows = (privacy.release(s, victim, images, len(images), 0)[0] for s in (clipped, plain))
+    lengths = np.linalg.norm(long_rows, axis=1, keepdims=True)
+    assert lengths.min() > 0.05
+    assert np.linalg.norm(rows, axis=1).max() <= 0.05 * (1 + 1e-6)
+    assert not np.isclose(rows, long_rows).all(axis=1).any()
+    assert rows == pytest.approx(long_rows * (0.05 / lengths), rel=1e-5, abs=1e-8)
+    decoded = [records[name]["result"]["attacks"]["decoder"] for name in ("none", "clip")]
+    assert decoded[0] != decoded[1]  # the attacks get the shortened rows, too
 
 
 @pytest.mark.contract
@@ -205,7 +222,7 @@ def test_the_report_shows_what_was_recorded(records: dict[str, dict[str, Any]], 
     stored = json.loads(json.dumps(list(reversed(records.values()))))
     report = privacy.report(stored)
     gains = report.tables[1]
-    assert [row[1] for row in gains.rows] == ["none", "clip", "noise 1"]
+    assert [row[1] for row in gains.rows] == ["none", "int8", "clip", "noise 1"]
     shown = records["none"]["result"]["attacks"]["decoder"]["private"]["gain_db"]
     assert gains.rows[0][list(gains.columns).index("decoder, private")] == f"{shown:.2f}"
     found = report.summary["latents"]["noise 1"]

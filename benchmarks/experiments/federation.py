@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.experiments.federation_report import make_report
 from benchmarks.experiments.grid import Cell, Context, Options, Stage
-from benchmarks.experiments.report import Report
+from benchmarks.experiments.report import Report, require_one_each
 from benchmarks.experiments.simulated import Bundles, run_federation
 from edge_runtime.privacy import epsilon
 
@@ -71,9 +71,9 @@ PARTS = {"methods": METHODS, "privacy": PRIVATE, "alignment": ALIGNED}
 
 RATES = ("learning_rate", "alpha")
 # α is larger for latents, whose squared error is a mean over l instead of K values.
-_OF_LABELS = ((1e-3, 0.5), (2e-3, 0.5), (5e-4, 0.5), (4e-3, 0.5), (3e-4, 0.5), (1.5e-3, 0.5), (7e-4, 0.5))
-_OF_LOGITS = ((1e-3, 0.5), (2e-3, 0.5), (2e-3, 0.7), (1e-3, 0.3), (1e-3, 0.1), (1e-3, 0.03), (1e-3, 0.01))
-_OF_LATENTS = ((1e-3, 0.95), (2e-3, 0.95), (2e-3, 0.97), (1e-3, 0.9), (1e-3, 0.8), (1e-3, 0.6), (1e-3, 0.3))
+_OF_LABELS = ((1e-3, 0.5), (2e-3, 0.5), (5e-4, 0.5), (4e-3, 0.5), (3e-4, 0.5))
+_OF_LOGITS = ((1e-3, 0.5), (2e-3, 0.5), (2e-3, 0.7), (1e-3, 0.3), (1e-3, 0.1))
+_OF_LATENTS = ((1e-3, 0.95), (2e-3, 0.95), (2e-3, 0.97), (1e-3, 0.9), (1e-3, 0.8))
 CANDIDATES: Mapping[str, tuple[Settings, Sequence[tuple[float, float]]]] = {
     "local only": (ALONE, _OF_LABELS),
     "FedAvg": ({**FEDAVG, **LONGER}, _OF_LABELS),
@@ -84,8 +84,6 @@ CANDIDATES: Mapping[str, tuple[Settings, Sequence[tuple[float, float]]]] = {
     "both": (BOTH, _OF_LOGITS),
 }
 """What tuning tries, by the name in `tuned`: as many for every method."""
-SLACK = 0.01
-"""How much T_priv on validation images may lie below a device's alone: about what chance does to it."""
 FULL = {
     "devices": 10, "gamma": 0.5, "rounds": 20, "train_samples": 3000, "transfer_samples": 1000,
     "validation_samples": 2000, "test_samples": 200, "local_epochs": 1, "distil_epochs": 2,
@@ -95,14 +93,14 @@ QUICK = {
     "validation_samples": 200, "test_samples": 50, "local_epochs": 1, "distil_epochs": 2,
 }  # fmt: skip
 COMMON = {
-    "students": MIXED, "latent_size": 128, "batch": 32, "optimizer": "adamw",
+    "students": MIXED, "latent_size": 128, "batch": 32, "optimizer": "adamw", "augment": "flip",
     "distil_learning_rate": 2e-3, "precision": "fp16", "head": "own", "initial": "common", "transfer_labels": False,
     "local_only": False,
 }  # fmt: skip
 TUNING_ROUNDS, TUNING_SEED = 8, 1000
 SEEDS = {"methods": 3, "privacy": 2, "alignment": 2}
-FIRST_SEED = 1
-"""Seed 0 was looked at on test images before the rule of choice was final: docs/experiments.md."""
+FIRST_SEED = 2
+"""Runs of seeds 0 and 1 were seen on test images before all was settled: docs/experiments.md."""
 QUICK_SEEDS = 1
 CPU_S_A_ROUND = {False: 7.5, True: 1.0}
 """Measured on one of two busy cores of an AMD EPYC."""
@@ -125,29 +123,19 @@ def tuning_cells(options: Options) -> list[Cell]:
 
 
 def choose(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """The rates of every method by validation: of those that cost no T_priv, the ones with the largest T_uni.
-
-    They cost none where T_priv is at most SLACK below that of the best device alone; where all do, the largest T_priv
-    decides, and of a device alone the mean of both. Rates with which step 5 diverges come last.
-    """
+    """The rates of every method by validation: the largest mean of T_priv and T_uni, as in experiment `methods`; the
+    first of equals. Rates with which step 5 diverges come last."""
     tried: dict[str, list[tuple[Settings, Settings]]] = {}
     for record in records:
         if record["settings"]["part"] == "tuning":
             tried.setdefault(record["settings"]["arm"], []).append((record["settings"], record["result"]))
 
-    def by_mean(pair: tuple[Settings, Settings]) -> float:
-        return (pair[1]["t_priv"] + pair[1]["t_uni"]) / 2
-
-    alone = max(tried["local only"], key=by_mean)
-    least = alone[1]["t_priv"] - SLACK
-
-    def rank(pair: tuple[Settings, Settings]) -> tuple[int, bool, float]:
+    def rank(pair: tuple[Settings, Settings]) -> tuple[int, float]:
         result = pair[1]
-        free = result["t_priv"] >= least
-        return -result["rounds_abandoned"], free, result["t_uni"] if free else result["t_priv"]
+        return -result["rounds_abandoned"], (result["t_priv"] + result["t_uni"]) / 2
 
-    best = {arm: alone if arm == "local only" else max(pairs, key=rank) for arm, pairs in tried.items()}
-    return {arm: {name: settings[name] for name in RATES} for arm, (settings, _) in best.items()}
+    best = {arm: max(pairs, key=rank)[0] for arm, pairs in tried.items()}
+    return {arm: {name: settings[name] for name in RATES} for arm, settings in best.items()}
 
 
 def final_cells(options: Options, chosen: Mapping[str, Mapping[str, float]]) -> list[Cell]:
@@ -200,9 +188,10 @@ def run_cell(settings: Settings, context: Context) -> dict[str, Any]:
 
 
 def report(records: Sequence[Mapping[str, Any]]) -> Report:
-    tuned = any(record["settings"]["part"] == "tuning" for record in records)
+    final = [record for record in records if record["settings"]["part"] != "tuning"]
+    require_one_each(final, ("part", "arm", "seed"))
     arms = {part: tuple(arms) for part, arms in PARTS.items()}
-    return make_report(records, arms, choose(records) if tuned else {}, TITLE)
+    return make_report(records, arms, choose(records) if len(final) < len(records) else {}, TITLE)
 
 
 def _cell(options: Options, size: Settings, how: Settings, part: str, arm: str, seed: int) -> Cell:

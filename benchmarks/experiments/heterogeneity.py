@@ -15,7 +15,7 @@ from benchmarks.experiments.protocol import (
     student_cpu_minutes,
     teacher_stage,
 )
-from benchmarks.experiments.report import Report
+from benchmarks.experiments.report import Report, require_one_each
 from benchmarks.experiments.series import collect, draw_series, having, summarise, table_of
 from benchmarks.experiments.sources import CLASSES
 
@@ -69,6 +69,7 @@ def estimate_cpu_minutes(options: Options) -> float:
 
 def report(records: Sequence[Mapping[str, Any]]) -> Report:
     """Accuracy against γ, classes and samples, and what the devices' class distributions were."""
+    require_one_each(records, ("gamma", "ways", "samples", "method", "seed"))
     sweeps = {
         "gamma": ("γ", "Accuracy against the concentration γ of the class distribution"),
         "samples": ("samples", "Accuracy against the number of private samples, γ = 1"),

@@ -16,7 +16,7 @@ from benchmarks.experiments.protocol import (
     student_cpu_minutes,
     teacher_stage,
 )
-from benchmarks.experiments.report import Report
+from benchmarks.experiments.report import Report, require_one_each
 from benchmarks.experiments.series import collect, draw_series, having, summarise, table_of
 from benchmarks.experiments.tables import Table
 
@@ -95,7 +95,9 @@ def estimate_cpu_minutes(options: Options) -> float:
 
 def report(records: Sequence[Mapping[str, Any]]) -> Report:
     """Accuracy of students and teachers against the latent size."""
-    series = collect(having(records, stage="student"), "latent_size")
+    students = having(records, stage="student")
+    require_one_each(students, ("latent_size", "method", "seed"))
+    series = collect(students, "latent_size")
     teachers = having(records, stage="teacher")
     rows = [
         [r["settings"]["teacher"]["latent_size"],

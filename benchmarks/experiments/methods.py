@@ -22,8 +22,8 @@ from benchmarks.experiments.protocol import (
     student_cpu_minutes,
     teacher_stage,
 )
-from benchmarks.experiments.report import Report
-from benchmarks.experiments.series import PARTS, compare
+from benchmarks.experiments.report import Report, require_one_each
+from benchmarks.experiments.series import PARTS, compare, having
 from benchmarks.experiments.states import KeptAs, is_kept
 from benchmarks.experiments.statistics import Mean, mean_with_interval
 from benchmarks.experiments.tables import Table, goals_table
@@ -47,11 +47,16 @@ QUICK_DEVICES = ({"samples": 200, "gamma": 1.0}, {"samples": 300, "gamma": 1.0})
 FINAL_SEEDS, TUNING_SEEDS, DEVICE_SEEDS = 6, 2, 3
 TUNING_SEED, DEVICE_SEED = 1000, 2000
 """Where the seeds of the earlier stages start; final seeds count from 0."""
-SHARES = {"kd": (0.5, 0.7, 0.9, 0.95, 0.98), "lkd": (0.5, 0.7, 0.9, 0.95, 0.98),
-          "crd": (0.1, 0.2, 0.45, 0.65, 0.8), "lpd": (0.05, 0.1, 0.3, 0.5, 0.9)}  # fmt: skip
+SHARES = {
+    "lkd": (0.5, 0.7, 0.9, 0.95, 0.98),
+    "crd": (0.1, 0.2, 0.45, 0.65, 0.8),
+    "lpd": (0.05, 0.1, 0.3, 0.5, 0.9),
+}
 """Of the distillation term; the authors of crd have 0.8 of it beside the cross-entropy, an α of 0.444."""
+LOGITS = (("mse", 0.9), ("mse", 0.95), ("mse", 0.98), ("kl", 0.9), ("kl", 0.98))
+"""Loss of the logits and α that `kd` chooses from: both losses that `best` has."""
 MIXTURES = (("mse", 0.9, None), ("kl", 0.9, None), ("kl", 0.98, None), ("mse", 0.98, 0.5), ("kl", 0.98, 0.5))
-"""Loss of the logits, α at the start and, where it is not the same, at the end: as many as the others' shares."""
+"""Loss of the logits, α at the start and, where it is not the same, at the end: as many as the others' candidates."""
 OWN = ("objective", "export_options", "hyperparameters", "alpha_end")
 """The settings in which a method's candidates differ."""
 CRD_NEGATIVES_PER_IMAGE = 16384 / 50000
@@ -68,6 +73,12 @@ def candidates(method: str, samples: int) -> list[dict[str, Any]]:
              "hyperparameters": {"alpha": alpha, "logit_share": 0.5},
              **({} if end is None else {"alpha_end": end})}
             for loss, alpha, end in MIXTURES
+        ]  # fmt: skip
+    if method == "kd":
+        return [
+            {"objective": "kd", "hyperparameters": {"alpha": alpha},
+             **({} if loss == "mse" else {"export_options": ["--kd-loss", loss]})}
+            for loss, alpha in LOGITS
         ]  # fmt: skip
     options: dict[str, Any] = {}
     if method == "crd":
@@ -152,7 +163,7 @@ def choose_device(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _devices(records: Sequence[Mapping[str, Any]]) -> list[tuple[dict[str, Any], float, float]]:
     """Every device that was tried, with mean V_priv and V_uni of cross-entropy alone."""
     found: dict[tuple[int, float], list[Mapping[str, Any]]] = {}
-    for record in _of_stage(records, "device"):
+    for record in having(records, stage="device"):
         settings = record["settings"]
         found.setdefault((settings["samples"], settings["gamma"]), []).append(record["result"])
     return [
@@ -172,7 +183,7 @@ def choose_settings(records: Sequence[Mapping[str, Any]], method: str) -> dict[s
 def _tried(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, dict[str, Any], float, float]]:
     """Method, own settings and mean V_priv and V_uni of every candidate in the records."""
     found: dict[str, list[Mapping[str, Any]]] = {}
-    for record in _of_stage(records, "tuning"):
+    for record in having(records, stage="tuning"):
         found.setdefault(json.dumps([record["settings"]["method"], own_settings(record)]), []).append(
             record["result"]
         )
@@ -189,7 +200,8 @@ def own_settings(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def report(records: Sequence[Mapping[str, Any]]) -> Report:
     """Accuracies with 95 % intervals beside the source's, paired tests, and what validation chose."""
-    final = _of_stage(records, "final")
+    final = having(records, stage="final")
+    require_one_each(final, ("method", "seed"))
     results = {
         method: {r["settings"]["seed"]: r["result"] for r in final if r["settings"]["method"] == method}
         for method in METHODS
@@ -255,7 +267,7 @@ def _device_table(records: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _tuning(records: Sequence[Mapping[str, Any]]) -> Table:
-    chosen = {record["settings"]["method"]: own_settings(record) for record in _of_stage(records, "final")}
+    chosen = {record["settings"]["method"]: own_settings(record) for record in having(records, stage="final")}
     rows = [
         [method, describe(own), priv, uni, "chosen" if own == chosen.get(method) else ""]
         for method, own, priv, uni in _tried(records)
@@ -275,7 +287,7 @@ def describe(own: Mapping[str, Any]) -> str:
 
 
 def _notes(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    teacher = _of_stage(records, "teacher")[0]["result"]["uni"]
+    teacher = having(records, stage="teacher")[0]["result"]["uni"]
     chosen = choose_device(records)
     return [
         f"Teacher: {teacher:.3f} on all test images.",
@@ -307,7 +319,3 @@ def _draw(canvas: Any, means: Mapping[str, Mapping[str, Mean]]) -> None:
                 zorder=5,
             )
     axes.set_ylim(0, 1)
-
-
-def _of_stage(records: Sequence[Mapping[str, Any]], stage: str) -> list[Mapping[str, Any]]:
-    return [record for record in records if record["settings"]["stage"] == stage]

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.experiments.figures import Figure, draw_bars
 from benchmarks.experiments.grid import Cell, Context, Options, Stage
-from benchmarks.experiments.report import Report
+from benchmarks.experiments.report import Report, require_one_each
 from benchmarks.experiments.simulated import run_federation
 from benchmarks.experiments.statistics import Mean, mean_with_interval, paired_test, show_p
 from benchmarks.experiments.tables import Table
@@ -77,6 +77,7 @@ def estimate_cpu_minutes(options: Options) -> float:
 
 def report(records: Sequence[Mapping[str, Any]]) -> Report:
     """Table and figure of losses in points, and whether median and trimmed mean stay within what is asked."""
+    require_one_each(records, ("rule", "attack", "seed"))
     found = {
         (r["settings"]["rule"], r["settings"]["attack"], r["settings"]["seed"]): r["result"]["global_t_uni"]
         for r in records

@@ -33,7 +33,7 @@ from benchmarks.experiments.inversion import (
 )
 from benchmarks.experiments.locks import locked
 from benchmarks.experiments.privacy_report import encode_strip, make_report
-from benchmarks.experiments.report import Report
+from benchmarks.experiments.report import Report, require_one_each
 from benchmarks.experiments.sources import load_data, load_transfer
 from edge_runtime import outputs
 from edge_runtime.bundle import Bundle
@@ -126,6 +126,7 @@ def estimate_cpu_minutes(options: Options) -> float:
 
 
 def report(records: Sequence[Mapping[str, Any]]) -> Report:
+    require_one_each(records, ("exchange", "protection", "seed"))
     return make_report(sorted(records, key=_place), TITLE)
 
 

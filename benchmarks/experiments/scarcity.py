@@ -15,7 +15,7 @@ from benchmarks.experiments.protocol import (
     student_cpu_minutes,
     teacher_stage,
 )
-from benchmarks.experiments.report import Report
+from benchmarks.experiments.report import Report, require_one_each
 from benchmarks.experiments.series import collect, compare, draw_series, having, summarise, table_of
 
 NAME = "scarcity"
@@ -71,6 +71,7 @@ def estimate_cpu_minutes(options: Options) -> float:
 
 def report(records: Sequence[Mapping[str, Any]]) -> Report:
     """Accuracy against the size of the transfer set, and what the largest brings over none with as many steps."""
+    require_one_each(records, ("kind", "method", "seed", "transfer_samples"))
     series, longer = (collect(having(records, kind=kind), "transfer_samples") for kind in ("sweep", "longer"))
     largest = max(series["lkd"])
     pairs = {}
