@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.experiments.federation_report import make_report
+from benchmarks.experiments.federation_report import RATES, make_report
 from benchmarks.experiments.grid import Cell, Context, Options, Stage
 from benchmarks.experiments.report import Report, require_one_each
 from benchmarks.experiments.simulated import Bundles, run_federation
@@ -69,7 +69,6 @@ ALIGNED: Mapping[str, Settings] = {
 }  # fmt: skip
 PARTS = {"methods": METHODS, "privacy": PRIVATE, "alignment": ALIGNED}
 
-RATES = ("learning_rate", "alpha")
 # α is larger for latents, whose squared error is a mean over l instead of K values.
 _OF_LABELS = ((1e-3, 0.5), (2e-3, 0.5), (5e-4, 0.5), (4e-3, 0.5), (3e-4, 0.5))
 _OF_LOGITS = ((1e-3, 0.5), (2e-3, 0.5), (2e-3, 0.7), (1e-3, 0.3), (1e-3, 0.1))

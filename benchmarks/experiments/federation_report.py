@@ -43,7 +43,7 @@ QUARTER = 0.26
 """Of the bytes: a byte for four, and four a row for its scale."""
 TITLES = {"methods": "Exchanges", "privacy": "Noise against accuracy, rows clipped; epsilon at delta 1e-5",
           "alignment": "Alignment of latents, cnn3 with heads of their own"}  # fmt: skip
-TUNED = ("learning_rate", "alpha")
+RATES = ("learning_rate", "alpha")
 Runs = Mapping[int, Mapping[str, Any]]
 """Records of one arm by seed."""
 
@@ -153,7 +153,7 @@ def _tuning_table(records: Iterable[Mapping[str, Any]], chosen: Mapping[str, Map
     for record in records:
         settings, result = record["settings"], record["result"]
         if settings["part"] == "tuning":
-            rates = {name: settings[name] for name in TUNED}
+            rates = {name: settings[name] for name in RATES}
             rows.append([settings["arm"], *(f"{rate:g}" for rate in rates.values()),
                          *(result[f"t_{test}"] for test in TESTS), result["rounds_abandoned"],
                          "chosen" if rates == chosen.get(settings["arm"]) else ""])  # fmt: skip

@@ -84,13 +84,13 @@ class Experiment(Protocol):
 
 @dataclass(frozen=True)
 class Progress:
-    """A run that has just ended: `result` or `error` says how. `left_s` is None before anything has been timed."""
+    """A run that has just ended: `result` or `error` says how."""
 
     cell: Cell
     finished: int
     total: int
     elapsed_s: float
-    left_s: float | None
+    left_s: float
     result: Mapping[str, Any] | None
     error: str | None
 
