@@ -16,7 +16,7 @@ from benchmarks.experiments.protocol import (
     teacher_stage,
 )
 from benchmarks.experiments.report import Report, require_one_each
-from benchmarks.experiments.series import collect, draw_series, having, summarise, table_of
+from benchmarks.experiments.series import by_seed, collect, compare, draw_series, having, summarise, table_of
 from benchmarks.experiments.sources import CLASSES
 
 NAME = "heterogeneity"
@@ -77,6 +77,15 @@ def report(records: Sequence[Mapping[str, Any]]) -> Report:
     }
     found = {name: collect(_sweep(records, name), name) for name in sweeps}
     tables = [table_of(found[name], x_label, title) for name, (x_label, title) in sweeps.items()]
+    pairs = {
+        f"lkd − {other}, {sweeps[name][0]} {value:g}": tuple(
+            by_seed(_sweep(records, name), method=method, **{name: value}) for method in ("lkd", other)
+        )
+        for name in sweeps
+        for other in ("ce", "kd")
+        for value in found[name]["lkd"]
+    }
+    tables.append(compare(pairs, "Latents against labels alone and against logits"))
     figures = [
         Figure(
             name, lambda canvas, name=name: draw_series(canvas, found[name], sweeps[name][0], 10), width=11
@@ -108,11 +117,11 @@ def _draw_labels(canvas: Any, records: Sequence[Mapping[str, Any]]) -> None:
         counts.setdefault(settings["gamma"], {})[settings["seed"]] = record["result"]["class_counts"]
     panels = canvas.subplots(1, len(counts), sharey=True, squeeze=False)[0]
     colours = [*COLOURS, "#F0E442", "#882255"]
-    for axes, (gamma, by_seed) in zip(panels, sorted(counts.items()), strict=True):
-        bottom = [0.0] * len(by_seed)
+    for axes, (gamma, devices) in zip(panels, sorted(counts.items()), strict=True):
+        bottom = [0.0] * len(devices)
         for label in range(CLASSES):
-            shares = [by_seed[seed][label] / sum(by_seed[seed]) for seed in by_seed]
-            axes.bar([str(seed) for seed in by_seed], shares, bottom=bottom, color=colours[label],
+            shares = [devices[seed][label] / sum(devices[seed]) for seed in devices]
+            axes.bar([str(seed) for seed in devices], shares, bottom=bottom, color=colours[label],
                      edgecolor="white", linewidth=0.4)  # fmt: skip
             bottom = [below + share for below, share in zip(bottom, shares, strict=True)]
         axes.set(title=f"γ = {gamma:g}", xlabel="seed")

@@ -16,7 +16,7 @@ from benchmarks.experiments.protocol import (
     teacher_stage,
 )
 from benchmarks.experiments.report import Report, require_one_each
-from benchmarks.experiments.series import collect, compare, draw_series, having, summarise, table_of
+from benchmarks.experiments.series import by_seed, collect, compare, draw_series, having, summarise, table_of
 
 NAME = "scarcity"
 TITLE = "Scarcity: few private images, with auxiliary transfer images of another data set"
@@ -76,10 +76,18 @@ def report(records: Sequence[Mapping[str, Any]]) -> Report:
     largest = max(series["lkd"])
     pairs = {}
     for method in METHODS:
-        most = _by_seed(records, method, "sweep", largest)
-        pairs[f"{method}: {largest:g} transfer images − none"] = (most, _by_seed(records, method, "sweep", 0))
-        pairs[f"{method}: {largest:g} transfer images − none, as many steps"] = (
-            most, _by_seed(records, method, "longer", 0))  # fmt: skip
+        most = by_seed(records, method=method, kind="sweep", transfer_samples=largest)
+        others = {
+            "none": by_seed(records, method=method, kind="sweep", transfer_samples=0),
+            "none, as many steps": by_seed(records, method=method, kind="longer"),
+            "ce": by_seed(records, method="ce"),
+        }
+        pairs |= {
+            f"{method}: {largest:g} transfer images − {name}": (most, other) for name, other in others.items()
+        }
+    pairs[f"lkd − kd, {largest:g} transfer images"] = tuple(
+        by_seed(records, method=method, kind="sweep", transfer_samples=largest) for method in ("lkd", "kd")
+    )
     tables = [
         table_of(series, "transfer images", "Accuracy against the size of the auxiliary transfer set"),
         table_of(longer, "transfer images", "Without transfer images, as many steps as with them"),
@@ -89,10 +97,3 @@ def report(records: Sequence[Mapping[str, Any]]) -> Report:
         "transfer", lambda canvas: draw_series(canvas, series, "auxiliary transfer images"), width=11
     )
     return Report(tables, [figure], {**summarise(series), "longer": summarise(longer)})
-
-
-def _by_seed(
-    records: Sequence[Mapping[str, Any]], method: str, kind: str, size: float
-) -> dict[int, Mapping[str, float]]:
-    wanted = having(records, method=method, kind=kind, transfer_samples=size)
-    return {record["settings"]["seed"]: record["result"] for record in wanted}

@@ -38,6 +38,11 @@ def having(records: Iterable[Mapping[str, Any]], **wanted: Any) -> list[Mapping[
     ]
 
 
+def by_seed(records: Iterable[Mapping[str, Any]], **wanted: Any) -> dict[int, Mapping[str, float]]:
+    """The results of the records with these settings, for `compare`."""
+    return {record["settings"]["seed"]: record["result"] for record in having(records, **wanted)}
+
+
 def table_of(series: Series, x_label: str, title: str) -> Table:
     """A row a value of the setting, two columns a method."""
     values = sorted({value for by_value in series.values() for value in by_value})
