@@ -190,7 +190,7 @@ def report(records: Sequence[Mapping[str, Any]]) -> Report:
     final = [record for record in records if record["settings"]["part"] != "tuning"]
     require_one_each(final, ("part", "arm", "seed"))
     arms = {part: tuple(arms) for part, arms in PARTS.items()}
-    return make_report(records, arms, choose(records) if len(final) < len(records) else {}, TITLE)
+    return make_report(records, arms, choose(records), TITLE)
 
 
 def _cell(options: Options, size: Settings, how: Settings, part: str, arm: str, seed: int) -> Cell:
