@@ -23,6 +23,11 @@ def test_the_page_is_what_the_records_say() -> None:
     assert SHOWN and set(SHOWN) <= EXPERIMENTS.keys()
 
 
+def test_no_figure_stands_outside_of_what_the_records_fill() -> None:
+    by_hand = BLOCK.sub("", PAGE_TEXT)
+    assert not re.findall(r"\.\d{3}\b|\d points|p = 0", by_hand)
+
+
 def test_every_experiment_is_on_the_page_or_named_as_not_measured() -> None:
     waiting = PAGE_TEXT.partition("\n## Not measured in full yet\n")[2]
     for name in EXPERIMENTS:
