@@ -61,12 +61,14 @@ def make_report(
     tables = [_table(TITLES[part], found) for part, found in parts.items() if found]
     if methods:
         tables[1:1] = [_goals(methods), _differences(methods)]
+    if chosen:
+        tables.append(_tuning_table(records, chosen))
     figures = []
     if methods:
         figures.append(Figure("rounds", lambda canvas: _draw_rounds(canvas, methods), width=11))
         figures.append(Figure("bytes", lambda canvas: _draw_bytes(canvas, methods, title)))
     if private:
-        figures.append(Figure("privacy", lambda canvas: _draw_noise(canvas, private, methods)))
+        figures.append(Figure("privacy", lambda canvas: _draw_noise(canvas, private, methods), width=10))
     summary = {
         arm: {f"t_{test}": _mean(runs, test).as_json() for test in TESTS}
         | {"global_t_uni": None if (mean := _global(runs)) is None else mean.as_json()}
@@ -74,7 +76,7 @@ def make_report(
         for found in parts.values()
         for arm, runs in found.items()
     }
-    return Report([*tables, _tuning_table(records, chosen)], figures, summary)
+    return Report(tables, figures, summary)
 
 
 def _by_arm(records: Iterable[Mapping[str, Any]], part: str, names: Sequence[str]) -> dict[str, Runs]:
@@ -171,8 +173,11 @@ def _draw_rounds(canvas: Any, methods: Mapping[str, Runs]) -> None:
 
 def _draw_bytes(canvas: Any, methods: Mapping[str, Runs], title: str) -> None:
     axes = canvas.subplots()
-    exchanging = [arm for arm in SHOWN if arm in methods and not arm.startswith("local only")]
-    lines = {arm: _line(methods[arm], "t_uni", of_bytes=True) for arm in exchanging}
+    lines = {
+        arm: None if arm.startswith("local only") else _line(methods[arm], "t_uni", of_bytes=True)
+        for arm in SHOWN
+        if arm in methods
+    }
     draw_lines(axes, lines, "bytes sent and received by a device", "T_uni", title)
     axes.set_xscale("log")
 
@@ -191,7 +196,7 @@ def _draw_noise(canvas: Any, private: Mapping[str, Runs], methods: Mapping[str, 
                 axes.axhline(_mean(runs, test).mean, linestyle=style, color=colour, label=f"{label}, {what}")
     axes.set(xscale="log", xlabel="noise multiplier", ylabel="accuracy")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    canvas.legend(loc="outside right upper", frameon=False, fontsize=9)
 
 
 def _line(runs: Runs, name: str, of_bytes: bool = False) -> Line:

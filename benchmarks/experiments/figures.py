@@ -49,9 +49,13 @@ class Line:
     half_widths: Sequence[float] | None = None
 
 
-def draw_lines(axes: Any, lines: Mapping[str, Line], x_label: str, y_label: str, title: str = "") -> None:
-    """One line a name, with interval bars and a legend."""
+def draw_lines(
+    axes: Any, lines: Mapping[str, Line | None], x_label: str, y_label: str, title: str = ""
+) -> None:
+    """One line a name, with interval bars and a legend; None keeps a colour for a line of another plot."""
     for index, (name, line) in enumerate(lines.items()):
+        if line is None:
+            continue
         style = {"color": COLOURS[index % 8], "marker": MARKERS[index % 8], "markersize": 5, "label": name}
         axes.errorbar(line.x, line.y, yerr=line.half_widths, capsize=3, linewidth=1.5, **style)
     axes.set(xlabel=x_label, ylabel=y_label, title=title)

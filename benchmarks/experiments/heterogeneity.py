@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.experiments.figures import COLOURS, Figure
 from benchmarks.experiments.grid import Cell, Options, Stage
+from benchmarks.experiments.methods import chosen
 from benchmarks.experiments.protocol import (
     TEACHER_CPU_MINUTES,
     base_settings,
@@ -21,12 +22,8 @@ from benchmarks.experiments.sources import CLASSES
 
 NAME = "heterogeneity"
 TITLE = "Heterogeneity: accuracy against γ, k-shot classes and the number of samples"
-# Nothing is tuned here: the same share of distillation for both.
-METHODS: dict[str, dict[str, Any]] = {
-    "ce": {"objective": "ce"},
-    "kd": {"objective": "kd", "hyperparameters": {"alpha": 0.9}},
-    "lkd": {"objective": "lkd", "hyperparameters": {"alpha": 0.9}},
-}
+METHODS = ("ce", "kd", "lkd")
+"""With the settings that experiment `methods` chose for them."""
 GAMMAS = (0.25, 0.5, 1.0, 2.5, 5.0, 5000.0)
 SEEDS = 3
 
@@ -45,11 +42,11 @@ def stages(options: Options) -> list[Stage]:
         points += [{"gamma": 1.0, "samples": size} for size in sizes if size != usual]
         points += [{"ways": count, "samples": usual // count * count} for count in ways]
         return [
-            Cell(NAME, {**point, "method": method, "seed": seed, "score_on": "test", **own, **base,
-                        "epochs": epochs_for(point["samples"], options)})
+            Cell(NAME, {**point, "method": method, "seed": seed, "score_on": "test",
+                        **chosen(method, point["samples"]), **base, "epochs": epochs_for(point["samples"], options)})
             for point in points
             for seed in seeds
-            for method, own in METHODS.items()
+            for method in METHODS
         ]  # fmt: skip
 
     return [teacher_stage(NAME, options), cells]

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.experiments.figures import Figure
 from benchmarks.experiments.grid import Cell, Options, Stage
-from benchmarks.experiments.methods import CRD_NEGATIVES_PER_IMAGE
+from benchmarks.experiments.methods import chosen
 from benchmarks.experiments.protocol import (
     TEACHER_CPU_MINUTES,
     base_settings,
@@ -53,21 +53,8 @@ def stages(options: Options) -> list[Stage]:
         return [Cell(NAME, {**common, "teacher": teacher_of(size)}) for size in sizes]
 
     def students(records: Sequence[Mapping[str, Any]]) -> list[Cell]:
-        negatives = str(round(CRD_NEGATIVES_PER_IMAGE * samples))
-        of_method: dict[str, dict[str, Any]] = {
-            "ce": {"objective": "ce"},
-            "crd": {
-                "objective": "crd",
-                "hyperparameters": {"alpha": 0.45},
-                "export_options": [
-                    "--negatives",
-                    negatives,
-                    "--teacher-latent-size",
-                    str(teacher["latent_size"]),
-                ],
-            },
-            "lkd": {"objective": "lkd", "hyperparameters": {"alpha": 0.9}},
-        }
+        of_method = {method: chosen(method, samples) for method in METHODS}
+        of_method["crd"]["export_options"] += ["--teacher-latent-size", str(teacher["latent_size"])]
         return [
             Cell(NAME, {"stage": "student", "method": method, "seed": seed, "samples": samples, "gamma": 1.0,
                         "score_on": "test", **of_method[method], **base, "latent_size": size,

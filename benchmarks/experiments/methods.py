@@ -61,6 +61,18 @@ OWN = ("objective", "export_options", "hyperparameters", "alpha_end")
 """The settings in which a method's candidates differ."""
 CRD_NEGATIVES_PER_IMAGE = 16384 / 50000
 """Of the authors' implementation, which this scales to the data."""
+CHOSEN: Mapping[str, tuple[float, str | None]] = {
+    "kd": (0.9, "kl"),
+    "crd": (0.8, None),
+    "lkd": (0.9, None),
+}
+"""α and loss of the logits that validation chose in the full run, for experiments that choose nothing themselves; a
+test compares with the records."""
+
+
+def chosen(method: str, samples: int) -> dict[str, Any]:
+    """The settings of a method that other experiments take over from this one, for a device with so many images."""
+    return {"objective": "ce"} if method == "ce" else _candidate(method, samples, *CHOSEN[method])
 
 
 def candidates(method: str, samples: int) -> list[dict[str, Any]]:
@@ -75,15 +87,18 @@ def candidates(method: str, samples: int) -> list[dict[str, Any]]:
             for loss, alpha, end in MIXTURES
         ]  # fmt: skip
     if method == "kd":
-        return [
-            {"objective": "kd", "hyperparameters": {"alpha": alpha},
-             **({} if loss == "mse" else {"export_options": ["--kd-loss", loss]})}
-            for loss, alpha in LOGITS
-        ]  # fmt: skip
-    options: dict[str, Any] = {}
+        return [_candidate(method, samples, alpha, loss) for loss, alpha in LOGITS]
+    return [_candidate(method, samples, alpha) for alpha in SHARES[method]]
+
+
+def _candidate(method: str, samples: int, alpha: float, loss: str | None = None) -> dict[str, Any]:
+    options = []
     if method == "crd":
-        options["export_options"] = ["--negatives", str(round(CRD_NEGATIVES_PER_IMAGE * samples))]
-    return [{"objective": method, "hyperparameters": {"alpha": alpha}, **options} for alpha in SHARES[method]]
+        options = ["--negatives", str(round(CRD_NEGATIVES_PER_IMAGE * samples))]
+    elif loss not in (None, "mse"):  # the default
+        options = ["--kd-loss", loss]
+    settings: dict[str, Any] = {"objective": method, "hyperparameters": {"alpha": alpha}}
+    return {**settings, "export_options": options} if options else settings
 
 
 def stages(options: Options) -> list[Stage]:
