@@ -24,6 +24,7 @@ from benchmarks.experiments.grid import (
     run_cells,
 )
 from benchmarks.experiments.locks import locked
+from benchmarks.experiments.report import Report
 from benchmarks.experiments.sources import Sources, find_sources
 from benchmarks.machine import commit_record, installed_versions, machine_record
 from edge_runtime.console import add_json_option
@@ -99,9 +100,10 @@ def run(arguments: argparse.Namespace) -> int:
     records = read_records(
         output / f"{experiment.NAME}.jsonl", experiment.NAME
     )  # with those of earlier commands
-    for path in write_report(experiment, records, output):
+    report = experiment.report(records)
+    for path in write_report(experiment, report, output):
         _tell(f"wrote {path}")
-    _print_report(experiment, records, arguments.json)
+    _print_report(experiment, report, arguments.json)
     return 0
 
 
@@ -128,6 +130,7 @@ def run_stages(
     redo = getattr(experiment, "redo", lambda cell, folder: False)
     stages = experiment.stages(options)
     with locked(path, wait=False):
+        _refuse_other_images(path, experiment.NAME, options)
         for number, stage in enumerate(stages, start=1):
             cells = stage(records)
             records += run_cells(
@@ -143,12 +146,21 @@ def run_stages(
     return records
 
 
-def write_report(experiment: Experiment, records: Sequence[Mapping[str, Any]], output: Path) -> list[Path]:
+def _refuse_other_images(path: Path, experiment: str, options: Options) -> None:
+    """Before hours of running: a report of several data sets would be of none."""
+    recorded = {record["settings"].get("data", options.data) for record in read_records(path, experiment)}
+    if recorded - {options.data}:
+        raise UsageError(
+            f"{path} holds runs with other images than --data has",
+            "give another --output, such as --output build/reproduce",
+        )
+
+
+def write_report(experiment: Experiment, report: Report, output: Path) -> list[Path]:
     """Writes NAME.md, NAME.csv and the plots; returns the paths. Without matplotlib there are no plots."""
     from benchmarks.experiments.figures import save_figure
     from benchmarks.experiments.tables import to_csv
 
-    report = experiment.report(records)
     stem = output / experiment.NAME
     written = []
     for suffix, text in ((".md", _markdown(experiment, report)), (".csv", to_csv(report.tables))):
@@ -166,33 +178,37 @@ def write_report(experiment: Experiment, records: Sequence[Mapping[str, Any]], o
 
 
 def _print_summary(experiment: Experiment, arguments: argparse.Namespace) -> int:
-    path = (arguments.output or COMMITTED) / f"{experiment.NAME}.jsonl"
+    folder = arguments.output or (_default_output(quick=True) if arguments.quick else COMMITTED)
+    path = folder / f"{experiment.NAME}.jsonl"
     records = read_records(path, experiment.NAME)
     if not records:
         raise EdgestillError(
             f"{path} holds no records of {experiment.NAME}",
             f"run `edgestill reproduce {experiment.NAME} --data DIR` first, or give its --output",
         )
+    part = EdgestillError(
+        f"{path} holds only a part of the runs of {experiment.NAME}",
+        f"wait for the rest, or run `edgestill reproduce {experiment.NAME}` again: it makes what is missing",
+    )
     try:
-        _print_report(experiment, records, arguments.json)
+        report = experiment.report(records)
     except (LookupError, ValueError) as error:  # a mean of nothing
-        raise EdgestillError(
-            f"{path} holds only a part of the runs of {experiment.NAME}",
-            f"wait for the rest, or run `edgestill reproduce {experiment.NAME}` again: it makes what is missing",
-        ) from error
+        raise part from error
+    if not report.summary:  # tuning alone
+        raise part
+    _print_report(experiment, report, arguments.json)
     return 0
 
 
-def _print_report(experiment: Experiment, records: Sequence[Mapping[str, Any]], as_json: bool) -> None:
-    report = experiment.report(records)
+def _print_report(experiment: Experiment, report: Report, as_json: bool) -> None:
     print(json.dumps(report.summary) if as_json else _markdown(experiment, report))
 
 
-def _markdown(experiment: Experiment, report: Any) -> str:
+def _markdown(experiment: Experiment, report: Report) -> str:
     return f"# {experiment.TITLE}\n\n{describe_report(report)}"
 
 
-def describe_report(report: Any) -> str:
+def describe_report(report: Report) -> str:
     """Notes and tables as Markdown."""
     from benchmarks.experiments.tables import to_markdown
 
@@ -254,10 +270,9 @@ def _worded(name: str, value: Any) -> str:
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("give 1 or more")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
 
 
 def _tell(text: str) -> None:

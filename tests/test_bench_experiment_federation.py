@@ -133,6 +133,45 @@ def test_differences_are_paired_by_seed() -> None:
     assert report.summary["local only"]["bytes_per_device"] == 0
 
 
+def lines_of(figure: Any) -> dict[tuple[str, str], Any]:
+    """The lines of a drawn figure by the title of their axes and their label."""
+    canvas = pytest.importorskip("matplotlib.figure").Figure()
+    figure.draw(canvas)
+    return {(axes.get_title(), line.get_label()): line[0] for axes in canvas.axes for line in axes.containers}
+
+
+def test_plots_show_what_the_records_say() -> None:
+    sent = {"FedMD": 100, "latents fp32": 900, "latents int8": 300}
+
+    def result(settings: Any) -> dict[str, Any]:
+        up = sent.get(settings["arm"], 10)
+        rounds = [
+            {"round": n, "t_priv": 0.1 * n + up / 1e4, "t_uni": 0.05 * n + up / 1e4, "global_t_uni": 0.2,
+             "bytes_up": up, "bytes_down": 2 * up}
+            for n in (1, 2, 3)
+        ]  # fmt: skip
+        noise = settings.get("noise_multiplier", 0.0)
+        return {"rounds": rounds, "t_priv": 0.6 - noise / 10, "t_uni": 0.4 - noise / 10, "epsilon": 1.0}
+
+    report = federation.report(made_up(federation.final_cells(Options(), CHOSEN), result))
+    rounds, sizes, noise = map(lines_of, report.figures)
+    for (test, arm), line in rounds.items():
+        slope = {"T_priv": 0.1, "T_uni": 0.05}[test]
+        assert line.get_xdata(orig=False).tolist() == [1, 2, 3]
+        np.testing.assert_allclose(
+            line.get_ydata(orig=False), slope * np.arange(1, 4) + sent.get(arm, 10) / 1e4
+        )
+    assert {arm for _, arm in rounds} - {arm for _, arm in sizes} == {"local only"}
+    for (_, arm), line in sizes.items():
+        np.testing.assert_allclose(line.get_xdata(orig=False), 3 * sent.get(arm, 10) * np.arange(1, 4) / 10)
+        np.testing.assert_allclose(line.get_ydata(orig=False), rounds["T_uni", arm].get_ydata(orig=False))
+        assert line.get_color() == rounds["T_uni", arm].get_color()
+    multipliers = [z for z in federation.NOISES if z]
+    for label, level in (("T_priv", 0.6), ("T_uni", 0.4)):
+        assert noise["", label].get_xdata(orig=False).tolist() == multipliers
+        np.testing.assert_allclose(noise["", label].get_ydata(orig=False), level - np.array(multipliers) / 10)
+
+
 def test_a_rule_is_compared_with_its_own_clean_run() -> None:
     def result(settings: Any) -> dict[str, Any]:
         loss = {None: 0.0, "scale": 0.04, "shuffle": 0.01, "random": -0.01}[settings["attack"]]

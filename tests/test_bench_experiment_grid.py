@@ -96,8 +96,9 @@ def test_a_failure_stops_no_other_run(tmp_path, context, workers):
     assert heard[-1].finished == heard[-1].total == 3
 
 
-def test_workers_give_the_same_results_on_one_thread_each(tmp_path, context):
-    records = run_cells(cells_of(1, 2, 3), square, context, tmp_path / "squares.jsonl", workers=2)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_give_the_same_results_on_one_thread_each(tmp_path, context, workers):
+    records = run_cells(cells_of(1, 2, 3), square, context, tmp_path / "squares.jsonl", workers=workers)
     assert [record["result"] for record in records] == [{"y": x * x, "threads": "1"} for x in (1, 2, 3)]
 
 

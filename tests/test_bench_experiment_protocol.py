@@ -52,6 +52,12 @@ def test_division_is_disjoint_and_of_every_class_alike():
         assert np.bincount(SPLITS.train.labels[part]).tolist() == [each] * CLASSES
 
 
+def test_too_few_images_for_teacher_and_validation_are_refused():
+    with pytest.raises(UsageError, match="3000 training images: too few for 2500 of the teacher, 500"):
+        divide(SPLITS.train.labels, 2500, 500)
+    assert len(divide(SPLITS.train.labels, 2500, 490).stock) == 10
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 2**31),

@@ -8,20 +8,21 @@ import json
 import random
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from benchmarks.experiments import EXPERIMENTS, heterogeneity, latent_size, methods, scarcity
+from benchmarks.experiments import EXPERIMENTS, grid, heterogeneity, latent_size, methods, scarcity
 from benchmarks.experiments.devices import deal_device
-from benchmarks.experiments.grid import Cell, Context, Options
+from benchmarks.experiments.grid import Cell, Context, Options, read_records
 from benchmarks.experiments.locks import locked
 from benchmarks.experiments.protocol import base_settings, make_run
 from benchmarks.experiments.report import Report
 from benchmarks.experiments.sources import load_data
 from benchmarks.experiments.states import keep_state
 from benchmarks.experiments.tables import Table
-from benchmarks.reproduce import load_experiment, run_stages
+from benchmarks.reproduce import COMMITTED, load_experiment, run_stages
 from edge_runtime.bundle import Bundle
 from edge_runtime.checkpoint import Checkpoint
 from edge_runtime.cli import main
@@ -30,7 +31,14 @@ from edge_runtime.evaluation import score
 from edge_runtime.teacher import encode_all
 from edge_runtime.wire import load
 
+pytestmark = pytest.mark.usefixtures("threads")
 ON_ONE_DEVICE = [methods, heterogeneity, scarcity, latent_size]
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Workers that start at once; real ones have tests of their own."""
+    monkeypatch.setattr(grid, "worker_processes", ThreadPoolExecutor)
 
 
 def run_doubling(settings, context):
@@ -104,9 +112,44 @@ def test_a_summary_needs_no_data(reproduce):
 
 
 def test_a_summary_of_a_part_says_so(reproduce, tmp_path):
-    (tmp_path / "doubling.jsonl").write_text(json.dumps({"experiment": "doubling", "key": "a"}) + "\n")
-    code, output, told = reproduce(doubling(), "--summary", "--json")
-    assert code == 1 and output == "" and "only a part of the runs of doubling" in told
+    reproduce(doubling(), "--quick")
+    for partial in (lambda records: Report([]), lambda records: max([])):
+        part = doubling()
+        part.report = partial
+        code, output, told = reproduce(part, "--summary", "--json")
+        assert code == 1 and output == "" and "only a part of the runs of doubling" in told
+
+
+@pytest.mark.parametrize("stage", ["teacher", "tuning"])
+def test_what_comes_before_the_final_runs_has_no_summary(monkeypatch, tmp_path, capsys, stage):
+    monkeypatch.setattr(methods, "run_cell", made_up)
+    run_stages(methods, Options(), Context("", "", tmp_path), tmp_path, workers=1)
+    lines = (tmp_path / "methods.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["settings"]["stage"] in ("teacher", "device", stage)]
+    (tmp_path / "methods.jsonl").write_text("".join(kept))
+    assert main(["reproduce", "methods", "--summary", "--json", "--output", str(tmp_path)]) == 1
+    assert "only a part of the runs of methods" in capsys.readouterr().err
+
+
+def test_a_quick_summary_is_of_the_quick_runs(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("benchmarks.reproduce._default_output", lambda quick: tmp_path)
+    assert main(["reproduce", "methods", "--quick", "--summary"]) == 1
+    assert f"{tmp_path / 'methods.jsonl'} holds no records" in capsys.readouterr().err
+
+
+def test_records_of_other_images_are_refused_before_anything_runs(reproduce, tmp_path):
+    path = tmp_path / "doubling.jsonl"
+    record = {"experiment": "doubling", "key": "a", "settings": {"data": "sha256:0"}}
+    path.write_text(json.dumps(record) + "\n")
+    code, _, told = reproduce(doubling(), "--quick")
+    assert code == 2 and "other images" in told and "--output" in told
+    assert len(path.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "x", "1.5"])
+def test_a_number_of_seeds_that_is_none_is_named(given, capsys):
+    assert main(["reproduce", "methods", "--seeds", given]) == 2
+    assert f"'{given}' is not a number of at least 1" in capsys.readouterr().err
 
 
 def test_two_processes_do_not_write_the_same_records(reproduce, tmp_path):
@@ -168,6 +211,13 @@ def test_stages_and_reports_fit_together(experiment, options, monkeypatch, tmp_p
 
 def own_of(settings):
     return json.dumps([settings.get(name) for name in ("export_options", "hyperparameters", "alpha_end")])
+
+
+def test_other_experiments_take_what_the_committed_records_chose():
+    records = read_records(COMMITTED / "methods.jsonl", "methods")
+    samples = methods.choose_device(records)["samples"]
+    for method in methods.CHOSEN:
+        assert methods.chosen(method, samples) == methods.choose_settings(records, method)
 
 
 def test_methods_chooses_on_validation_with_seeds_of_its_own(monkeypatch, tmp_path):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from edge_runtime.data import Dataset, Splits
+from edge_runtime.errors import UsageError
 from edge_runtime.federated_data import draw_tests
 from edge_runtime.partition import dirichlet_partition, k_shot_partition
 from edge_runtime.randomness import HELD_OUT, permutation
@@ -32,8 +33,16 @@ def divide(labels: np.ndarray, teacher: int, validation: int) -> Division:
     """Divides a training split, every class in the same proportions; what is left is the stock of private images.
 
     Always the same draw: seeds of runs decide which of the stock a device has, not what the teacher has seen.
+    Errors: UsageError where no image of some class is left for the stock.
     """
     classes = int(labels.max()) + 1
+    least = (teacher + validation) // classes + 1
+    if np.bincount(labels).min() < least:
+        raise UsageError(
+            f"{len(labels)} training images: too few for {teacher} of the teacher, {validation} of validation and "
+            f"private ones; each of the {classes} classes needs {least} or more",
+            "give --data with the whole of CIFAR-10, or --quick, which needs fewer",
+        )
     parts: list[list[np.ndarray]] = [[], [], []]
     for label in range(classes):
         of_class = np.flatnonzero(labels == label)

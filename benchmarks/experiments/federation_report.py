@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.experiments.figures import COLOURS, Figure, Line, draw_lines
 from benchmarks.experiments.report import Report
 from benchmarks.experiments.series import PARTS as TESTS
-from benchmarks.experiments.series import compare
+from benchmarks.experiments.series import Scores, compare, lead
 from benchmarks.experiments.statistics import Mean, mean_with_interval
 from benchmarks.experiments.tables import Table, goals_table
 
@@ -88,6 +88,10 @@ def _by_arm(records: Iterable[Mapping[str, Any]], part: str, names: Sequence[str
     return {arm: found[arm] for arm in names if arm in found}
 
 
+def _scores(runs: Runs) -> Scores:
+    return {seed: {test: run["result"][f"t_{test}"] for test in TESTS} for seed, run in runs.items()}
+
+
 def _mean(runs: Runs, test: str) -> Mean:
     return mean_with_interval([run["result"][f"t_{test}"] for run in runs.values()])
 
@@ -124,9 +128,9 @@ def _goals(methods: Mapping[str, Runs]) -> Table:
     goals = []
     for first, second, test, points in GOALS:
         if first in methods and second in methods:
-            lead = 100 * (_mean(methods[first], test).mean - _mean(methods[second], test).mean)
+            ahead = lead(_scores(methods[first]), _scores(methods[second]), test)
             goal = f"{first} above {second} by {points:g} points on {TESTS[test]}"
-            goals.append((goal, f"{lead:+.1f}", lead >= points))
+            goals.append((goal, f"{ahead:+.1f}", ahead >= points))
     if {"latents int8", "latents fp32"} <= methods.keys():
         int8, fp32 = (
             fmean(
@@ -140,10 +144,7 @@ def _goals(methods: Mapping[str, Runs]) -> Table:
 
 
 def _differences(methods: Mapping[str, Runs]) -> Table:
-    scores = {
-        arm: {seed: {test: run["result"][f"t_{test}"] for test in TESTS} for seed, run in runs.items()}
-        for arm, runs in methods.items()
-    }
+    scores = {arm: _scores(runs) for arm, runs in methods.items()}
     there = [pair for pair in PAIRS if set(pair) <= scores.keys()]
     return compare(
         {f"{ours} − {theirs}": (scores[ours], scores[theirs]) for ours, theirs in there}, "Differences"
@@ -183,16 +184,19 @@ def _draw_bytes(canvas: Any, methods: Mapping[str, Runs], title: str) -> None:
 
 
 def _draw_noise(canvas: Any, private: Mapping[str, Runs], methods: Mapping[str, Runs]) -> None:
+    """The levels beside the noisy runs are of the same seeds, which are fewer than those of the methods."""
     axes = canvas.subplots()
     by_noise = {runs[min(runs)]["settings"]["noise_multiplier"]: runs for runs in private.values()}
     noises = sorted(noise for noise in by_noise if noise)
+    seeds = set.union(*(set(runs) for runs in by_noise.values()))
+    alone = {seed: run for seed, run in methods.get("local only", {}).items() if seed in seeds}
     for (test, label), colour in zip(TESTS.items(), COLOURS, strict=False):
         means = [_mean(by_noise[noise], test) for noise in noises]
         axes.errorbar(noises, [mean.mean for mean in means], [mean.ci95 or 0.0 for mean in means],
                       marker="o", capsize=3, color=colour, label=label)  # fmt: skip
         for runs, style, what in ((by_noise.get(0.0), ":", "clipped, no noise"),
-                                  (methods.get("local only"), "--", "local only")):  # fmt: skip
-            if runs is not None:
+                                  (alone, "--", "local only")):  # fmt: skip
+            if runs:
                 axes.axhline(_mean(runs, test).mean, linestyle=style, color=colour, label=f"{label}, {what}")
     axes.set(xscale="log", xlabel="noise multiplier", ylabel="accuracy")
     axes.spines[["top", "right"]].set_visible(False)

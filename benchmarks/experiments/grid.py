@@ -84,14 +84,13 @@ class Experiment(Protocol):
 
 @dataclass(frozen=True)
 class Progress:
-    """A run that has just ended: `result` or `error` says how."""
+    """A run that has just ended, well or with `error`."""
 
     cell: Cell
     finished: int
     total: int
     elapsed_s: float
     left_s: float
-    result: Mapping[str, Any] | None
     error: str | None
 
 
@@ -143,7 +142,7 @@ def run_cells(
             else:
                 failed += 1
             left_s = (time.monotonic() - started) / count * (len(waiting) - count)
-            on_done(Progress(cell, done + count, len(wanted), elapsed_s, left_s, result, error))
+            on_done(Progress(cell, done + count, len(wanted), elapsed_s, left_s, error))
     if failed:
         raise RunsFailed(
             f"{failed} of {len(wanted)} runs failed; {path} holds the others",
@@ -186,10 +185,8 @@ Ended = tuple[Cell, dict[str, Any] | None, float, str | None]
 
 
 def _run_all(cells: Sequence[Cell], run_cell: RunCell, context: Context, workers: int) -> Iterator[Ended]:
-    """Runs with result, seconds and error, as they end."""
-    if workers == 1 or len(cells) <= 1:
-        for cell in cells:
-            yield cell, *_timed(run_cell, cell.settings, context)
+    """Runs with result, seconds and error, as they end. One worker, too, is a process: it computes on one thread."""
+    if not cells:
         return
     with worker_processes(min(workers, len(cells))) as executor:
         try:

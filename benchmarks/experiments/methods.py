@@ -23,7 +23,7 @@ from benchmarks.experiments.protocol import (
     teacher_stage,
 )
 from benchmarks.experiments.report import Report, require_one_each
-from benchmarks.experiments.series import PARTS, compare, having
+from benchmarks.experiments.series import PARTS, Scores, compare, having, lead
 from benchmarks.experiments.states import KeptAs, is_kept
 from benchmarks.experiments.statistics import Mean, mean_with_interval
 from benchmarks.experiments.tables import Table, goals_table
@@ -34,10 +34,10 @@ METHODS = ("ce", "kd", "crd", "lpd", "lkd", "best")
 SOURCE = {"ce": (0.634, 0.492), "kd": (0.631, 0.551), "crd": (0.655, 0.530), "lpd": (0.391, 0.183),
           "lkd": (0.674, 0.544)}  # fmt: skip
 """T_priv and T_uni that the source reports."""
-MARGINS = (("lkd", "ce", "t_priv", 4.0), ("lkd", "ce", "t_uni", 5.2), ("lkd", "kd", "t_priv", 4.0),
-           ("lkd", "crd", "t_priv", 0.0), ("lkd", "crd", "t_uni", 0.0))  # fmt: skip
+MARGINS = (("lkd", "ce", "priv", 4.0), ("lkd", "ce", "uni", 5.2), ("lkd", "kd", "priv", 4.0),
+           ("lkd", "crd", "priv", 0.0), ("lkd", "crd", "uni", 0.0))  # fmt: skip
 """By how many points one method leads another in the source, at least."""
-BEYOND = {"t_priv": 0.674, "t_uni": 0.551}
+BEYOND = {"priv": 0.674, "uni": 0.551}
 """The source's best figures of any method on each test set, which one method of ours should pass at once."""
 DEVICES = tuple(
     {"samples": samples, "gamma": gamma} for samples in (1000, 1500, 2000) for gamma in (1.0, 2.5)
@@ -222,23 +222,22 @@ def report(records: Sequence[Mapping[str, Any]]) -> Report:
         for method in METHODS
     }
     means = {
-        method: {
-            f"t_{part}": mean_with_interval([result[part] for result in by_seed.values()]) for part in PARTS
-        }
+        method: {part: mean_with_interval([result[part] for result in by_seed.values()]) for part in PARTS}
         for method, by_seed in results.items()
     }
     summary = {
-        method: {part: mean.as_json() for part, mean in parts.items()} for method, parts in means.items()
+        method: {f"t_{part}": mean.as_json() for part, mean in parts.items()}
+        for method, parts in means.items()
     }
     tests = [_tests(results, first) for first in ("lkd", "best")]
-    tables = [_accuracies(means), _goals(means), *tests, _device_table(records), _tuning(records)]
+    tables = [_accuracies(means), _goals(results, means), *tests, _device_table(records), _tuning(records)]
     return Report(tables, [Figure("accuracy", lambda canvas: _draw(canvas, means))], summary, _notes(records))
 
 
 def _accuracies(means: Mapping[str, Mapping[str, Mean]]) -> Table:
     rows = []
     for method in METHODS:
-        priv, uni = means[method]["t_priv"], means[method]["t_uni"]
+        priv, uni = means[method]["priv"], means[method]["uni"]
         source = SOURCE.get(method, (None, None))
         rows.append([method, source[0], str(priv), source[1], str(uni), priv.seeds])
     return Table(
@@ -248,26 +247,23 @@ def _accuracies(means: Mapping[str, Mapping[str, Mean]]) -> Table:
     )
 
 
-def _goals(means: Mapping[str, Mapping[str, Mean]]) -> Table:
+def _goals(results: Mapping[str, Scores], means: Mapping[str, Mapping[str, Mean]]) -> Table:
     """The source's order and margins, and its best figures, beside what came out; of means over seeds."""
-    mean = {method: {part: found.mean for part, found in parts.items()} for method, parts in means.items()}
     goals = []
     for first, second, part, points in MARGINS:
-        lead = 100 * (mean[first][part] - mean[second][part])
-        label = PARTS[part.removeprefix("t_")]
-        goals.append(
-            (f"{first} above {second} by {points:g} points on {label}", f"{lead:+.1f}", lead >= points)
-        )
-    lowest = [min(METHODS, key=lambda method, part=part: mean[method][part]) for part in BEYOND]
+        ahead = lead(results[first], results[second], part)
+        goal = f"{first} above {second} by {points:g} points on {PARTS[part]}"
+        goals.append((goal, f"{ahead:+.1f}", ahead >= points))
+    lowest = [min(METHODS, key=lambda method, part=part: means[method][part].mean) for part in BEYOND]
     goals.append(("lpd last on T_priv and T_uni", " and ".join(lowest), set(lowest) == {"lpd"}))
-    reached = [mean["best"][part] for part in BEYOND]
+    reached = [means["best"][part].mean for part in BEYOND]
     goals.append(("best above " + " / ".join(f"{value:.3f}" for value in BEYOND.values()),
                   " / ".join(f"{value:.3f}" for value in reached),
                   all(value > wanted for value, wanted in zip(reached, BEYOND.values(), strict=True))))  # fmt: skip
     return goals_table("The source's order and margins, and beyond", goals)
 
 
-def _tests(results: Mapping[str, Mapping[int, Mapping[str, float]]], first: str) -> Table:
+def _tests(results: Mapping[str, Scores], first: str) -> Table:
     pairs = {f"{first} − {other}": (results[first], results[other]) for other in METHODS if other != first}
     return compare(pairs, f"{first} against the others")
 
@@ -318,7 +314,7 @@ def _draw(canvas: Any, means: Mapping[str, Mapping[str, Mean]]) -> None:
             [means[method][part].mean for method in METHODS],
             [means[method][part].ci95 or 0.0 for method in METHODS],
         )
-        for part, label in (("t_priv", "T_priv"), ("t_uni", "T_uni"))
+        for part, label in PARTS.items()
     }
     draw_bars(axes, METHODS, bars, "accuracy", "mean and 95 % interval; ◆ the source", inside=True)
     for index, method in enumerate(METHODS):

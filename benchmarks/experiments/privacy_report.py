@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,7 @@ def _releases(found: Found) -> Table:
             protection,
             None if results[0]["epsilon"] is None else f"{results[0]['epsilon']:.3g}",
             str(mean_with_interval([result["relative_error"] for result in results])),
-            results[0]["bytes_up"],
+            round(fmean(result["bytes_up"] for result in results)),
             str(mean_with_interval([result["student_accuracy"] for result in results])),
             len(results),
         ]

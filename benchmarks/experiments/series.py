@@ -12,6 +12,8 @@ from benchmarks.experiments.tables import Table
 PARTS = {"priv": "T_priv", "uni": "T_uni"}
 Series = dict[str, dict[float, dict[str, Mean]]]
 """Means by method, by the setting's value in increasing order, and by `priv` and `uni`."""
+Scores = Mapping[int, Mapping[str, float]]
+"""Results by seed, with `priv` and `uni`."""
 
 
 def collect(records: Iterable[Mapping[str, Any]], x: str) -> Series:
@@ -86,10 +88,13 @@ def summarise(series: Series) -> dict[str, Any]:
     }
 
 
-def compare(
-    pairs: Mapping[str, tuple[Mapping[int, Mapping[str, float]], Mapping[int, Mapping[str, float]]]],
-    title: str,
-) -> Table:
+def lead(ours: Scores, theirs: Scores, part: str) -> float:
+    """By how many points ours are above theirs, mean over the seeds that both have. Errors: ValueError without one."""
+    seeds = ours.keys() & theirs.keys()
+    return 100 * mean_with_interval([ours[seed][part] - theirs[seed][part] for seed in seeds]).mean
+
+
+def compare(pairs: Mapping[str, tuple[Scores, Scores]], title: str) -> Table:
     """Paired tests a row: by name, the results of two sides by seed; only the seeds that both have count."""
     rows: list[list[str | float | None]] = []
     for name, (ours, theirs) in pairs.items():
