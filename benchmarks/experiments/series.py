@@ -27,7 +27,7 @@ def collect(records: Iterable[Mapping[str, Any]], x: str) -> Series:
             value: {part: mean_with_interval([result[part] for result in by_value[value]]) for part in PARTS}
             for value in sorted(by_value)
         }
-        for method, by_value in scores.items()
+        for method, by_value in sorted(scores.items())  # whatever the order of the records
     }
 
 
