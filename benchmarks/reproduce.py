@@ -89,21 +89,25 @@ def run(arguments: argparse.Namespace) -> int:
     context = Context(
         sources.data, sources.transfer, arguments.cache or _default_cache(), arguments.keep_states
     )
-    minutes = experiment.estimate_cpu_minutes(options)
+    for option, folder in (("--output", output), ("--keep-states", arguments.keep_states)):
+        if folder is not None:
+            _make_folder(option, folder)
+    records = output / f"{experiment.NAME}.jsonl"
+    minutes, recorded = (
+        experiment.estimate_minutes(options, workers := arguments.workers),
+        len(read_records(records)),
+    )
     _tell(
-        f"{experiment.NAME}: {experiment.TITLE}; from nothing about {minutes:.0f} minutes of one core, "
-        f"{minutes / arguments.workers:.0f} with {arguments.workers} workers; what {output} holds is not run again"
+        f"{experiment.NAME}: {experiment.TITLE}; with {workers} worker{'s' if workers > 1 else ''} about "
+        f"{minutes:.0f} minutes from nothing; {recorded} runs are recorded in {records} and not made again"
     )
     started = time.monotonic()
     run_stages(experiment, options, context, output, arguments.workers)
     _tell(f"finished after {(time.monotonic() - started) / 60:.1f} minutes")
-    records = read_records(
-        output / f"{experiment.NAME}.jsonl", experiment.NAME
-    )  # with those of earlier commands
-    report = experiment.report(records)
-    for path in write_report(experiment, report, output):
+    report = experiment.report(read_records(records, experiment.NAME))  # with those of earlier commands
+    for path in write_report(experiment, report, output, arguments.quick):
         _tell(f"wrote {path}")
-    _print_report(experiment, report, arguments.json)
+    _print_report(experiment, report, arguments)
     return 0
 
 
@@ -133,13 +137,16 @@ def run_stages(
         _refuse_other_images(path, experiment.NAME, options)
         for number, stage in enumerate(stages, start=1):
             cells = stage(records)
+            where = f"stage {number}/{len(stages)}"
+            on_start = partial(_tell_start, where=where, workers=workers)
             records += run_cells(
                 cells,
                 experiment.run_cell,
                 context,
                 path,
                 workers=workers,
-                on_done=partial(_tell_done, where=f"stage {number}/{len(stages)}", names=_varied(cells)),
+                on_start=on_start,
+                on_done=partial(_tell_done, where=where, names=_varied(cells)),
                 again=lambda cell: context.keep_states is not None and redo(cell, context.keep_states),
                 origin=origin,
             )
@@ -156,14 +163,14 @@ def _refuse_other_images(path: Path, experiment: str, options: Options) -> None:
         )
 
 
-def write_report(experiment: Experiment, report: Report, output: Path) -> list[Path]:
+def write_report(experiment: Experiment, report: Report, output: Path, quick: bool) -> list[Path]:
     """Writes NAME.md, NAME.csv and the plots; returns the paths. Without matplotlib there are no plots."""
     from benchmarks.experiments.figures import save_figure
     from benchmarks.experiments.tables import to_csv
 
     stem = output / experiment.NAME
     written = []
-    for suffix, text in ((".md", _markdown(experiment, report)), (".csv", to_csv(report.tables))):
+    for suffix, text in ((".md", _markdown(experiment, report, quick)), (".csv", to_csv(report.tables))):
         path = stem.with_name(stem.name + suffix)
         write_atomically(path, [text.encode()])
         written.append(path)
@@ -184,7 +191,8 @@ def _print_summary(experiment: Experiment, arguments: argparse.Namespace) -> int
     if not records:
         raise EdgestillError(
             f"{path} holds no records of {experiment.NAME}",
-            f"run `edgestill reproduce {experiment.NAME} --data DIR` first, or give its --output",
+            f"run `edgestill reproduce {experiment.NAME} {'--quick' if arguments.quick else '--data DIR'}` first, "
+            "or give its --output",
         )
     part = EdgestillError(
         f"{path} holds only a part of the runs of {experiment.NAME}",
@@ -196,16 +204,17 @@ def _print_summary(experiment: Experiment, arguments: argparse.Namespace) -> int
         raise part from error
     if not report.summary:  # tuning alone
         raise part
-    _print_report(experiment, report, arguments.json)
+    _print_report(experiment, report, arguments)
     return 0
 
 
-def _print_report(experiment: Experiment, report: Report, as_json: bool) -> None:
-    print(json.dumps(report.summary) if as_json else _markdown(experiment, report))
+def _print_report(experiment: Experiment, report: Report, arguments: argparse.Namespace) -> None:
+    print(json.dumps(report.summary) if arguments.json else _markdown(experiment, report, arguments.quick))
 
 
-def _markdown(experiment: Experiment, report: Report) -> str:
-    return f"# {experiment.TITLE}\n\n{describe_report(report)}"
+def _markdown(experiment: Experiment, report: Report, quick: bool) -> str:
+    note = "Quick version: it shows that everything runs; its figures mean nothing.\n\n" if quick else ""
+    return f"# {experiment.TITLE}\n\n{note}{describe_report(report)}"
 
 
 def describe_report(report: Report) -> str:
@@ -238,6 +247,15 @@ def _default_cache() -> Path:
     return default_cache().parent / "reproduce"
 
 
+def _make_folder(option: str, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise UsageError(
+            f"{option} {folder} is a file", "name a folder; it is made if it is not there"
+        ) from error
+
+
 def _varied(cells: Sequence[Cell]) -> list[str]:
     """The settings in which the cells differ: enough to name one of them."""
     names = list(dict.fromkeys(name for cell in cells for name in cell.settings))
@@ -246,13 +264,18 @@ def _varied(cells: Sequence[Cell]) -> list[str]:
     ]
 
 
+def _tell_start(waiting: int, where: str, workers: int) -> None:
+    _tell(f"{where}: {waiting} to run, {min(waiting, workers)} at once")
+
+
 def _tell_done(done: Progress, where: str, names: Sequence[str]) -> None:
     _tell(_describe(done, where, names))
 
 
 def _describe(done: Progress, where: str, names: Sequence[str]) -> str:
     settings = done.cell.settings
-    what = ", ".join(filter(None, (_worded(name, settings.get(name)) for name in names))) or done.cell.key
+    what = ", ".join(filter(None, (_worded(name, settings.get(name)) for name in names)))
+    what = what or settings.get("stage") or done.cell.key
     head = f"{where}: {done.finished}/{done.total}: {what}"
     if done.error is not None:
         return f"{head}: FAILED: {done.error}\n  settings: {json.dumps(dict(settings))}"

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -111,3 +115,37 @@ def test_an_interrupt_keeps_what_is_finished(tmp_path, context):
     with pytest.raises(KeyboardInterrupt):
         run_cells(cells_of(1, 2), square, context, path, workers=1, on_done=interrupt)
     assert [record["settings"]["x"] for record in read_records(path)] == [1]
+
+
+def linger(settings, context):
+    (context.cache / f"pid-{os.getpid()}").touch()
+    time.sleep(600)
+
+
+def test_ctrl_c_ends_workers_at_once_and_without_a_word(tmp_path, context):
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from pathlib import Path; "
+        "import test_bench_experiment_grid as t; "
+        f"t.run_cells(t.cells_of(1, 2, 3), t.linger, t.Context('', '', Path({str(context.cache)!r})), "
+        f"Path({str(tmp_path / 'x.jsonl')!r}), workers=2)"
+    )
+    search = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": search},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        while len(os.listdir(context.cache)) < 2:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        told = process.communicate(timeout=60)[1]  # ten minutes if the runs were waited for
+    finally:
+        process.kill()
+    assert told.rstrip().endswith("KeyboardInterrupt") and "SpawnProcess" not in told
+    for name in os.listdir(context.cache):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(name.removeprefix("pid-")), 0)

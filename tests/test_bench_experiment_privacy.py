@@ -130,9 +130,7 @@ def test_the_grid_has_a_cell_a_protection_exchange_and_seed() -> None:
     assert all(cell.settings["pictures"] == 0 for cell in full if cell.settings["seed"])
     quick = privacy.cells(Options(quick=True, seeds=2))
     assert {cell.settings["seed"] for cell in quick} == {0, 1}
-    assert (
-        privacy.estimate_cpu_minutes(Options(quick=True)) < 5 < privacy.estimate_cpu_minutes(Options()) < 120
-    )
+    assert privacy.estimate_minutes(Options(quick=True), 2) < 5 < privacy.estimate_minutes(Options(), 2) < 60
 
 
 @pytest.fixture(scope="module")

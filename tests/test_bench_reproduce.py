@@ -56,7 +56,7 @@ def doubling(numbers=(1, 2)):
         lambda records: [Cell("doubling", {"x": r["result"]["y"], "stage": 2}) for r in records],
     ]
     module.run_cell = run_doubling
-    module.estimate_cpu_minutes = lambda options: 7.0
+    module.estimate_minutes = lambda options, workers: 7.0
 
     def report(records):
         rows = [[r["settings"]["x"], r["result"]["y"]] for r in records]
@@ -81,7 +81,11 @@ def reproduce(monkeypatch, tmp_path, capsys):
 def test_an_experiment_writes_records_and_tables_and_goes_on(reproduce, tmp_path):
     code, output, told = reproduce(doubling(), "--quick", "--json")
     assert code == 0 and json.loads(output) == {"total": 18}
-    assert "about 7 minutes of one core" in told and "stage 2/2: 2/2: x 4" in told
+    assert (
+        "with 1 worker about 7 minutes" in told
+        and "stage 1/2: 2 to run, 1 at once" in told
+        and "stage 2/2: 2/2: x 4" in told
+    )
     records = [json.loads(line) for line in (tmp_path / "doubling.jsonl").read_text().splitlines()]
     assert [record["settings"]["x"] for record in records] == [1, 2, 2, 4]
     assert {"cpu", "cores"} <= records[0]["machine"].keys() and "hash" in records[0]["commit"]
@@ -174,7 +178,9 @@ def test_every_experiment_offers_what_the_command_needs(name):
     experiment = load_experiment(name)
     assert experiment.NAME == name and experiment.TITLE
     for options in (Options(quick=True), Options(), Options(seeds=7)):
-        assert 0 < experiment.estimate_cpu_minutes(options) < 1000
+        assert (
+            0 < experiment.estimate_minutes(options, 2) < experiment.estimate_minutes(options, 1) + 1 < 1000
+        )
         first = experiment.stages(options)[0]([])
         assert first and all(cell.experiment == name for cell in first)
         assert len({cell.key for cell in first}) == len(first)

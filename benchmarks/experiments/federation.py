@@ -147,7 +147,7 @@ def final_cells(options: Options, chosen: Mapping[str, Mapping[str, float]]) -> 
     ]
 
 
-def estimate_cpu_minutes(options: Options) -> float:
+def estimate_minutes(options: Options, workers: int) -> float:
     chosen = dict.fromkeys(CANDIDATES, dict.fromkeys(RATES, 0.0))
     cells = tuning_cells(options) + final_cells(options, chosen)
     exports = {
@@ -157,7 +157,7 @@ def estimate_cpu_minutes(options: Options) -> float:
         for number in range(cell.settings["devices"] if cell.settings["initial"] == "independent" else 1)
     }
     rounds = sum(cell.settings["rounds"] for cell in cells)
-    return (rounds * CPU_S_A_ROUND[options.quick] + len(exports) * CPU_S_AN_EXPORT) / 60
+    return (rounds * CPU_S_A_ROUND[options.quick] + len(exports) * CPU_S_AN_EXPORT) / 60 / workers
 
 
 def run_cell(settings: Settings, context: Context) -> dict[str, Any]:

@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, as_completed
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -75,8 +76,8 @@ class Experiment(Protocol):
     def run_cell(self, settings: Mapping[str, Any], context: Context) -> dict[str, Any]:
         """Makes one run; its result as JSON values. At the top of its module, so that a worker finds it."""
 
-    def estimate_cpu_minutes(self, options: Options) -> float:
-        """What all stages take from nothing, in minutes of one core."""
+    def estimate_minutes(self, options: Options, workers: int) -> float:
+        """What all stages take from nothing; a teacher is trained by one worker while the others wait."""
 
     def report(self, records: Sequence[Mapping[str, Any]]) -> Any:
         """A Report (benchmarks/experiments/report.py) of the records of all stages."""
@@ -105,27 +106,32 @@ def run_cells(
     path: Path,
     *,
     workers: int,
+    on_start: Callable[[int], None] = lambda waiting: None,
     on_done: Callable[[Progress], None] = lambda progress: None,
     again: Callable[[Cell], bool] = lambda cell: False,
     origin: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Makes the runs that `path` does not hold yet and returns the records of all cells in the order of the cells.
 
-    A record, with `origin` (machine, commit) in it, is durable in `path` before `on_done` hears of it. Runs for which
-    `again` says so are made once more. Errors: RunsFailed after all others have ended; what `path` refuses.
+    `on_start` hears how many these are, if any. A record, with `origin` (machine, commit) in it, is durable in `path`
+    before `on_done` hears of it. Runs for which `again` says so are made once more. Errors: RunsFailed after all others
+    have ended; what `path` refuses.
     """
     wanted = {cell.key: cell for cell in cells}
     known = {record["key"]: record for record in read_records(path)}
     waiting = [cell for key, cell in wanted.items() if key not in known or again(cell)]
     done = len(wanted) - len(waiting)
+    if waiting:
+        on_start(len(waiting))
     failed = 0
     started = time.monotonic()
     path.parent.mkdir(parents=True, exist_ok=True)
     _drop_torn_line(path)
-    with path.open("a", encoding="utf-8") as file:
-        for count, (cell, result, elapsed_s, error) in enumerate(
-            _run_all(waiting, run_cell, context, workers), start=1
-        ):
+    with (
+        path.open("a", encoding="utf-8") as file,
+        closing(_run_all(waiting, run_cell, context, workers)) as ended,
+    ):
+        for count, (cell, result, elapsed_s, error) in enumerate(ended, start=1):
             if error is None:
                 record = {
                     "experiment": cell.experiment,
@@ -184,23 +190,22 @@ def _drop_torn_line(path: Path) -> None:
 Ended = tuple[Cell, dict[str, Any] | None, float, str | None]
 
 
-def _run_all(cells: Sequence[Cell], run_cell: RunCell, context: Context, workers: int) -> Iterator[Ended]:
+def _run_all(
+    cells: Sequence[Cell], run_cell: RunCell, context: Context, workers: int
+) -> Generator[Ended, None, None]:
     """Runs with result, seconds and error, as they end. One worker, too, is a process: it computes on one thread."""
     if not cells:
         return
     with worker_processes(min(workers, len(cells))) as executor:
-        try:
-            futures: dict[Future[Any], Cell] = {
-                executor.submit(_timed, run_cell, cell.settings, context): cell for cell in cells
-            }
-            for future in as_completed(futures):
-                try:
-                    result, elapsed_s, error = future.result()
-                except Exception as broken:  # the process itself ended, or its result cannot travel
-                    result, elapsed_s, error = None, 0.0, f"{type(broken).__name__}: {broken}"
-                yield futures[future], result, elapsed_s, error
-        finally:
-            executor.shutdown(cancel_futures=True)
+        futures: dict[Future[Any], Cell] = {
+            executor.submit(_timed, run_cell, cell.settings, context): cell for cell in cells
+        }
+        for future in as_completed(futures):
+            try:
+                result, elapsed_s, error = future.result()
+            except Exception as broken:  # the process itself ended, or its result cannot travel
+                result, elapsed_s, error = None, 0.0, f"{type(broken).__name__}: {broken}"
+            yield futures[future], result, elapsed_s, error
 
 
 def _timed(

@@ -55,13 +55,13 @@ def stages(options: Options) -> list[Stage]:
 run_cell = make_run
 
 
-def estimate_cpu_minutes(options: Options) -> float:
+def estimate_minutes(options: Options, workers: int) -> float:
     """Measured: docs/experiments.md."""
     if options.quick:
         return 3.0
     sizes = [500] * (len(GAMMAS) + 2) + [250, 1000, 2000]
     runs = (options.seeds or SEEDS) * len(METHODS)
-    return TEACHER_CPU_MINUTES + runs * sum(map(student_cpu_minutes, sizes))
+    return TEACHER_CPU_MINUTES + runs * sum(map(student_cpu_minutes, sizes)) / workers
 
 
 def report(records: Sequence[Mapping[str, Any]]) -> Report:
@@ -75,14 +75,14 @@ def report(records: Sequence[Mapping[str, Any]]) -> Report:
     found = {name: collect(_sweep(records, name), name) for name in sweeps}
     tables = [table_of(found[name], x_label, title) for name, (x_label, title) in sweeps.items()]
     pairs = {
-        f"lkd − {other}, {sweeps[name][0]} {value:g}": tuple(
-            by_seed(_sweep(records, name), method=method, **{name: value}) for method in ("lkd", other)
+        f"{ours} − {theirs}, {sweeps[name][0]} {value:g}": tuple(
+            by_seed(_sweep(records, name), method=method, **{name: value}) for method in (ours, theirs)
         )
         for name in sweeps
-        for other in ("ce", "kd")
+        for ours, theirs in (("lkd", "ce"), ("kd", "ce"), ("lkd", "kd"))
         for value in found[name]["lkd"]
     }
-    tables.append(compare(pairs, "Latents against labels alone and against logits"))
+    tables.append(compare(pairs, "Latents and logits against labels alone and each other"))
     figures = [
         Figure(
             name, lambda canvas, name=name: draw_series(canvas, found[name], sweeps[name][0], 10), width=11

@@ -71,13 +71,14 @@ def stages(options: Options) -> list[Stage]:
 run_cell = make_run
 
 
-def estimate_cpu_minutes(options: Options) -> float:
+def estimate_minutes(options: Options, workers: int) -> float:
     """Measured: docs/experiments.md."""
     if options.quick:
         return 3.0
     runs = (options.seeds or SEEDS) * len(METHODS) * len(SIZES)
     # the largest latents make a step up to half as dear again
-    return TEACHER_CPU_MINUTES + HEAD_CPU_MINUTES * len(SIZES) + runs * 1.15 * student_cpu_minutes(SAMPLES)
+    shared = HEAD_CPU_MINUTES * len(SIZES) + runs * 1.15 * student_cpu_minutes(SAMPLES)
+    return TEACHER_CPU_MINUTES + shared / workers
 
 
 def report(records: Sequence[Mapping[str, Any]]) -> Report:

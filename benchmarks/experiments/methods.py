@@ -157,13 +157,13 @@ def kept_as(settings: Mapping[str, Any]) -> KeptAs:
     return KeptAs(f"{method}-seed{settings['seed']}", f"{method}-bundle", Cell(NAME, settings).key)
 
 
-def estimate_cpu_minutes(options: Options) -> float:
+def estimate_minutes(options: Options, workers: int) -> float:
     """Measured: docs/experiments.md."""
     if options.quick:
         return 4.0
     tuned = TUNING_SEEDS * len(MIXTURES) * len(METHODS[1:])
     runs = len(DEVICES) * DEVICE_SEEDS + tuned + (options.seeds or FINAL_SEEDS) * len(METHODS)
-    return TEACHER_CPU_MINUTES + runs * student_cpu_minutes(1500)
+    return TEACHER_CPU_MINUTES + runs * student_cpu_minutes(1500) / workers
 
 
 def choose_device(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -281,7 +281,7 @@ def _tuning(records: Sequence[Mapping[str, Any]]) -> Table:
     chosen = {record["settings"]["method"]: own_settings(record) for record in having(records, stage="final")}
     rows = [
         [method, describe(own), priv, uni, "chosen" if own == chosen.get(method) else ""]
-        for method, own, priv, uni in _tried(records)
+        for method, own, priv, uni in sorted(_tried(records), key=lambda tried: METHODS.index(tried[0]))
     ]
     return Table("Tuning, accuracy on validation images", ("method", "settings", "V_priv", "V_uni", ""), rows)
 
@@ -289,6 +289,8 @@ def _tuning(records: Sequence[Mapping[str, Any]]) -> Table:
 def describe(own: Mapping[str, Any]) -> str:
     """A candidate's settings in words."""
     options = own.get("export_options", [])
+    if own["objective"] == "kd" and "--kd-loss" not in options:
+        options = ["--kd-loss", "mse", *options]  # the default
     words = [
         f"{option.removeprefix('--')} {value}"
         for option, value in zip(options[::2], options[1::2], strict=True)

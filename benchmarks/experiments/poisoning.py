@@ -71,8 +71,8 @@ def run_cell(settings: Mapping[str, Any], context: Context) -> dict[str, Any]:
     }
 
 
-def estimate_cpu_minutes(options: Options) -> float:
-    return len(cells(options)) * CPU_S_A_CELL[options.quick] / 60
+def estimate_minutes(options: Options, workers: int) -> float:
+    return len(cells(options)) * CPU_S_A_CELL[options.quick] / 60 / workers
 
 
 def report(records: Sequence[Mapping[str, Any]]) -> Report:

@@ -119,10 +119,11 @@ def cells(options: Options) -> list[Cell]:
     ]  # fmt: skip
 
 
-def estimate_cpu_minutes(options: Options) -> float:
+def estimate_minutes(options: Options, workers: int) -> float:
     grid = cells(options)
     seeds = len({cell.settings["seed"] for cell in grid})
-    return (len(grid) * CPU_S_A_CELL[options.quick] + seeds * CPU_S_A_STUDENT[options.quick]) / 60
+    cpu_s = len(grid) * CPU_S_A_CELL[options.quick] + seeds * CPU_S_A_STUDENT[options.quick]
+    return cpu_s / 60 / workers
 
 
 def report(records: Sequence[Mapping[str, Any]]) -> Report:

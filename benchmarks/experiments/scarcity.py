@@ -58,14 +58,13 @@ def stages(options: Options) -> list[Stage]:
 run_cell = make_run
 
 
-def estimate_cpu_minutes(options: Options) -> float:
+def estimate_minutes(options: Options, workers: int) -> float:
     """Measured: docs/experiments.md."""
     if options.quick:
         return 3.0
     steps_of = [1] + [1, 2, *(2 for size in TRANSFER_SAMPLES if size)] * len(METHODS)
-    return TEACHER_CPU_MINUTES + (options.seeds or SEEDS) * sum(
-        student_cpu_minutes(SAMPLES, 25 * n) for n in steps_of
-    )
+    runs = (options.seeds or SEEDS) * sum(student_cpu_minutes(SAMPLES, 25 * n) for n in steps_of)
+    return TEACHER_CPU_MINUTES + runs / workers
 
 
 def report(records: Sequence[Mapping[str, Any]]) -> Report:

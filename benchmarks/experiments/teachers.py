@@ -135,16 +135,15 @@ def _train_teacher(settings: Mapping[str, Any], context: Context, path: Path, st
         # named by the model: one that was exported by other code starts anew
         partial = state.with_name(f"{state.stem}-{bundle.model_digest[:16]}.unfinished")
         state.parent.mkdir(parents=True, exist_ok=True)
-        train_to_the_end(engine, run, partial, lambda epoch: _tell_epoch(teacher, epoch))
+        _tell(teacher, f"{teacher['epochs']} epochs of {run.plan.steps_per_epoch} steps")
+        train_to_the_end(
+            engine, run, partial, lambda epoch: _tell(teacher, f"epoch {epoch} of {teacher['epochs']}")
+        )
         partial.rename(state)
 
 
-def _tell_epoch(teacher: Mapping[str, Any], epoch: int) -> None:
-    print(
-        f"reproduce: teacher with latents of {teacher['latent_size']}: epoch {epoch} of {teacher['epochs']}",
-        file=sys.stderr,
-        flush=True,
-    )
+def _tell(teacher: Mapping[str, Any], what: str) -> None:
+    print(f"reproduce: teacher with latents of {teacher['latent_size']}: {what}", file=sys.stderr, flush=True)
 
 
 def score_teacher(settings: Mapping[str, Any], context: Context) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +25,7 @@ from edge_runtime.files import write_atomically
 # Every worker computes on one thread: workers are the parallelism, and sums over more threads than one may
 # come in another order on another machine.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+SECONDS_TO_END = 2.0
 JOBS_A_WORKER = 4
 """How many jobs a worker has waiting: enough to be never idle, few enough to hold ten thousand devices' states."""
 
@@ -132,26 +134,33 @@ def open_pool(workers: int, ray: bool) -> Iterator[Pool]:
         yield _Here()
     else:
         with worker_processes(workers) as executor:
-            try:
-                yield _Processes(executor, workers)
-            except BaseException:
-                executor.shutdown(wait=False, cancel_futures=True)
-                raise
+            yield _Processes(executor, workers)
 
 
 @contextmanager
 def worker_processes(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that compute on one thread each and end with this one, however it ends."""
+    """Processes that compute on one thread each and end with this one, however it ends.
+
+    An error or Ctrl-C in the block ends them at once, whatever they are at.
+    """
     # spawn: engines hold threads, which a forked process would lose
     context = multiprocessing.get_context("spawn")
     with (
         _environment(ONE_THREAD),
         ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as executor,
     ):
-        yield executor
+        try:
+            yield executor
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def _end_with_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its workers
+    signal.signal(signal.SIGTERM, _end)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -160,6 +169,14 @@ def _end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _end(signum: int, frame: Any) -> None:
+    """Leaves the job, which closes and removes what it has opened, or the process if that takes long."""
+    timer = threading.Timer(SECONDS_TO_END, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
+    raise SystemExit(1)
 
 
 def _open_ray(workers: int) -> Iterator[Pool]:
