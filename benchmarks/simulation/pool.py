@@ -25,7 +25,7 @@ from edge_runtime.files import write_atomically
 # Every worker computes on one thread: workers are the parallelism, and sums over more threads than one may
 # come in another order on another machine.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-SECONDS_TO_END = 2.0
+SECONDS_TO_END = 1.0
 JOBS_A_WORKER = 4
 """How many jobs a worker has waiting: enough to be never idle, few enough to hold ten thousand devices' states."""
 
