@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks.experiments import EXPERIMENTS
-from benchmarks.reproduce import COMMITTED
+from benchmarks.experiments.grid import Options, read_records
+from benchmarks.reproduce import COMMITTED, load_experiment
 from benchmarks.results_page import BLOCK, PAGE, fill
 
 PAGE_TEXT = PAGE.read_text(encoding="utf-8")
@@ -32,6 +34,28 @@ def test_every_experiment_is_on_the_page_or_named_as_not_measured() -> None:
     waiting = PAGE_TEXT.partition("\n## Not measured in full yet\n")[2]
     for name in EXPERIMENTS:
         assert (name in SHOWN) != (f"`{name}`" in waiting), name
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_every_run_of_an_experiment_on_the_page_is_recorded(name: str) -> None:
+    experiment = load_experiment(name)
+    records = {record["key"]: record for record in read_records(COMMITTED / f"{name}.jsonl", name)}
+    named = {
+        what: {r["settings"][what] for r in records.values() if what in r["settings"]}
+        for what in ("data", "transfer")
+    }
+    assert all(len(names) <= 1 for names in named.values())
+    found: list[dict[str, Any]] = []
+    for stage in experiment.stages(
+        Options(data=named["data"].pop(), transfer="".join(named["transfer"]) or "-")
+    ):
+        keys = [cell.key for cell in stage(found)]
+        assert records.keys() >= set(keys), (
+            f"{len(set(keys) - records.keys())} of {len(keys)} runs are missing"
+        )
+        found += [records[key] for key in keys]
+    # and no others, which an earlier protocol has left
+    assert len(found) == len(records)
 
 
 @pytest.mark.parametrize("name", SHOWN)

@@ -37,7 +37,15 @@ PAIRS = (
     ("latents, cnn3", "local only, cnn3"),
 )
 """Arms that are tested against each other."""
-SHOWN = ("local only", "FedMD", "latents fp32", "latents int8", "latents + logits", "FedAvg, cnn3", "latents, cnn3")
+SHOWN = (
+    "local only",
+    "FedMD",
+    "latents fp32",
+    "latents int8",
+    "latents + logits",
+    "FedAvg, cnn3",
+    "latents, cnn3",
+)
 """The arms that a figure has room for."""
 QUARTER = 0.26
 """Of the bytes: a byte for four, and four a row for its scale."""

@@ -71,10 +71,12 @@ def draw_bars(
     y_label: str,
     title: str = "",
     inside: bool = False,
+    form: str = ".3f",
 ) -> None:
     """Groups of bars beside each other; a name's bars are (heights, half widths of the intervals), one a group.
 
-    `inside`: the figures stand in the bars, where these are high and something else is marked at their tops.
+    `inside`: the figures, of the format `form`, stand in the bars, where these are high and something else is marked at
+    their tops.
     """
     width = 0.8 / max(1, len(bars))
     for index, (name, (heights, half_widths)) in enumerate(bars.items()):
@@ -83,7 +85,7 @@ def draw_bars(
             places, heights, width * 0.92, yerr=half_widths, capsize=3, color=COLOURS[index % 8], label=name
         )
         place: dict[str, Any] = {"label_type": "center", "color": "white"} if inside else {"padding": 2}
-        axes.bar_label(drawn, [f"{height:.3f}" for height in heights], fontsize=8, **place)
+        axes.bar_label(drawn, [f"{height:{form}}" for height in heights], fontsize=8, **place)
     axes.set_xticks(range(len(groups)), groups)
     axes.set(ylabel=y_label, title=title)
     axes.spines[["top", "right"]].set_visible(False)
