@@ -93,16 +93,14 @@ def run(arguments: argparse.Namespace) -> int:
         if folder is not None:
             _make_folder(option, folder)
     records = output / f"{experiment.NAME}.jsonl"
-    minutes, recorded = (
-        experiment.estimate_minutes(options, workers := arguments.workers),
-        len(read_records(records)),
-    )
+    workers: int = arguments.workers
     _tell(
         f"{experiment.NAME}: {experiment.TITLE}; with {workers} worker{'s' if workers > 1 else ''} about "
-        f"{minutes:.0f} minutes from nothing; {recorded} runs are recorded in {records} and not made again"
+        f"{experiment.estimate_minutes(options, workers):.0f} minutes from nothing; "
+        f"{len(read_records(records))} runs are recorded in {records}"
     )
     started = time.monotonic()
-    run_stages(experiment, options, context, output, arguments.workers)
+    run_stages(experiment, options, context, output, workers)
     _tell(f"finished after {(time.monotonic() - started) / 60:.1f} minutes")
     report = experiment.report(read_records(records, experiment.NAME))  # with those of earlier commands
     for path in write_report(experiment, report, output, arguments.quick):
@@ -155,12 +153,13 @@ def run_stages(
 
 def _refuse_other_images(path: Path, experiment: str, options: Options) -> None:
     """Before hours of running: a report of several data sets would be of none."""
-    recorded = {record["settings"].get("data", options.data) for record in read_records(path, experiment)}
-    if recorded - {options.data}:
-        raise UsageError(
-            f"{path} holds runs with other images than --data has",
-            "give another --output, such as --output build/reproduce",
-        )
+    recorded = read_records(path, experiment)
+    for name, own in (("data", options.data), ("transfer", options.transfer)):
+        if any(record["settings"].get(name, own) != own for record in recorded):
+            raise UsageError(
+                f"{path} holds runs with other images than those of --{name}",
+                "give another --output, such as --output build/reproduce",
+            )
 
 
 def write_report(experiment: Experiment, report: Report, output: Path, quick: bool) -> list[Path]:

@@ -117,9 +117,36 @@ def test_an_interrupt_keeps_what_is_finished(tmp_path, context):
     assert [record["settings"]["x"] for record in read_records(path)] == [1]
 
 
+def end_at_13(settings, context):
+    try:
+        if settings["x"] == 13:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(600)
+    finally:
+        time.sleep(0.2)
+        (context.cache / f"closed-{settings['x']}").touch()
+    return {}
+
+
+def test_a_worker_that_is_told_to_end_closes_what_it_has_open_and_its_run_fails(tmp_path, context):
+    heard = []
+    with pytest.raises(RunsFailed):
+        run_cells(
+            cells_of(1, 13, 2, 3), end_at_13, context, tmp_path / "x.jsonl", workers=1, on_done=heard.append
+        )
+    assert sorted(os.listdir(context.cache)) == ["closed-1", "closed-13"]  # and takes no more
+    assert sorted(bool(done.error) for done in heard) == [False, True, True, True]
+    assert any("told to end" in done.error for done in heard if done.error)
+    assert len(read_records(tmp_path / "x.jsonl")) == 1
+
+
 def linger(settings, context):
     (context.cache / f"pid-{os.getpid()}").touch()
-    time.sleep(600)
+    try:
+        time.sleep(600)
+    finally:
+        time.sleep(0.2)
+        (context.cache / f"closed-{os.getpid()}").touch()
 
 
 def test_ctrl_c_ends_workers_at_once_and_without_a_word(tmp_path, context):
@@ -146,6 +173,11 @@ def test_ctrl_c_ends_workers_at_once_and_without_a_word(tmp_path, context):
     finally:
         process.kill()
     assert told.rstrip().endswith("KeyboardInterrupt") and "SpawnProcess" not in told
-    for name in os.listdir(context.cache):
+    started, closed = (
+        {name.partition("-")[2] for name in os.listdir(context.cache) if name.startswith(what)}
+        for what in ("pid", "closed")
+    )
+    assert len(started) == 2 and closed == started
+    for pid in started:
         with pytest.raises(ProcessLookupError):
-            os.kill(int(name.removeprefix("pid-")), 0)
+            os.kill(int(pid), 0)

@@ -35,6 +35,9 @@ PAIRS = (
     ("latents, no labels", "FedMD"),
     ("latents, cnn3", "FedAvg, cnn3"),
     ("latents, cnn3", "local only, cnn3"),
+    ("common initial weights, aligned", "common initial weights, as they are"),
+    ("independent initial weights, aligned", "independent initial weights, as they are"),
+    ("independent initial weights, as they are", "common initial weights, as they are"),
 )
 """Arms that are tested against each other."""
 SHOWN = (
@@ -68,7 +71,7 @@ def make_report(
     methods, private = parts["methods"], parts["privacy"]
     tables = [_table(TITLES[part], found) for part, found in parts.items() if found]
     if methods:
-        tables[1:1] = [_goals(methods), _differences(methods)]
+        tables[1:1] = [_goals(methods), _differences({**methods, **parts["alignment"]})]
     if chosen:
         tables.append(_tuning_table(records, chosen))
     figures = []
@@ -151,8 +154,8 @@ def _goals(methods: Mapping[str, Runs]) -> Table:
     return goals_table("What latents were meant to reach", goals)
 
 
-def _differences(methods: Mapping[str, Runs]) -> Table:
-    scores = {arm: _scores(runs) for arm, runs in methods.items()}
+def _differences(found: Mapping[str, Runs]) -> Table:
+    scores = {arm: _scores(runs) for arm, runs in found.items()}
     there = [pair for pair in PAIRS if set(pair) <= scores.keys()]
     return compare(
         {f"{ours} − {theirs}": (scores[ours], scores[theirs]) for ours, theirs in there}, "Differences"

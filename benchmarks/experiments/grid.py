@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks.simulation.pool import worker_processes
+from benchmarks.simulation.pool import submit, worker_processes
 from edge_runtime.errors import EdgestillError
 
 # The package stays importable without numpy: a worker limits the threads of numerical libraries before it loads one.
@@ -198,7 +198,7 @@ def _run_all(
         return
     with worker_processes(min(workers, len(cells))) as executor:
         futures: dict[Future[Any], Cell] = {
-            executor.submit(_timed, run_cell, cell.settings, context): cell for cell in cells
+            submit(executor, _timed, run_cell, cell.settings, context): cell for cell in cells
         }
         for future in as_completed(futures):
             try:

@@ -11,7 +11,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from edge_runtime.files import write_atomically
 # Every worker computes on one thread: workers are the parallelism, and sums over more threads than one may
 # come in another order on another machine.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-SECONDS_TO_END = 1.0
+SECONDS_TO_END = 5.0
 JOBS_A_WORKER = 4
 """How many jobs a worker has waiting: enough to be never idle, few enough to hold ten thousand devices' states."""
 
@@ -89,7 +89,7 @@ class _Processes:
         return LocalFile(path)
 
     def map(self, function: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
-        submitted = (self._executor.submit(function, job) for job in jobs)
+        submitted = (submit(self._executor, function, job) for job in jobs)
         return (future.result() for future in _ahead(submitted, JOBS_A_WORKER * self._workers))
 
 
@@ -152,10 +152,28 @@ def worker_processes(workers: int) -> Iterator[ProcessPoolExecutor]:
         try:
             yield executor
         except BaseException:
-            executor.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
                 process.terminate()
+            executor.shutdown(cancel_futures=True)
             raise
+
+
+def submit(executor: Executor, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    """A job for one of the `worker_processes`. Its errors: the function's; EdgestillError where the worker is ended."""
+    return executor.submit(_run, function, arguments)
+
+
+_ending = False
+"""Whether this worker has been told to end: it takes no more jobs, and leaves as it would at the end of its work."""
+
+
+def _run(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    try:
+        if not _ending:
+            return function(*arguments)
+    except SystemExit:
+        pass  # of `_end`: an executor would carry it to the parent and end that, too
+    raise EdgestillError("the worker process was told to end", "run the same command again")
 
 
 def _end_with_parent() -> None:
@@ -173,6 +191,9 @@ def _end_with_parent() -> None:
 
 def _end(signum: int, frame: Any) -> None:
     """Leaves the job, which closes and removes what it has opened, or the process if that takes long."""
+    global _ending
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _ending = True
     timer = threading.Timer(SECONDS_TO_END, os._exit, (1,))
     timer.daemon = True
     timer.start()
