@@ -309,8 +309,9 @@ def test_gradient_equals_eager_pytorch(built, index: int) -> None:
     got, expected = built
     names = [name for name in expected if name.startswith(f"{index}.")]
     assert names
+    # the largest of the case: a sum rounds relative to its terms, which may cancel, in an order that threads decide
+    scale = max(np.abs(expected[name]).max() for name in names)
     for name in names:
-        scale = np.abs(expected[name]).max()
         np.testing.assert_allclose(got[name], expected[name], rtol=0, atol=2e-6 * scale, err_msg=name)
 
 
