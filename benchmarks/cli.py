@@ -16,7 +16,7 @@ from benchmarks.bundles import BundleRequest, ExportFailed, prepare_bundle
 from benchmarks.report import format_table
 from benchmarks.step import EAGER_ENGINES, Case, StepSettings, error_line, measure_case
 from edge_runtime.bundle import Bundle
-from edge_runtime.console import add_json_option
+from edge_runtime.console import add_json_option, count
 from edge_runtime.engines import ENGINES, EngineStatus, available_engines
 from edge_runtime.errors import UsageError
 from edge_runtime.machine import cores
@@ -54,9 +54,9 @@ def add_parser(subparsers: Any) -> None:
         help="engines (default: all that work here); package.module:function names one of your own",
     )
     add("--threads", type=_counts, default=[1], metavar="N,M", help="thread counts (default 1)")
-    add("--steps", type=_count, default=40, help="timed steps an engine (default 40)")
-    add("--rounds", type=_count, default=8, help="turns that the steps are divided into (default 8)")
-    add("--warmup", type=_count, default=5, help="steps before those that count (default 5)")
+    add("--steps", type=count, default=40, help="timed steps an engine (default 40)")
+    add("--rounds", type=count, default=8, help="turns that the steps are divided into (default 8)")
+    add("--warmup", type=count, default=5, help="steps before those that count (default 5)")
     add(
         "--cold-starts",
         type=_count_or_zero,
@@ -65,7 +65,7 @@ def add_parser(subparsers: Any) -> None:
     )
     add("--objective", default="lkd", choices=("ce", "kd", "lkd"), help="default lkd")
     add("--optimizer", default="sgd", choices=("sgd", "adamw"), help="default sgd")
-    add("--latent-size", type=_count, default=128, help="default 128")
+    add("--latent-size", type=count, default=128, help="default 128")
     add(
         "--export-options",
         type=shlex.split,
@@ -210,14 +210,8 @@ def _tell(text: str) -> None:
     print(f"bench: {text}", file=sys.stderr, flush=True)
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
-    return int(text)
-
-
 def _count_or_zero(text: str) -> int:
-    return 0 if text == "0" else _count(text)
+    return 0 if text == "0" else count(text)
 
 
 def _words(text: str) -> list[str]:
@@ -228,7 +222,7 @@ def _words(text: str) -> list[str]:
 
 
 def _counts(text: str) -> list[int]:
-    return [_count(word) for word in _words(text)]
+    return [count(word) for word in _words(text)]
 
 
 def _engines(text: str) -> list[str]:

@@ -27,7 +27,7 @@ from benchmarks.experiments.locks import locked
 from benchmarks.experiments.report import Report
 from benchmarks.experiments.sources import Sources, find_sources
 from benchmarks.machine import commit_record, installed_versions, machine_record
-from edge_runtime.console import add_json_option
+from edge_runtime.console import add_json_option, count
 from edge_runtime.errors import EdgestillError, UsageError
 from edge_runtime.files import write_atomically
 from edge_runtime.machine import cores
@@ -45,7 +45,7 @@ def add_parser(subparsers: Any) -> None:
     add = parser.add_argument
     add("experiment", choices=tuple(EXPERIMENTS), metavar="EXPERIMENT", help=", ".join(EXPERIMENTS))
     add("--quick", action="store_true", help="a small version: minutes on 2 cores, with cifar10-mini")
-    add("--seeds", type=_count, metavar="N", help="seeds of the final runs (default: the experiment's own)")
+    add("--seeds", type=count, metavar="N", help="seeds of the final runs (default: the experiment's own)")
     add(
         "--data",
         metavar="DIR",
@@ -65,7 +65,7 @@ def add_parser(subparsers: Any) -> None:
         help="folder for records, tables and plots (default: benchmarks/results/reproduce of the checkout, "
         "build/reproduce-quick with --quick)",
     )
-    add("--workers", type=_count, default=cores(), metavar="W",
+    add("--workers", type=count, default=cores(), metavar="W",
         help="processes, one thread each (default: every core, here %(default)s)")  # fmt: skip
     add("--cache", type=Path, metavar="DIR",
         help="keep bundles and teachers here (default: in the user's cache)")  # fmt: skip
@@ -289,12 +289,6 @@ def _worded(name: str, value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value))
     return "" if value is None else f"{name} {value}"
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
-    return int(text)
 
 
 def _tell(text: str) -> None:

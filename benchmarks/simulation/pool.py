@@ -26,6 +26,7 @@ from edge_runtime.files import write_atomically
 # come in another order on another machine.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 SECONDS_TO_END = 5.0
+"""What a worker that is told to end has to close what it has open."""
 JOBS_A_WORKER = 4
 """How many jobs a worker has waiting: enough to be never idle, few enough to hold ten thousand devices' states."""
 
