@@ -67,7 +67,7 @@ $(STAMPS)/packages: constraints.txt pyproject.toml Makefile $(STAMPS)/torch
 	touch $@
 
 $(STAMPS)/native: $(NATIVE_SOURCES) $(STAMPS)/packages
-	CXX='$(CXX)' $(PY) -m edge_runtime.native.build
+	CXX='$(CXX)' $(PY) -m edgestill.runtime.native.build
 	touch $@
 
 # onnxruntime-training installs into the import package `onnxruntime`, so it lives in an environment of its own.
@@ -77,7 +77,7 @@ $(ORT_VENV)/.stamp: constraints-ort-training.txt | check-machine
 	touch $@
 
 demo: setup
-	$(PY) -m benchmarks.demo
+	$(PY) -m edgestill.benchmarks.demo
 
 lint: $(STAMPS)/packages
 	$(PY) -m ruff check .
@@ -103,7 +103,7 @@ reproduce-quick: setup
 	done
 
 results: setup
-	$(PY) -m benchmarks.results_page
+	$(PY) -m edgestill.benchmarks.results_page
 
 clean:
 	rm -rf $(VENV) $(ORT_VENV) build *.egg-info

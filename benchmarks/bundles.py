@@ -12,14 +12,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.resources import files
 from pathlib import Path
 
-from benchmarks.machine import installed_versions
-from edge_runtime.errors import EdgestillError, UsageError
+from edgestill.benchmarks.machine import installed_versions
+from edgestill.runtime.errors import EdgestillError, UsageError
 
-ROOT = Path(__file__).resolve().parent.parent
 EXPORT_TIMEOUT_S = 900
-_RUN_CLI = "import sys; from edge_runtime.cli import main; sys.exit(main(sys.argv[1:]))"
+_RUN_CLI = "import sys; from edgestill.runtime.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 class ExportFailed(EdgestillError):
@@ -59,12 +59,14 @@ class BundleRequest:
         ]
 
 
-def code_digest(root: Path = ROOT) -> str:
+def code_digest(folders: Sequence[Path] | None = None) -> str:
     """SHA-256 of what decides an export besides its request: the code of both packages and the versions."""
+    if folders is None:
+        folders = [Path(files(package)) for package in ("edgestill.export", "edgestill.runtime")]
     digest = hashlib.sha256(json.dumps(installed_versions(), sort_keys=True).encode())
-    for package in ("export", "edge_runtime"):
-        for path in sorted((root / package).rglob("*.py")):
-            digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    for folder in folders:
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{folder.name}/{path.relative_to(folder)}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 
 
@@ -127,11 +129,9 @@ def _cached_export(
 
 def run_export(words: Sequence[str]) -> None:
     """Runs `edgestill` with these words. Errors: UsageError on exit code 2, ExportFailed on others but 0."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     try:
         ran = subprocess.run(
             [sys.executable, "-c", _RUN_CLI, *words],
-            env={**os.environ, "PYTHONPATH": path},
             capture_output=True,
             text=True,
             timeout=EXPORT_TIMEOUT_S,

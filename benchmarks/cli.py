@@ -11,15 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine
-from benchmarks.bundles import BundleRequest, ExportFailed, prepare_bundle
-from benchmarks.report import format_table
-from benchmarks.step import EAGER_ENGINES, Case, StepSettings, error_line, measure_case
-from edge_runtime.bundle import Bundle
-from edge_runtime.console import add_json_option, count
-from edge_runtime.engines import ENGINES, EngineStatus, available_engines
-from edge_runtime.errors import UsageError
-from edge_runtime.machine import cores
+from edgestill.benchmarks import machine
+from edgestill.benchmarks.bundles import BundleRequest, ExportFailed, prepare_bundle
+from edgestill.benchmarks.report import format_table
+from edgestill.benchmarks.step import EAGER_ENGINES, Case, StepSettings, error_line, measure_case
+from edgestill.runtime.bundle.bundle import Bundle
+from edgestill.runtime.console import add_json_option, count
+from edgestill.runtime.engines.registry import ENGINES, EngineStatus, available_engines
+from edgestill.runtime.errors import UsageError
+from edgestill.runtime.machine import cores
 
 
 def add_parser(subparsers: Any) -> None:
@@ -89,7 +89,7 @@ def add_parser(subparsers: Any) -> None:
 
 def _add_coordinator(benches: Any) -> None:
     """`bench coordinator`, where what a coordinator needs is installed."""
-    from benchmarks.coordinator_load import add_parser as add_coordinator
+    from edgestill.benchmarks.coordinator_load import add_parser as add_coordinator
 
     add_coordinator(benches)
 
@@ -129,7 +129,7 @@ def run_step(arguments: argparse.Namespace) -> int:
         _tell(f"appended {len(lines)} lines to {output}")
     measured = [line for line in lines if "error" not in line]
     if arguments.plot is not None and measured:
-        from benchmarks.plot import plot_results
+        from edgestill.benchmarks.plot import plot_results
 
         plot_results(lines, arguments.plot)
         _tell(f"wrote {arguments.plot}")

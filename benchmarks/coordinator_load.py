@@ -24,13 +24,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.http_load import Connection, Polls, hold_polls
-from coordinator.opening import open_service
-from coordinator.settings import Settings
-from coordinator.task import parse_task
-from edge_runtime.console import add_json_option
-from edge_runtime.errors import EdgestillError
-from edge_runtime.outputs import pack
+from edgestill.benchmarks.http_load import Connection, Polls, hold_polls
+from edgestill.coordinator.opening import open_service
+from edgestill.coordinator.settings import Settings
+from edgestill.coordinator.task.task import parse_task
+from edgestill.runtime.console import add_json_option
+from edgestill.runtime.device.outputs import pack
+from edgestill.runtime.errors import EdgestillError
 
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 60.0
@@ -151,7 +151,7 @@ def prepare_tasks(settings: LoadSettings, data_dir: Path) -> tuple[list[str], li
 def running_server(data_dir: Path) -> Iterator[int]:
     """The port of `edgestill serve` as a process of its own. Errors: EdgestillError when it does not come up."""
     log = data_dir / "server.log"
-    command = [sys.executable, "-m", "edge_runtime.cli", "serve", "--data-dir", str(data_dir), "--port", "0",
+    command = [sys.executable, "-m", "edgestill.runtime.cli", "serve", "--data-dir", str(data_dir), "--port", "0",
                "--log-level", "warning", "--json"]  # fmt: skip
     with log.open("wb") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL)

@@ -165,5 +165,5 @@ def edgestill_program() -> list[str]:
     """The installed command as one would type it here, or the module where it is not installed."""
     script = Path(sys.executable).parent / "edgestill"
     if not script.exists():
-        return [sys.executable, "-m", "edge_runtime.cli"]
+        return [sys.executable, "-m", "edgestill.runtime.cli"]
     return [os.path.relpath(script) if script.is_relative_to(Path.cwd()) else str(script)]

@@ -14,16 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.workload import hyperparameters
-from edge_runtime.errors import UsageError
-from export.reference import make_optimizer
+from edgestill.benchmarks.workload import hyperparameters
+from edgestill.export.reference import make_optimizer
+from edgestill.runtime.errors import UsageError
 
 Arrays = Mapping[str, np.ndarray]
 
 
 class EagerStep:
     """Trains a student of `perception`, `representation` and `output` with autograd on a bundle's batches, in the
-    mode that `export.reference.set_training` left it in.
+    mode that `edgestill.export.reference.set_training` left it in.
 
     Its hyperparameters are those of `workload.hyperparameters`, taken at construction as an optimizer does,
     and every sample weighs one: a plain loop would not pay for the bundle's per-sample weights.

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.eager import EagerStep
-from benchmarks.workload import read_manifest
-from edge_runtime.bundle import Bundle
-from export.reference import rebuild_student
+from edgestill.benchmarks.eager import EagerStep
+from edgestill.benchmarks.workload import read_manifest
+from edgestill.export.reference import rebuild_student
+from edgestill.runtime.bundle.bundle import Bundle
 
 
 def open_eager(bundle: Path, threads: int, channels_last: bool) -> EagerStep:

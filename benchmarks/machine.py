@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-from edge_runtime.machine import cores, memory_bytes, processor
+from edgestill.runtime.machine import cores, memory_bytes, processor
 
 PACKAGES = ("edgestill", "torch", "onnxruntime", "executorch", "onnx", "numpy")
 

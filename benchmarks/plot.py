@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import case_key, case_title
+from edgestill.benchmarks.report import case_key, case_title
 
 # Okabe and Ito's palette, told apart with any colour vision: eager PyTorch grey, the engines in colour.
 EAGER_COLOUR, TIME_COLOUR, MEMORY_COLOUR = "#999999", "#0072B2", "#D55E00"

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.worker import WorkerSpec
-from edge_runtime.machine import peak_rss_of, process_tree
+from edgestill.benchmarks.worker import WorkerSpec
+from edgestill.runtime.machine import peak_rss_of, process_tree
 
 REPLY_TIMEOUT_S = 600.0
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -38,7 +38,7 @@ class WorkerProcess:
         self._buffer = b""
         self.started_s = time.monotonic()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", json.dumps(asdict(spec))],
+            [sys.executable, "-m", "edgestill.benchmarks.worker", json.dumps(asdict(spec))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -122,10 +122,8 @@ class WorkerProcess:
 
 
 def worker_environment(threads: int) -> dict[str, str]:
-    """A worker's environment: thread counts for OpenMP and the BLAS libraries, where `benchmarks` lies."""
-    root = str(Path(__file__).resolve().parent.parent)
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    return {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads)), "PYTHONPATH": path}
+    """A worker's environment: thread counts for OpenMP and the BLAS libraries."""
+    return {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
 
 
 def tree_cpu_s(pid: int) -> float:

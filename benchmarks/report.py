@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from benchmarks.step import BUSY_LIMIT
+from edgestill.benchmarks.step import BUSY_LIMIT
 
 COLUMNS = ("engine", "p50 ms", "p90 ms", "p99 ms", "ratio", "peak MB", "of eager", "cold s", "of peak")
 

@@ -12,9 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bundles import ROOT
-from benchmarks.experiments import EXPERIMENTS
-from benchmarks.experiments.grid import (
+from edgestill.benchmarks.experiments import EXPERIMENTS
+from edgestill.benchmarks.experiments.grid import (
     Cell,
     Context,
     Experiment,
@@ -23,15 +22,16 @@ from benchmarks.experiments.grid import (
     read_records,
     run_cells,
 )
-from benchmarks.experiments.locks import locked
-from benchmarks.experiments.report import Report
-from benchmarks.experiments.sources import Sources, find_sources
-from benchmarks.machine import commit_record, installed_versions, machine_record
-from edge_runtime.console import add_json_option, count
-from edge_runtime.errors import EdgestillError, UsageError
-from edge_runtime.files import write_atomically
-from edge_runtime.machine import cores
+from edgestill.benchmarks.experiments.locks import locked
+from edgestill.benchmarks.experiments.report import Report
+from edgestill.benchmarks.experiments.sources import Sources, find_sources
+from edgestill.benchmarks.machine import commit_record, installed_versions, machine_record
+from edgestill.runtime.console import add_json_option, count
+from edgestill.runtime.errors import EdgestillError, UsageError
+from edgestill.runtime.files import write_atomically
+from edgestill.runtime.machine import cores
 
+ROOT = Path(__file__).resolve().parent.parent
 COMMITTED = Path(__file__).resolve().parent / "results" / "reproduce"
 
 
@@ -164,8 +164,8 @@ def _refuse_other_images(path: Path, experiment: str, options: Options) -> None:
 
 def write_report(experiment: Experiment, report: Report, output: Path, quick: bool) -> list[Path]:
     """Writes NAME.md, NAME.csv and the plots; returns the paths. Without matplotlib there are no plots."""
-    from benchmarks.experiments.figures import save_figure
-    from benchmarks.experiments.tables import to_csv
+    from edgestill.benchmarks.experiments.figures import save_figure
+    from edgestill.benchmarks.experiments.tables import to_csv
 
     stem = output / experiment.NAME
     written = []
@@ -218,7 +218,7 @@ def _markdown(experiment: Experiment, report: Report, quick: bool) -> str:
 
 def describe_report(report: Report) -> str:
     """Notes and tables as Markdown."""
-    from benchmarks.experiments.tables import to_markdown
+    from edgestill.benchmarks.experiments.tables import to_markdown
 
     return "\n".join([*(f"{note}\n" for note in report.notes), *map(to_markdown, report.tables)])
 
@@ -241,7 +241,7 @@ def _default_output(quick: bool) -> Path:
 
 
 def _default_cache() -> Path:
-    from benchmarks.simulation.students import default_cache
+    from edgestill.benchmarks.simulation.students import default_cache
 
     return default_cache().parent / "reproduce"
 

@@ -1,4 +1,6 @@
-"""Fills docs/results.md with what the committed records say, between its markers: `python -m benchmarks.results_page`.
+"""Fills docs/results.md, between its markers, with what the committed records say.
+
+Run: python -m edgestill.benchmarks.results_page
 
 A block starts with `<!-- NAME:begin -->` and ends with `<!-- NAME:end -->`, NAME an experiment. What stands around the
 blocks is written by hand and names no figure, so that no figure on the page can be older than its record.
@@ -10,12 +12,12 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks.bundles import ROOT
-from benchmarks.experiments import EXPERIMENTS
-from benchmarks.experiments.grid import read_records
-from benchmarks.reproduce import COMMITTED, describe_report, load_experiment
-from edge_runtime.files import write_atomically
+from edgestill.benchmarks.experiments import EXPERIMENTS
+from edgestill.benchmarks.experiments.grid import read_records
+from edgestill.benchmarks.reproduce import COMMITTED, describe_report, load_experiment
+from edgestill.runtime.files import write_atomically
 
+ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "results.md"
 BLOCK = re.compile(r"<!-- (?P<name>[a-z-]+):begin -->\n.*?<!-- (?P=name):end -->", re.DOTALL)
 

@@ -11,10 +11,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks.simulation.settings import EXCHANGES, MODES, RULES, Poison, SimulationSettings
-from coordinator.task import clip_value
-from edge_runtime.console import add_json_option
-from edge_runtime.errors import UsageError
+from edgestill.benchmarks.simulation.settings import EXCHANGES, MODES, RULES, Poison, SimulationSettings
+from edgestill.coordinator.task.task import clip_value
+from edgestill.runtime.console import add_json_option
+from edgestill.runtime.errors import UsageError
 
 
 def add_parser(subparsers: Any) -> None:
@@ -102,8 +102,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Simulates and reports; 0 when at least one round was completed, else 1. Errors: EdgestillError."""
-    from benchmarks.simulation.run import simulate
-    from benchmarks.simulation.students import default_cache
+    from edgestill.benchmarks.simulation.run import simulate
+    from edgestill.benchmarks.simulation.students import default_cache
 
     settings = settings_from(arguments)
     plot = _plot_path(arguments)
@@ -131,7 +131,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         print(describe_summary(summary))
     if plot is not None:
-        from benchmarks.simulation.plots import plot_simulation
+        from edgestill.benchmarks.simulation.plots import plot_simulation
 
         plot_simulation(lines, plot)
         _tell(f"wrote {plot}")
@@ -158,7 +158,7 @@ def describe_round(line: dict[str, Any]) -> str:
 
 def describe_summary(summary: dict[str, Any]) -> str:
     """The summary as a small table for people."""
-    from benchmarks.report import align
+    from edgestill.benchmarks.report import align
 
     def share(value: float | None) -> str:
         return "–" if value is None else f"{value:.1%}"

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.processes import WorkerFailed, WorkerProcess, read_cpu_use
-from benchmarks.worker import EAGER, EAGER_CHANNELS_LAST, MATRIX_PRODUCT, WorkerSpec
-from benchmarks.workload import read_manifest
+from edgestill.benchmarks.processes import WorkerFailed, WorkerProcess, read_cpu_use
+from edgestill.benchmarks.worker import EAGER, EAGER_CHANNELS_LAST, MATRIX_PRODUCT, WorkerSpec
+from edgestill.benchmarks.workload import read_manifest
 
 EAGER_ENGINES = (EAGER, EAGER_CHANNELS_LAST)
 MEMORY_STEPS = 30

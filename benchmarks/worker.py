@@ -1,4 +1,4 @@
-"""The child process that holds one engine and steps it when told to: `python -m benchmarks.worker SPEC`.
+"""The child process that holds one engine and steps it when told to: `python -m edgestill.benchmarks.worker SPEC`.
 
 SPEC is a JSON object (`WorkerSpec`). Requests and replies are JSON lines on stdin and stdout:
 `{"do": "steps", "count": n}` → `{"step_ms": […], "losses": […]}`; `{"do": "peak"}` → `{"flops_per_s": x}`;
@@ -19,7 +19,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from edge_runtime.machine import peak_rss_of
+from edgestill.runtime.machine import peak_rss_of
 
 EAGER = "torch-eager"
 EAGER_CHANNELS_LAST = "torch-eager-channels-last"
@@ -27,7 +27,7 @@ MATRIX_PRODUCT = "matrix-product"
 
 
 class Steps(Protocol):
-    """What the worker needs of an engine; `edge_runtime.engines.protocol.Engine` and `EagerStep` have it."""
+    """What the worker needs of an engine; `edgestill.runtime.engines.protocol.Engine` and `EagerStep` have it."""
 
     def train_step(self, inputs: dict[str, Any]) -> dict[str, Any]: ...
 
@@ -49,14 +49,14 @@ def open_steps(spec: WorkerSpec) -> Steps:
     """The engine that the spec names, ready for its first step."""
     folder = Path(spec.bundle)
     if spec.engine in (EAGER, EAGER_CHANNELS_LAST):
-        from benchmarks.eager_student import open_eager
+        from edgestill.benchmarks.eager_student import open_eager
 
         return open_eager(folder, spec.threads, channels_last=spec.engine == EAGER_CHANNELS_LAST)
     if ":" in spec.engine:
         module, function = spec.engine.split(":", 1)
         return getattr(importlib.import_module(module), function)(folder, spec.threads)
-    from edge_runtime.bundle import Bundle
-    from edge_runtime.engines import open_engine
+    from edgestill.runtime.bundle.bundle import Bundle
+    from edgestill.runtime.engines.registry import open_engine
 
     return open_engine(Bundle.open(folder), spec.engine, spec.threads)
 
@@ -71,7 +71,7 @@ class StepRunner:
     """Steps an engine through the workload's batches and takes the time of every step."""
 
     def __init__(self, spec: WorkerSpec) -> None:
-        from benchmarks.workload import make_batches, read_manifest
+        from edgestill.benchmarks.workload import make_batches, read_manifest
 
         self.engine = open_steps(spec)
         self._batches = cycle(make_batches(read_manifest(Path(spec.bundle)), spec.seed))
@@ -96,7 +96,7 @@ def serve(spec: WorkerSpec, requests: TextIO, replies: TextIO) -> None:
         replies.flush()
 
     if spec.engine == MATRIX_PRODUCT:
-        from benchmarks.peak import PeakMeter
+        from edgestill.benchmarks.peak import PeakMeter
 
         meter = PeakMeter(spec.threads)
         reply({"ready": True})

@@ -6,11 +6,11 @@ import logging
 import sys
 from pathlib import Path
 
-from coordinator.blobs import open_blobs
-from coordinator.service import Service
-from coordinator.settings import Settings
-from coordinator.store import Store
-from edge_runtime.errors import UsageError
+from edgestill.coordinator.service import Service
+from edgestill.coordinator.settings import Settings
+from edgestill.coordinator.store.blobs import open_blobs
+from edgestill.coordinator.store.database import Store
+from edgestill.runtime.errors import UsageError
 
 
 def open_service(settings: Settings) -> Service:

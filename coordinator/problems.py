@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edge_runtime.errors import EdgestillError
+from edgestill.runtime.errors import EdgestillError
 
 TYPE_PREFIX = "urn:edgestill:problem:"
 

@@ -14,13 +14,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from coordinator import credentials
-from coordinator.admission import UploadTicket, parse_round_name
-from coordinator.blobs import Blobs
-from coordinator.overview import overview_of_rounds
-from coordinator.problems import Problem
-from coordinator.progress import Progress, may_open
-from coordinator.records import (
+from edgestill.coordinator import credentials
+from edgestill.coordinator.distillation.runner import Steps
+from edgestill.coordinator.distillation.schedule import Schedule
+from edgestill.coordinator.distillation.step5 import Step5
+from edgestill.coordinator.problems import Problem
+from edgestill.coordinator.rounds.progress import Progress, may_open
+from edgestill.coordinator.rounds.round import Ask, Failed
+from edgestill.coordinator.rounds.selection import (
+    Hearing,
+    check_unfinished,
+    may_select,
+    standing_of,
+    student_of,
+    work_for,
+)
+from edgestill.coordinator.store.blobs import Blobs
+from edgestill.coordinator.store.database import Store
+from edgestill.coordinator.store.group_commit import Together
+from edgestill.coordinator.store.overview import overview_of_rounds
+from edgestill.coordinator.store.records import (
     Change,
     DeviceRecord,
     RefusalCount,
@@ -28,19 +41,13 @@ from coordinator.records import (
     RoundOverview,
     TaskRecord,
 )
-from coordinator.refusals import RefusalCounts
-from coordinator.rounds import Ask, Failed
-from coordinator.schedule import Schedule
-from coordinator.selection import Hearing, check_unfinished, may_select, standing_of, student_of, work_for
-from coordinator.step5 import Step5
-from coordinator.steps import Steps
-from coordinator.store import Store
-from coordinator.sweep import Sweep
-from coordinator.task import Task
-from coordinator.together import Together
-from coordinator.transaction import Transaction
-from coordinator.uploads import Uploads
-from edge_runtime.errors import UsageError
+from edgestill.coordinator.store.sweep import Sweep
+from edgestill.coordinator.store.transaction import Transaction
+from edgestill.coordinator.task.task import Task
+from edgestill.coordinator.uploads.acceptance import Uploads
+from edgestill.coordinator.uploads.admission import UploadTicket, parse_round_name
+from edgestill.coordinator.uploads.refusals import RefusalCounts
+from edgestill.runtime.errors import UsageError
 
 __all__ = ["DeviceRecord", "Service", "Step5", "UploadTicket"]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from edge_runtime.errors import UsageError
+from edgestill.runtime.errors import UsageError
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 PREFIX = "EDGESTILL_"

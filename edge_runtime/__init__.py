@@ -1,0 +1,1 @@
+"""What a device installs: NumPy, one engine, an HTTP client; never torch."""

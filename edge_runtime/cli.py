@@ -15,22 +15,22 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from edge_runtime.errors import EdgestillError
+from edgestill.runtime.errors import EdgestillError
 
 COMMANDS = {
-    "export": ("export.cli", "turn a PyTorch student into a bundle", "export"),
-    "verify": ("export.cli", "compare a bundle's engines with eager PyTorch", "export"),
-    "train": ("edge_runtime.commands.train", "train a bundle on this machine", "onnxruntime"),
-    "evaluate": ("edge_runtime.commands.evaluate", "accuracy and confusion matrix of a state", "onnxruntime"),
-    "inspect": ("edge_runtime.inspect_bundle", "what is in a bundle", "onnxruntime"),
-    "doctor": ("edge_runtime.doctor", "which engines work here, and what to install", "onnxruntime"),
-    "serve": ("coordinator.commands.serve", "run the coordinator", "coordinator"),
-    "task": ("coordinator.commands.task", "create, list and show tasks", "coordinator"),
-    "enrol": ("coordinator.commands.enrol", "print codes for devices to join a task", "coordinator"),
-    "join": ("edge_runtime.commands.join", "take part in a task as a device", "device"),
-    "simulate": ("benchmarks.simulate", "a federation of virtual devices", "coordinator"),
-    "reproduce": ("benchmarks.reproduce", "repeat the experiments on real images", "coordinator"),
-    "bench": ("benchmarks.cli", "measure engines side by side", "export"),
+    "export": ("edgestill.export.cli", "turn a PyTorch student into a bundle", "export"),
+    "verify": ("edgestill.export.cli", "compare a bundle's engines with eager PyTorch", "export"),
+    "train": ("edgestill.runtime.commands.train", "train a bundle on this machine", "onnxruntime"),
+    "evaluate": ("edgestill.runtime.commands.evaluate", "accuracy and confusion matrix of a state", "onnxruntime"),
+    "inspect": ("edgestill.runtime.commands.inspect", "what is in a bundle", "onnxruntime"),
+    "doctor": ("edgestill.runtime.commands.doctor", "which engines work here, and what to install", "onnxruntime"),
+    "serve": ("edgestill.coordinator.commands.serve", "run the coordinator", "coordinator"),
+    "task": ("edgestill.coordinator.commands.task", "create, list and show tasks", "coordinator"),
+    "enrol": ("edgestill.coordinator.commands.enrol", "print codes for devices to join a task", "coordinator"),
+    "join": ("edgestill.runtime.commands.join", "take part in a task as a device", "device"),
+    "simulate": ("edgestill.benchmarks.simulate", "a federation of virtual devices", "coordinator"),
+    "reproduce": ("edgestill.benchmarks.reproduce", "repeat the experiments on real images", "coordinator"),
+    "bench": ("edgestill.benchmarks.cli", "measure engines side by side", "export"),
 }
 """A subcommand's module, what it is for, and the extra of the package with what it needs."""
 

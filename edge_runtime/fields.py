@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from edge_runtime.errors import UsageError
+from edgestill.runtime.errors import UsageError
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 

@@ -8,8 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from edge_runtime.console import add_json_option
-from edge_runtime.errors import UsageError
+from edgestill.runtime.console import add_json_option
+from edgestill.runtime.errors import UsageError
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -122,11 +122,11 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run_export(args: argparse.Namespace) -> int:
-    from export.exporter import ExportOptions, export_bundle
-    from export.objectives import Objective
-    from export.optimizers import Optimizer
-    from export.step import InputOptions
-    from export.targets import ENGINES
+    from edgestill.export.exporter import ExportOptions, export_bundle
+    from edgestill.export.objectives import Objective
+    from edgestill.export.optimizers import Optimizer
+    from edgestill.export.step import InputOptions
+    from edgestill.export.targets import ENGINES
 
     of_logits = args.objective in ("kd", "both")
     if args.kd_loss and not of_logits:
@@ -195,7 +195,7 @@ def _add_verify(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    from export.verify import print_report, verify_bundle
+    from edgestill.export.verify import print_report, verify_bundle
 
     if not 0 <= args.seed < 2**63:
         raise UsageError(f"--seed {args.seed} is out of range", hint="give 0 or more, below 2^63")

@@ -14,17 +14,17 @@ from pathlib import Path
 
 from torch import nn
 
-from edge_runtime.errors import UsageError
-from edge_runtime.files import sha256_of_file, write_atomically
-from edge_runtime.manifest import FORMAT, FORMAT_VERSION
-from edge_runtime.wire import save
-from export.lowering.capture import LoweringError, capture_student
-from export.objectives import Objective, complete, objective_parameters
-from export.optimizers import Optimizer
-from export.relational import HEADS
-from export.step import InputOptions, StepSpec, frozen_layers, frozen_names, student_state
-from export.student import StudentOptions, build_student
-from export.targets import open_target
+from edgestill.export.lowering.capture import LoweringError, capture_student
+from edgestill.export.objectives import Objective, complete, objective_parameters
+from edgestill.export.optimizers import Optimizer
+from edgestill.export.relational import HEADS
+from edgestill.export.step import InputOptions, StepSpec, frozen_layers, frozen_names, student_state
+from edgestill.export.student import StudentOptions, build_student
+from edgestill.export.targets import open_target
+from edgestill.runtime.bundle.manifest import FORMAT, FORMAT_VERSION
+from edgestill.runtime.bundle.wire import save
+from edgestill.runtime.errors import UsageError
+from edgestill.runtime.files import sha256_of_file, write_atomically
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)

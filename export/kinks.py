@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from export.reference import ReferenceStep, set_training
+from edgestill.export.reference import ReferenceStep, set_training
 
 MARGIN = 5e-6
 """Distance wanted from every kink, in standard deviations of the activation; engines round at about 3e-7."""

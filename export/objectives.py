@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from edge_runtime.manifest import Objective
-from export.lowering.formulations import Layout
-from export.lowering.graph import Value
-from export.relational import contrastive, initial_heads, locality
+from edgestill.export.lowering.formulations import Layout
+from edgestill.export.lowering.graph import Value
+from edgestill.export.relational import contrastive, initial_heads, locality
+from edgestill.runtime.bundle.manifest import Objective
 
 NEGATIVES, FEATURES = 512, 128
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from export.lowering.graph import Graph, Value
+from edgestill.export.lowering.graph import Graph, Value
 
 
 @dataclass(frozen=True)

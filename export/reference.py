@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from edge_runtime.bundle import Bundle
-from export.student import StudentOptions, build_student
+from edgestill.export.student import StudentOptions, build_student
+from edgestill.runtime.bundle.bundle import Bundle
 
 Arrays = Mapping[str, np.ndarray]
 

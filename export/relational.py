@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from export.lowering.formulations import Layout
-from export.lowering.graph import Value
+from edgestill.export.lowering.formulations import Layout
+from edgestill.export.lowering.graph import Value
 
 HEADS = "crd."
 """What the names of the projection heads' state tensors begin with."""

@@ -7,13 +7,13 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from edge_runtime.bundle import Bundle
-from edge_runtime.errors import UsageError
-from edge_runtime.wire import save
-from export.exporter import publish, write_manifest
-from export.objectives import objective_parameters
-from export.reference import build_anew
-from export.step import student_state
+from edgestill.export.exporter import publish, write_manifest
+from edgestill.export.objectives import objective_parameters
+from edgestill.export.reference import build_anew
+from edgestill.export.step import student_state
+from edgestill.runtime.bundle.bundle import Bundle
+from edgestill.runtime.bundle.wire import save
+from edgestill.runtime.errors import UsageError
 
 
 def reseed_bundle(source: Path, output: Path, seed: int) -> Path:

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from edge_runtime.errors import UsageError
-from export.lowering.capture import CapturedStudent, Layer
-from export.lowering.formulations import Context, Layout, run_backward, run_forward
-from export.lowering.graph import Graph, Value
-from export.objectives import LossAndGradients, Objective, batch_inputs, loss_and_gradients
-from export.optimizers import Optimizer, hyperparameters, slots, update
+from edgestill.export.lowering.capture import CapturedStudent, Layer
+from edgestill.export.lowering.formulations import Context, Layout, run_backward, run_forward
+from edgestill.export.lowering.graph import Graph, Value
+from edgestill.export.objectives import LossAndGradients, Objective, batch_inputs, loss_and_gradients
+from edgestill.export.optimizers import Optimizer, hyperparameters, slots, update
+from edgestill.runtime.errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from edge_runtime.errors import UsageError
+from edgestill.runtime.errors import UsageError
 
 
 class Student(nn.Module):

@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from edge_runtime.bundle import Bundle
-from edge_runtime.data import load_splits
-from edge_runtime.engines import open_engine
-from edge_runtime.engines.protocol import Engine
-from edge_runtime.errors import DataError, EngineError, UsageError
-from edge_runtime.trainer import CONTRASTIVE_TEMPERATURE
-from export.exporter import publish, write_manifest
-from export.kinks import move_off_kinks
-from export.reference import ReferenceStep, rebuild_student
+from edgestill.export.exporter import publish, write_manifest
+from edgestill.export.kinks import move_off_kinks
+from edgestill.export.reference import ReferenceStep, rebuild_student
+from edgestill.runtime.bundle.bundle import Bundle
+from edgestill.runtime.data.dataset import load_splits
+from edgestill.runtime.engines.protocol import Engine
+from edgestill.runtime.engines.registry import open_engine
+from edgestill.runtime.errors import DataError, EngineError, UsageError
+from edgestill.runtime.training.trainer import CONTRASTIVE_TEMPERATURE
 
 LOSS_TOLERANCE = 1e-3
 STATE_TOLERANCE = {"onnxruntime": 1e-4, "executorch": 2e-2, "onnxruntime-training": 1e-3}

@@ -10,22 +10,18 @@ import pytest
 
 pytestmark = pytest.mark.tiny
 ROOT = Path(__file__).parent.parent
+FOLDERS = {"export": "export", "edge_runtime": "runtime", "coordinator": "coordinator", "benchmarks": "benchmarks"}
+"""Each folder of this tree, and what it is called below `edgestill` where it is installed."""
+
+EXPORT, COORDINATOR, BENCHMARKS = (f"edgestill.{name}" for name in ("export", "coordinator", "benchmarks"))
 FORBIDDEN = {
-    "edge_runtime": {
-        "export",
-        "benchmarks",
-        "coordinator",
-        "tests",
-        "torch",
-        "onnx",
-        "onnxscript",
-        "torchvision",
-    },
-    "export": {"benchmarks", "coordinator", "tests"},
-    "coordinator": {"export", "benchmarks", "tests", "torch", "onnx"},
+    "edge_runtime": {EXPORT, COORDINATOR, BENCHMARKS, "tests", "torch", "onnx", "onnxscript", "torchvision"},
+    "export": {BENCHMARKS, COORDINATOR, "tests"},
+    "coordinator": {EXPORT, BENCHMARKS, "tests", "torch", "onnx"},
     "benchmarks": {"tests"},
+    "edgestill": {"tests", "torch", "numpy"},
+    "tests": set(),
 }
-PACKAGES = [package for package in FORBIDDEN if (ROOT / package).is_dir()]
 
 
 def imports(source: str) -> Iterator[tuple[int, str]]:
@@ -34,30 +30,51 @@ def imports(source: str) -> Iterator[tuple[int, str]]:
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.lineno, node.module if node.level == 0 else "." * node.level
+            module = node.module if node.level == 0 else "." * node.level
+            if module == "edgestill":
+                yield from ((node.lineno, f"edgestill.{alias.name}") for alias in node.names)
+            else:
+                yield node.lineno, module
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
             called = getattr(node.func, "attr", getattr(node.func, "id", None))
             if called in ("import_module", "__import__"):
                 yield node.lineno, str(node.args[0].value)
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_a_package_imports_only_along_the_arrows(package: str) -> None:
-    files = sorted((ROOT / package).rglob("*.py"))
-    assert len(files) > 5
+def imported(folder: str) -> Iterator[tuple[str, str]]:
+    """Place and full name of every import below a folder."""
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for line, name in imports(path.read_text()):
+            yield f"{path.relative_to(ROOT)}:{line}", name
+
+
+@pytest.mark.parametrize("folder", FORBIDDEN)
+def test_a_package_imports_only_along_the_arrows(folder: str) -> None:
+    found = list(imported(folder))
+    assert found
     wrong = [
-        f"{path.relative_to(ROOT)}:{line}: {name}"
-        for path in files
-        for line, name in imports(path.read_text())
-        if name.split(".")[0] in FORBIDDEN[package]
+        f"{place}: {name}"
+        for place, name in found
+        if any(f"{name}.".startswith(f"{other}.") for other in FORBIDDEN[folder])
     ]
     assert wrong == []
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_imports_are_absolute(package: str) -> None:
-    for path in (ROOT / package).rglob("*.py"):
-        assert not [name for _, name in imports(path.read_text()) if name.startswith(".")], path
+@pytest.mark.parametrize("folder", FORBIDDEN)
+def test_imports_are_absolute_and_by_installed_names(folder: str) -> None:
+    """A folder's own name would import every module a second time, and only where the working folder is this tree."""
+    wrong = [
+        f"{place}: {name}"
+        for place, name in imported(folder)
+        if name.startswith(".") or name.split(".")[0] in FOLDERS
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("folder", FORBIDDEN)
+def test_no_module_shares_its_name_with_a_folder_beside_it(folder: str) -> None:
+    for path in (ROOT / folder).rglob("*.py"):
+        assert not path.with_suffix("").is_dir(), path
 
 
 def test_every_kind_of_import_is_seen() -> None:
@@ -65,8 +82,11 @@ def test_every_kind_of_import_is_seen() -> None:
         "import torch.nn as nn\n"
         "def late():\n"
         "    from onnx import helper\n"
-        "    importlib.import_module('export.cli')\n"
+        "    importlib.import_module('edgestill.export.cli')\n"
         "from . import sibling\n"
+        "from edgestill import runtime\n"
         "text = 'import benchmarks'\n"
     )
-    assert sorted(imports(source)) == [(1, "torch.nn"), (3, "onnx"), (4, "export.cli"), (5, ".")]
+    assert sorted(imports(source)) == [
+        (1, "torch.nn"), (3, "onnx"), (4, "edgestill.export.cli"), (5, "."), (6, "edgestill.runtime")
+    ]  # fmt: skip

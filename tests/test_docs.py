@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_runtime.cli import COMMANDS
-from edge_runtime.trainer import StepRecord
+from edgestill.runtime.cli import COMMANDS
+from edgestill.runtime.training.trainer import StepRecord
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -199,11 +199,11 @@ def test_the_path_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     import numpy as np
     import torch
 
-    from edge_runtime.bundle import Bundle
-    from edge_runtime.checkpoint import load_state
-    from edge_runtime.cli import main
-    from edge_runtime.data import load_splits
-    from edge_runtime.engines import open_engine
+    from edgestill.runtime.bundle.bundle import Bundle
+    from edgestill.runtime.cli import main
+    from edgestill.runtime.data.dataset import load_splits
+    from edgestill.runtime.engines.registry import open_engine
+    from edgestill.runtime.training.checkpoint import load_state
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     leaf, back = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
@@ -243,7 +243,7 @@ def test_the_keys_of_a_json_line() -> None:
 def test_the_fields_of_a_parity_record() -> None:
     import numpy as np
 
-    from export.verify import _compare
+    from edgestill.export.verify import _compare
 
     class Same:
         def train_step(self, batch):
@@ -262,13 +262,13 @@ def test_the_fields_of_a_parity_record() -> None:
 
 
 def test_the_table_of_what_to_use_instead() -> None:
-    from export.lowering.capture import _INSTEAD
+    from edgestill.export.lowering.capture import _INSTEAD
 
     assert dict(_marked("instead")) == _INSTEAD
 
 
 def test_the_tolerances_of_verify() -> None:
-    from export.verify import LOSS_TOLERANCE, SAME_CLASS, STATE_TOLERANCE
+    from edgestill.export.verify import LOSS_TOLERANCE, SAME_CLASS, STATE_TOLERANCE
 
     rows = _rows(_section("docs/lowering.md", "Parity"))
     rows = [row for row in rows if row[0].strip("`") in STATE_TOLERANCE]
@@ -313,7 +313,7 @@ EXAMPLES: dict[str, list[tuple[list[tuple[int, ...]], dict]]] = {
 
 
 def test_the_table_of_operators_is_the_closed_set() -> None:
-    from export.lowering.operators import OPERATORS
+    from edgestill.export.lowering.operators import OPERATORS
 
     documented = [row[0].strip("`") for row in _marked("operators")]
     assert documented == list(OPERATORS), "docs/lowering.md and export/lowering/operators.py differ"
@@ -321,8 +321,8 @@ def test_the_table_of_operators_is_the_closed_set() -> None:
 
 @pytest.mark.parametrize("row", _marked("operators"), ids=lambda row: row[0].strip("`"))
 def test_the_onnx_spelling_of_an_operator(row: list[str]) -> None:
-    from export.lowering.graph import Graph
-    from export.lowering.onnx_emitter import to_onnx
+    from edgestill.export.lowering.graph import Graph
+    from edgestill.export.lowering.onnx_emitter import to_onnx
 
     name = row[0].strip("`")
     dtype = {"one_hot": "int64", "to_float": "uint8"}.get(name, "float32")

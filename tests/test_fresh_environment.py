@@ -11,22 +11,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_runtime import wire
-from edge_runtime.bundle import Bundle
-from export.exporter import ExportOptions, export_bundle
-from export.objectives import Objective
+from edgestill.export.exporter import ExportOptions, export_bundle
+from edgestill.export.objectives import Objective
+from edgestill.runtime.bundle import wire
+from edgestill.runtime.bundle.bundle import Bundle
+from tests.support.wheel import ROOT, build_wheel
 
 pytestmark = [pytest.mark.contract, pytest.mark.timeout(600)]
-ROOT = Path(__file__).parent.parent
 OPTIONS = ExportOptions(
     widths=(4, 8, 8), latent_size=8, batch=16, objective=Objective("ce"), engines=("onnxruntime",)
 )
 # Runs the command line and then says what was imported.
 RUN = """
 import json, sys
-from edge_runtime.cli import main
+from edgestill.runtime.cli import main
 code = main(sys.argv[1:])
-heavy = [name for name in ("torch", "onnx", "onnxscript", "executorch", "export") if name in sys.modules]
+heavy = [name for name in ("torch", "onnx", "onnxscript", "executorch", "edgestill.export") if name in sys.modules]
 print(json.dumps({"code": code, "heavy": heavy}), file=sys.stderr)
 sys.exit(code)
 """
@@ -34,7 +34,7 @@ sys.exit(code)
 
 @pytest.fixture(scope="module")
 def device(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of a new environment with the pinned packages that a device installs, and only those."""
+    """The Python of a new environment with our wheel, the pinned packages that a device installs, and only those."""
     folder = tmp_path_factory.mktemp("device") / "venv"
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True, capture_output=True)
     python = folder / "bin" / "python"
@@ -51,11 +51,13 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run([*install, "numpy", "onnxruntime"], capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"pip cannot install the device's packages here: {done.stderr.strip()[-300:]}")
+    wheel = build_wheel(tmp_path_factory.mktemp("wheel"))
+    subprocess.run([*install, "--no-deps", str(wheel)], check=True, capture_output=True)
     return python
 
 
 def run(python: Path, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [python, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
     )
@@ -92,7 +94,7 @@ def test_a_bundle_trains_there(device: Path, tmp_path: Path) -> None:
         before, after = bundle.initial_state(), bundle.check_state(wire.load(state).arrays)
     assert all((before[name] != after[name]).any() for name in before if name.endswith("weight"))
 
-    done = run(device, "-m", "edge_runtime.cli", "evaluate", folder, "--state", state, "--data", "cifar10-mini",
+    done = run(device, "-m", "edgestill.runtime.cli", "evaluate", folder, "--state", state, "--data", "cifar10-mini",
                "--json", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -101,7 +103,7 @@ def test_a_bundle_trains_there(device: Path, tmp_path: Path) -> None:
 
 def test_what_needs_pytorch_says_what_to_install(device: Path, tmp_path: Path) -> None:
     arguments = ["export", "--student", "cnn3", "--output", tmp_path / "bundle"]
-    done = run(device, "-m", "edge_runtime.cli", *arguments, cwd=tmp_path)
+    done = run(device, "-m", "edgestill.runtime.cli", *arguments, cwd=tmp_path)
     assert done.returncode == 1
     assert (
         "'torch', which is not installed" in done.stderr and "pip install 'edgestill[export]'" in done.stderr

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 EXPERIMENTS = {
-    "methods": "benchmarks.experiments.methods",
-    "heterogeneity": "benchmarks.experiments.heterogeneity",
-    "scarcity": "benchmarks.experiments.scarcity",
-    "latent-size": "benchmarks.experiments.latent_size",
-    "federation": "benchmarks.experiments.federation",
-    "poisoning": "benchmarks.experiments.poisoning",
-    "privacy": "benchmarks.experiments.privacy",
+    "methods": "edgestill.benchmarks.experiments.methods",
+    "heterogeneity": "edgestill.benchmarks.experiments.heterogeneity",
+    "scarcity": "edgestill.benchmarks.experiments.scarcity",
+    "latent-size": "edgestill.benchmarks.experiments.latent_size",
+    "federation": "edgestill.benchmarks.experiments.federation",
+    "poisoning": "edgestill.benchmarks.experiments.poisoning",
+    "privacy": "edgestill.benchmarks.experiments.privacy",
 }

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from edge_runtime.data import Dataset, Splits
-from edge_runtime.errors import UsageError
-from edge_runtime.federated_data import draw_tests
-from edge_runtime.partition import dirichlet_partition, k_shot_partition
-from edge_runtime.randomness import HELD_OUT, permutation
+from edgestill.runtime.data.dataset import Dataset, Splits
+from edgestill.runtime.data.partition import dirichlet_partition, k_shot_partition
+from edgestill.runtime.data.shares import draw_tests
+from edgestill.runtime.errors import UsageError
+from edgestill.runtime.randomness import HELD_OUT, permutation
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.bundles import BundleRequest, prepare_bundle
-from benchmarks.experiments.locks import locked
+from edgestill.benchmarks.bundles import BundleRequest, prepare_bundle
+from edgestill.benchmarks.experiments.locks import locked
 
 ENGINE = "onnxruntime"
 
@@ -25,7 +25,7 @@ def export_cached(request: BundleRequest, folder: Path, seed: int = 0) -> Path:
             return bundle
         seeded = bundle.with_name(f"{bundle.name}-seed{seed}")
         if not seeded.exists():
-            from export.reseed import reseed_bundle  # torch takes seconds to load
+            from edgestill.export.reseed import reseed_bundle  # torch takes seconds to load
 
             reseed_bundle(bundle, seeded, seed)
         return seeded

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.experiments.federation_report import RATES, make_report
-from benchmarks.experiments.grid import Cell, Context, Options, Stage
-from benchmarks.experiments.report import Report, require_one_each
-from benchmarks.experiments.simulated import Bundles, run_federation
-from edge_runtime.privacy import epsilon
+from edgestill.benchmarks.experiments.federation_report import RATES, make_report
+from edgestill.benchmarks.experiments.grid import Cell, Context, Options, Stage
+from edgestill.benchmarks.experiments.report import Report, require_one_each
+from edgestill.benchmarks.experiments.simulated import Bundles, run_federation
+from edgestill.runtime.device.privacy import epsilon
 
 NAME = "federation"
 TITLE = "What devices exchange: accuracy, rounds and bytes"

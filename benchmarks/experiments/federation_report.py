@@ -7,12 +7,12 @@ from itertools import accumulate
 from statistics import fmean
 from typing import Any
 
-from benchmarks.experiments.figures import COLOURS, Figure, Line, draw_lines
-from benchmarks.experiments.report import Report
-from benchmarks.experiments.series import PARTS as TESTS
-from benchmarks.experiments.series import Scores, compare, lead
-from benchmarks.experiments.statistics import Mean, mean_with_interval
-from benchmarks.experiments.tables import Table, goals_table
+from edgestill.benchmarks.experiments.figures import COLOURS, Figure, Line, draw_lines
+from edgestill.benchmarks.experiments.report import Report
+from edgestill.benchmarks.experiments.series import PARTS as TESTS
+from edgestill.benchmarks.experiments.series import Scores, compare, lead
+from edgestill.benchmarks.experiments.statistics import Mean, mean_with_interval
+from edgestill.benchmarks.experiments.tables import Table, goals_table
 
 GOALS = (
     ("latents fp32", "local only", "uni", 5.0),

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks.simulation.pool import submit, worker_processes
-from edge_runtime.errors import EdgestillError
+from edgestill.benchmarks.simulation.pool import submit, worker_processes
+from edgestill.runtime.errors import EdgestillError
 
 # The package stays importable without numpy: a worker limits the threads of numerical libraries before it loads one.
 
@@ -50,7 +50,8 @@ class Cell:
 class Context:
     """What a run may use but what does not decide its result.
 
-    `data` and `transfer` are names or paths as edge_runtime.data loads them; `cache` is for what is found by content.
+    `data` and `transfer` are names or paths as edgestill.runtime.data.dataset loads them; `cache` is for what is
+    found by content.
     """
 
     data: str

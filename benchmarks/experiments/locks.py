@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from edge_runtime.errors import EdgestillError
+from edgestill.runtime.errors import EdgestillError
 
 
 @contextmanager

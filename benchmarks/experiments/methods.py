@@ -13,20 +13,20 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.experiments.figures import Figure, draw_bars
-from benchmarks.experiments.grid import Cell, Context, Options, Stage
-from benchmarks.experiments.protocol import (
+from edgestill.benchmarks.experiments.figures import Figure, draw_bars
+from edgestill.benchmarks.experiments.grid import Cell, Context, Options, Stage
+from edgestill.benchmarks.experiments.protocol import (
     TEACHER_CPU_MINUTES,
     base_settings,
     make_run,
     student_cpu_minutes,
     teacher_stage,
 )
-from benchmarks.experiments.report import Report, require_one_each
-from benchmarks.experiments.series import PARTS, Scores, compare, having, lead
-from benchmarks.experiments.states import KeptAs, is_kept
-from benchmarks.experiments.statistics import Mean, mean_with_interval
-from benchmarks.experiments.tables import Table, goals_table
+from edgestill.benchmarks.experiments.report import Report, require_one_each
+from edgestill.benchmarks.experiments.series import PARTS, Scores, compare, having, lead
+from edgestill.benchmarks.experiments.states import KeptAs, is_kept
+from edgestill.benchmarks.experiments.statistics import Mean, mean_with_interval
+from edgestill.benchmarks.experiments.tables import Table, goals_table
 
 NAME = "methods"
 TITLE = "Methods: ce, kd, crd, lpd, lkd and their best mixture"

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.experiments.figures import Figure, draw_bars
-from benchmarks.experiments.grid import Cell, Context, Options, Stage
-from benchmarks.experiments.report import Report, require_one_each
-from benchmarks.experiments.simulated import run_federation
-from benchmarks.experiments.statistics import Mean, mean_with_interval, paired_test, show_p
-from benchmarks.experiments.tables import Table
+from edgestill.benchmarks.experiments.figures import Figure, draw_bars
+from edgestill.benchmarks.experiments.grid import Cell, Context, Options, Stage
+from edgestill.benchmarks.experiments.report import Report, require_one_each
+from edgestill.benchmarks.experiments.simulated import run_federation
+from edgestill.benchmarks.experiments.statistics import Mean, mean_with_interval, paired_test, show_p
+from edgestill.benchmarks.experiments.tables import Table
 
 NAME = "poisoning"
 TITLE = "Hostile devices: the global model's loss by attack and aggregation rule"

@@ -21,32 +21,32 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.bundles import BundleRequest
-from benchmarks.experiments.exports import ENGINE, export_cached
-from benchmarks.experiments.grid import Cell, Context, Options, Stage
-from benchmarks.experiments.inversion import (
+from edgestill.benchmarks.bundles import BundleRequest
+from edgestill.benchmarks.experiments.exports import ENGINE, export_cached
+from edgestill.benchmarks.experiments.grid import Cell, Context, Options, Stage
+from edgestill.benchmarks.experiments.inversion import (
     Represent,
     invert_by_gradient,
     psnr_db,
     ssim,
     train_decoder,
 )
-from benchmarks.experiments.locks import locked
-from benchmarks.experiments.privacy_report import encode_strip, make_report
-from benchmarks.experiments.report import Report, require_one_each
-from benchmarks.experiments.sources import load_data, load_transfer
-from edge_runtime import outputs
-from edge_runtime.bundle import Bundle
-from edge_runtime.data import Dataset
-from edge_runtime.engines import Engine, open_engine
-from edge_runtime.errors import DataError
-from edge_runtime.evaluation import evaluate
-from edge_runtime.local_round import Equipment, Privacy, expected_outputs, pack_round
-from edge_runtime.local_round import Options as DeviceOptions
-from edge_runtime.local_training import LocalSettings, Transfer, train_locally
-from edge_runtime.privacy import epsilon
-from edge_runtime.randomness import SUBSET, permutation
-from export.reference import load_student_state, rebuild_student
+from edgestill.benchmarks.experiments.locks import locked
+from edgestill.benchmarks.experiments.privacy_report import encode_strip, make_report
+from edgestill.benchmarks.experiments.report import Report, require_one_each
+from edgestill.benchmarks.experiments.sources import load_data, load_transfer
+from edgestill.export.reference import load_student_state, rebuild_student
+from edgestill.runtime.bundle.bundle import Bundle
+from edgestill.runtime.data.dataset import Dataset
+from edgestill.runtime.device import outputs
+from edgestill.runtime.device.local_round import Equipment, Privacy, expected_outputs, pack_round
+from edgestill.runtime.device.local_round import Options as DeviceOptions
+from edgestill.runtime.device.local_training import LocalSettings, Transfer, train_locally
+from edgestill.runtime.device.privacy import epsilon
+from edgestill.runtime.engines.registry import Engine, open_engine
+from edgestill.runtime.errors import DataError
+from edgestill.runtime.randomness import SUBSET, permutation
+from edgestill.runtime.training.evaluation import evaluate
 
 NAME = "privacy"
 TITLE = "Images rebuilt from uploaded latents and logits, by protection"

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.experiments.figures import COLOURS, Figure
-from benchmarks.experiments.report import Report
-from benchmarks.experiments.statistics import Mean, mean_with_interval
-from benchmarks.experiments.tables import Table
+from edgestill.benchmarks.experiments.figures import COLOURS, Figure
+from edgestill.benchmarks.experiments.report import Report
+from edgestill.benchmarks.experiments.statistics import Mean, mean_with_interval
+from edgestill.benchmarks.experiments.tables import Table
 
 Found = Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]
 """Results by exchange and protection, one a seed."""

@@ -10,19 +10,24 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.bundles import BundleRequest
-from benchmarks.experiments.devices import deal_device
-from benchmarks.experiments.exports import ENGINE, export_cached
-from benchmarks.experiments.grid import Cell, Context, Options, Stage
-from benchmarks.experiments.sources import load_data
-from benchmarks.experiments.states import KeptAs, keep_state
-from benchmarks.experiments.teachers import score_teacher, stock_outputs, train_to_the_end, transfer_set
-from edge_runtime.bundle import Bundle
-from edge_runtime.checkpoint import Checkpoint
-from edge_runtime.engines import open_engine
-from edge_runtime.evaluation import evaluate
-from edge_runtime.schedule import Schedule
-from edge_runtime.trainer import TrainSettings, plan_run
+from edgestill.benchmarks.bundles import BundleRequest
+from edgestill.benchmarks.experiments.devices import deal_device
+from edgestill.benchmarks.experiments.exports import ENGINE, export_cached
+from edgestill.benchmarks.experiments.grid import Cell, Context, Options, Stage
+from edgestill.benchmarks.experiments.sources import load_data
+from edgestill.benchmarks.experiments.states import KeptAs, keep_state
+from edgestill.benchmarks.experiments.teachers import (
+    score_teacher,
+    stock_outputs,
+    train_to_the_end,
+    transfer_set,
+)
+from edgestill.runtime.bundle.bundle import Bundle
+from edgestill.runtime.engines.registry import open_engine
+from edgestill.runtime.training.checkpoint import Checkpoint
+from edgestill.runtime.training.evaluation import evaluate
+from edgestill.runtime.training.schedule import Schedule
+from edgestill.runtime.training.trainer import TrainSettings, plan_run
 
 TEACHER_CPU_MINUTES = 32.0
 LEAST_STEPS = 400

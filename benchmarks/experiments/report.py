@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.experiments.figures import Figure
-from benchmarks.experiments.tables import Table
-from edge_runtime.errors import EdgestillError
+from edgestill.benchmarks.experiments.figures import Figure
+from edgestill.benchmarks.experiments.tables import Table
+from edgestill.runtime.errors import EdgestillError
 
 
 @dataclass(frozen=True)

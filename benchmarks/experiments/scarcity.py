@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.experiments.figures import Figure
-from benchmarks.experiments.grid import Cell, Options, Stage
-from benchmarks.experiments.methods import chosen
-from benchmarks.experiments.protocol import (
+from edgestill.benchmarks.experiments.figures import Figure
+from edgestill.benchmarks.experiments.grid import Cell, Options, Stage
+from edgestill.benchmarks.experiments.methods import chosen
+from edgestill.benchmarks.experiments.protocol import (
     TEACHER_CPU_MINUTES,
     base_settings,
     epochs_for,
@@ -16,8 +16,16 @@ from benchmarks.experiments.protocol import (
     student_cpu_minutes,
     teacher_stage,
 )
-from benchmarks.experiments.report import Report, require_one_each
-from benchmarks.experiments.series import by_seed, collect, compare, draw_series, having, summarise, table_of
+from edgestill.benchmarks.experiments.report import Report, require_one_each
+from edgestill.benchmarks.experiments.series import (
+    by_seed,
+    collect,
+    compare,
+    draw_series,
+    having,
+    summarise,
+    table_of,
+)
 
 NAME = "scarcity"
 TITLE = "Scarcity: few private images, with auxiliary transfer images of another data set"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from benchmarks.experiments.figures import Line, draw_lines
-from benchmarks.experiments.statistics import Mean, mean_with_interval, paired_test, show_p
-from benchmarks.experiments.tables import Table
+from edgestill.benchmarks.experiments.figures import Line, draw_lines
+from edgestill.benchmarks.experiments.statistics import Mean, mean_with_interval, paired_test, show_p
+from edgestill.benchmarks.experiments.tables import Table
 
 PARTS = {"priv": "T_priv", "uni": "T_uni"}
 Series = dict[str, dict[float, dict[str, Mean]]]

@@ -10,19 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.bundles import BundleRequest
-from benchmarks.experiments.exports import export_cached
-from benchmarks.experiments.grid import Context
-from benchmarks.experiments.locks import locked
-from benchmarks.experiments.sources import load_data
-from benchmarks.simulation.run import simulate
-from benchmarks.simulation.settings import Poison, SimulationSettings
-from benchmarks.simulation.students import narrow, prepare_students
-from edge_runtime.data import Dataset, Splits
-from edge_runtime.errors import DataError
-from edge_runtime.randomness import SUBSET, permutation
+from edgestill.benchmarks.bundles import BundleRequest
+from edgestill.benchmarks.experiments.exports import export_cached
+from edgestill.benchmarks.experiments.grid import Context
+from edgestill.benchmarks.experiments.locks import locked
+from edgestill.benchmarks.experiments.sources import load_data
+from edgestill.benchmarks.simulation.run import simulate
+from edgestill.benchmarks.simulation.settings import Poison, SimulationSettings
+from edgestill.benchmarks.simulation.students import narrow, prepare_students
+from edgestill.runtime.data.dataset import Dataset, Splits
+from edgestill.runtime.errors import DataError
+from edgestill.runtime.randomness import SUBSET, permutation
 
-COMMON_HEAD = "benchmarks.experiments.common_head"
+COMMON_HEAD = "edgestill.benchmarks.experiments.common_head"
 WIDTH_DIVISOR = 4
 """Of all students, as in common_head.py."""
 KEPT = ("round", "phase", "t_priv", "t_uni", "global_t_uni", "bytes_up", "bytes_down", "accepted")

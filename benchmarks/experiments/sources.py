@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_runtime.data import Splits, digest_of_arrays, load_splits, load_transfer_images
-from edge_runtime.datasets import SHIPPED
-from edge_runtime.errors import DataError, UsageError
-from edge_runtime.manifest import InputSpec
+from edgestill.runtime.bundle.manifest import InputSpec
+from edgestill.runtime.data.dataset import Splits, digest_of_arrays, load_splits, load_transfer_images
+from edgestill.runtime.data.datasets import SHIPPED
+from edgestill.runtime.errors import DataError, UsageError
 
 CLASSES = 10
 INPUT = InputSpec((3, 32, 32), "uint8", (), ())

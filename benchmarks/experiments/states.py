@@ -7,10 +7,10 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.experiments.locks import locked
-from edge_runtime import wire
-from edge_runtime.checkpoint import Checkpoint, save_checkpoint
-from edge_runtime.errors import WireError
+from edgestill.benchmarks.experiments.locks import locked
+from edgestill.runtime.bundle import wire
+from edgestill.runtime.errors import WireError
+from edgestill.runtime.training.checkpoint import Checkpoint, save_checkpoint
 
 
 @dataclass(frozen=True)

@@ -13,23 +13,23 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.bundles import BundleRequest
-from benchmarks.experiments.devices import divide
-from benchmarks.experiments.exports import ENGINE, export_cached
-from benchmarks.experiments.grid import Context
-from benchmarks.experiments.locks import locked
-from benchmarks.experiments.sources import load_data, load_transfer
-from edge_runtime import wire
-from edge_runtime.batches import TransferSet
-from edge_runtime.bundle import Bundle
-from edge_runtime.data import digest_of_arrays
-from edge_runtime.engines import Engine, open_engine
-from edge_runtime.errors import UsageError
-from edge_runtime.evaluation import evaluate
-from edge_runtime.randomness import HELD_OUT, permutation
-from edge_runtime.schedule import Schedule
-from edge_runtime.teacher import Teacher, TeacherOutputs
-from edge_runtime.trainer import Run, TrainSettings, plan_run, prepare, train
+from edgestill.benchmarks.bundles import BundleRequest
+from edgestill.benchmarks.experiments.devices import divide
+from edgestill.benchmarks.experiments.exports import ENGINE, export_cached
+from edgestill.benchmarks.experiments.grid import Context
+from edgestill.benchmarks.experiments.locks import locked
+from edgestill.benchmarks.experiments.sources import load_data, load_transfer
+from edgestill.runtime.bundle import wire
+from edgestill.runtime.bundle.bundle import Bundle
+from edgestill.runtime.data.dataset import digest_of_arrays
+from edgestill.runtime.engines.registry import Engine, open_engine
+from edgestill.runtime.errors import UsageError
+from edgestill.runtime.randomness import HELD_OUT, permutation
+from edgestill.runtime.training.batches import TransferSet
+from edgestill.runtime.training.evaluation import evaluate
+from edgestill.runtime.training.schedule import Schedule
+from edgestill.runtime.training.teacher import Teacher, TeacherOutputs
+from edgestill.runtime.training.trainer import Run, TrainSettings, plan_run, prepare, train
 
 TEACHER_THREADS = 1
 """As students have: sums over more threads come in another order on another machine."""

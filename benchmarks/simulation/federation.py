@@ -14,18 +14,25 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.simulation.pool import Pool, SharedFile
-from benchmarks.simulation.population import Turn, poisoners, turns
-from benchmarks.simulation.settings import SimulationSettings
-from benchmarks.simulation.virtual import SeededEntropy, VirtualClock
-from benchmarks.simulation.virtual_device import AloneJob, Outcome, RoundJob, Setup, run_round, train_alone
-from coordinator.blobs import FileBlobs
-from coordinator.creation import make_task
-from coordinator.problems import Problem
-from coordinator.records import DeviceRecord, RoundOverview
-from coordinator.service import Service
-from coordinator.store import Store
-from coordinator.task import Task
+from edgestill.benchmarks.simulation.pool import Pool, SharedFile
+from edgestill.benchmarks.simulation.population import Turn, poisoners, turns
+from edgestill.benchmarks.simulation.settings import SimulationSettings
+from edgestill.benchmarks.simulation.virtual import SeededEntropy, VirtualClock
+from edgestill.benchmarks.simulation.virtual_device import (
+    AloneJob,
+    Outcome,
+    RoundJob,
+    Setup,
+    run_round,
+    train_alone,
+)
+from edgestill.coordinator.problems import Problem
+from edgestill.coordinator.service import Service
+from edgestill.coordinator.store.blobs import FileBlobs
+from edgestill.coordinator.store.database import Store
+from edgestill.coordinator.store.records import DeviceRecord, RoundOverview
+from edgestill.coordinator.task.creation import make_task
+from edgestill.coordinator.task.task import Task
 
 TASK = "simulation"
 STATUS: dict[str, Any] = {

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from edge_runtime.errors import EdgestillError, UsageError
-from edge_runtime.files import write_atomically
+from edgestill.runtime.errors import EdgestillError, UsageError
+from edgestill.runtime.files import write_atomically
 
 # Every worker computes on one thread: workers are the parallelism, and sums over more threads than one may
 # come in another order on another machine.

@@ -12,10 +12,10 @@ from statistics import NormalDist
 
 import numpy as np
 
-from benchmarks.simulation.settings import SimulationSettings
-from edge_runtime.randomness import permutation, raw_numbers
+from edgestill.benchmarks.simulation.settings import SimulationSettings
+from edgestill.runtime.randomness import permutation, raw_numbers
 
-# Streams of one seed; those of edge_runtime.randomness end far below.
+# Streams of one seed; those of edgestill.runtime.randomness end far below.
 AVAILABLE, DROPPED, ORDER_OF_ASKING, DURATION, POISONER, ATTACK = range(100, 106)
 SLOWNESS = 0.5
 """Standard deviation of the logarithm of a device's duration: one in 40 takes 2.7 times the median."""

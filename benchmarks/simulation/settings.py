@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_runtime.errors import UsageError
-from edge_runtime.local_round import Privacy
+from edgestill.runtime.device.local_round import Privacy
+from edgestill.runtime.errors import UsageError
 
 EXCHANGES = ("latents", "logits", "both", "parameters")
 MODES = ("global", "consensus")

@@ -6,8 +6,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.bundles import BundleRequest, prepare_bundle
-from benchmarks.simulation.settings import SimulationSettings
+from edgestill.benchmarks.bundles import BundleRequest, prepare_bundle
+from edgestill.benchmarks.simulation.settings import SimulationSettings
 
 # Channels of the built-in students' blocks, as in export/student.py; a test compares them.
 WIDTHS = {

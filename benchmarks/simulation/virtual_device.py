@@ -16,20 +16,20 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.simulation.attack import spoil
-from benchmarks.simulation.pool import SharedFile
-from edge_runtime import wire
-from edge_runtime.assignment import Assignment, fetch_assignment
-from edge_runtime.bundle import Bundle, InputSpec
-from edge_runtime.data import load_splits
-from edge_runtime.device import Device
-from edge_runtime.engines import Engine, open_engine
-from edge_runtime.federated_data import TEST_SAMPLES, DeviceData, deal
-from edge_runtime.journal import WorkMemory
-from edge_runtime.local_round import Equipment, Options, Privacy, score_tests
-from edge_runtime.local_settings import LocalSettings
-from edge_runtime.local_training import Transfer, train_locally
-from edge_runtime.outputs import pack, unpack
+from edgestill.benchmarks.simulation.attack import spoil
+from edgestill.benchmarks.simulation.pool import SharedFile
+from edgestill.runtime.bundle import wire
+from edgestill.runtime.bundle.bundle import Bundle, InputSpec
+from edgestill.runtime.data.dataset import load_splits
+from edgestill.runtime.data.shares import TEST_SAMPLES, DeviceData, deal
+from edgestill.runtime.device.assignment import Assignment, fetch_assignment
+from edgestill.runtime.device.device import Device
+from edgestill.runtime.device.journal import WorkMemory
+from edgestill.runtime.device.local_round import Equipment, Options, Privacy, score_tests
+from edgestill.runtime.device.local_settings import LocalSettings
+from edgestill.runtime.device.local_training import Transfer, train_locally
+from edgestill.runtime.device.outputs import pack, unpack
+from edgestill.runtime.engines.registry import Engine, open_engine
 
 
 @dataclass(frozen=True)

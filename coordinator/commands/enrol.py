@@ -6,10 +6,10 @@ import argparse
 import json
 import sys
 
-from coordinator.opening import open_existing
-from coordinator.settings import STORE_SETTINGS, add_flags, settings_from
-from edge_runtime.console import add_json_option
-from edge_runtime.errors import UsageError
+from edgestill.coordinator.opening import open_existing
+from edgestill.coordinator.settings import STORE_SETTINGS, add_flags, settings_from
+from edgestill.runtime.console import add_json_option
+from edgestill.runtime.errors import UsageError
 
 _MOST_CODES = 100_000
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import uvicorn
 
-from coordinator.announcement import announce
-from coordinator.app import make_app
-from coordinator.context import Context
-from coordinator.opening import open_service, start_logging
-from coordinator.settings import Settings, add_flags, settings_from
-from edge_runtime.console import add_json_option
-from edge_runtime.errors import EdgestillError, UsageError
+from edgestill.coordinator.http.announcement import announce
+from edgestill.coordinator.http.app import make_app
+from edgestill.coordinator.http.context import Context
+from edgestill.coordinator.opening import open_service, start_logging
+from edgestill.coordinator.settings import Settings, add_flags, settings_from
+from edgestill.runtime.console import add_json_option
+from edgestill.runtime.errors import EdgestillError, UsageError
 
 _GRACE_S = 5
 _BACKLOG = 2048

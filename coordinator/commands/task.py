@@ -10,15 +10,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from coordinator.creation import SOURCES, make_task
-from coordinator.opening import check_shared, open_existing, open_service
-from coordinator.records import DeviceRecord, RoundOverview, TaskRecord
-from coordinator.rounds import COMPLETED
-from coordinator.service import Service
-from coordinator.settings import STORE_SETTINGS, add_flags, settings_from
-from coordinator.task import EXCHANGES, MODES, PRECISIONS, RULES, TASK_NAME, Task, clip_value
-from edge_runtime.console import add_json_option
-from edge_runtime.errors import BundleError, DataError, UsageError
+from edgestill.coordinator.opening import check_shared, open_existing, open_service
+from edgestill.coordinator.rounds.round import COMPLETED
+from edgestill.coordinator.service import Service
+from edgestill.coordinator.settings import STORE_SETTINGS, add_flags, settings_from
+from edgestill.coordinator.store.records import DeviceRecord, RoundOverview, TaskRecord
+from edgestill.coordinator.task.creation import SOURCES, make_task
+from edgestill.coordinator.task.task import EXCHANGES, MODES, PRECISIONS, RULES, TASK_NAME, Task, clip_value
+from edgestill.runtime.console import add_json_option
+from edgestill.runtime.errors import BundleError, DataError, UsageError
 
 
 class _Option(NamedTuple):

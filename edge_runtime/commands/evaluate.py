@@ -6,12 +6,12 @@ import argparse
 import json
 from pathlib import Path
 
-from edge_runtime.bundle import Bundle
-from edge_runtime.checkpoint import load_state
-from edge_runtime.console import add_json_option
-from edge_runtime.data import load_splits
-from edge_runtime.engines import ENGINES, open_engine
-from edge_runtime.evaluation import Evaluation, draw_confusion, evaluate
+from edgestill.runtime.bundle.bundle import Bundle
+from edgestill.runtime.console import add_json_option
+from edgestill.runtime.data.dataset import load_splits
+from edgestill.runtime.engines.registry import ENGINES, open_engine
+from edgestill.runtime.training.checkpoint import load_state
+from edgestill.runtime.training.evaluation import Evaluation, draw_confusion, evaluate
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

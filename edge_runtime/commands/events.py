@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from edge_runtime.device import Device
+from edgestill.runtime.device.device import Device
 
 _STEP_LINE_S = 30.0
 """Between two lines about training where no terminal shows every step."""

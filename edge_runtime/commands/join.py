@@ -8,29 +8,29 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from edge_runtime.address import check_url
-from edge_runtime.assignment import fetch_assignment
-from edge_runtime.bundle import Bundle
-from edge_runtime.client import HttpCoordinator
-from edge_runtime.commands.enrolment import LONGEST_NAME, device_info, enrol, installation_hint
-from edge_runtime.commands.events import EventOutput
-from edge_runtime.conditions import Conditions, read_status
-from edge_runtime.console import add_json_option
-from edge_runtime.data import Dataset, load_splits
-from edge_runtime.device import Device
-from edge_runtime.engines import (
+from edgestill.runtime.bundle.bundle import Bundle
+from edgestill.runtime.commands.events import EventOutput
+from edgestill.runtime.console import add_json_option
+from edgestill.runtime.data.dataset import Dataset, load_splits
+from edgestill.runtime.data.shares import deal, draw_tests, parse_share, share_of
+from edgestill.runtime.device.address import check_url
+from edgestill.runtime.device.assignment import fetch_assignment
+from edgestill.runtime.device.client import HttpCoordinator
+from edgestill.runtime.device.conditions import Conditions, read_status
+from edgestill.runtime.device.device import Device
+from edgestill.runtime.device.enrolment import LONGEST_NAME, device_info, enrol, installation_hint
+from edgestill.runtime.device.journal import WorkFolder
+from edgestill.runtime.device.local_round import Equipment, Options, Privacy, warn_of_noise
+from edgestill.runtime.device.local_training import Transfer
+from edgestill.runtime.device.outputs import PRECISIONS
+from edgestill.runtime.engines.registry import (
     ENGINES,
     Engine,
     engine_status,
     open_engine,
 )
-from edge_runtime.errors import DataError, EngineError, Interrupted, UsageError
-from edge_runtime.federated_data import deal, draw_tests, parse_share, share_of
-from edge_runtime.journal import WorkFolder
-from edge_runtime.local_round import Equipment, Options, Privacy, warn_of_noise
-from edge_runtime.local_training import Transfer
-from edge_runtime.machine import peak_rss_bytes
-from edge_runtime.outputs import PRECISIONS
+from edgestill.runtime.errors import DataError, EngineError, Interrupted, UsageError
+from edgestill.runtime.machine import peak_rss_bytes
 
 _MEGABYTE = 10**6
 
@@ -333,7 +333,7 @@ def _address(arguments: argparse.Namespace, known: str | None, output: EventOutp
         if known is None:
             raise UsageError("which coordinator?", "give its URL, or --discover")
         return known
-    from edge_runtime.discovery import find_one
+    from edgestill.runtime.device.discovery import find_one
 
     found = find_one()
     output("found", name=found.name, url=found.url)

@@ -12,19 +12,19 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.augmentation import AUGMENTATIONS
-from edge_runtime.batches import TransferSet
-from edge_runtime.bundle import Bundle
-from edge_runtime.checkpoint import load_state
-from edge_runtime.console import add_json_option
-from edge_runtime.data import Dataset, digest_of_arrays, load_splits, load_transfer_images
-from edge_runtime.engines import ENGINES, Engine, open_engine
-from edge_runtime.errors import UsageError
-from edge_runtime.evaluation import Evaluation, evaluate
-from edge_runtime.machine import peak_rss_bytes
-from edge_runtime.schedule import SCHEDULES, Schedule
-from edge_runtime.teacher import Teacher
-from edge_runtime.trainer import Run, StepRecord, TrainSettings, plan_run, prepare, train
+from edgestill.runtime.bundle.bundle import Bundle
+from edgestill.runtime.console import add_json_option
+from edgestill.runtime.data.augmentation import AUGMENTATIONS
+from edgestill.runtime.data.dataset import Dataset, digest_of_arrays, load_splits, load_transfer_images
+from edgestill.runtime.engines.registry import ENGINES, Engine, open_engine
+from edgestill.runtime.errors import UsageError
+from edgestill.runtime.machine import peak_rss_bytes
+from edgestill.runtime.training.batches import TransferSet
+from edgestill.runtime.training.checkpoint import load_state
+from edgestill.runtime.training.evaluation import Evaluation, evaluate
+from edgestill.runtime.training.schedule import SCHEDULES, Schedule
+from edgestill.runtime.training.teacher import Teacher
+from edgestill.runtime.training.trainer import Run, StepRecord, TrainSettings, plan_run, prepare, train
 
 HYPERPARAMETERS = {
     "lr": ("learning_rate", "learning rate (sgd 0.01, adamw 0.001)"),

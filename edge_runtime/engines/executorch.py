@@ -8,11 +8,11 @@ from itertools import zip_longest
 
 import numpy as np
 
-from edge_runtime.bundle import Bundle, TensorSpec
-from edge_runtime.engines.protocol import Arrays
-from edge_runtime.errors import EngineError
-from edge_runtime.native.build import INSTALL_HINT, find_wheel
-from edge_runtime.native.program import Pointers, Program, allocate, load_library, set_threads
+from edgestill.runtime.bundle.bundle import Bundle, TensorSpec
+from edgestill.runtime.engines.protocol import Arrays
+from edgestill.runtime.errors import EngineError
+from edgestill.runtime.native.build import INSTALL_HINT, find_wheel
+from edgestill.runtime.native.program import Pointers, Program, allocate, load_library, set_threads
 
 __all__ = ["INSTALL_HINT", "NAME", "ExecuTorchEngine", "check", "open", "version"]
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edge_runtime.bundle import Bundle, GraphSpec, TensorSpec
-from edge_runtime.engines.protocol import Arrays
-from edge_runtime.errors import EngineError
+from edgestill.runtime.bundle.bundle import Bundle, GraphSpec, TensorSpec
+from edgestill.runtime.engines.protocol import Arrays
+from edgestill.runtime.errors import EngineError
 
 if TYPE_CHECKING:
     import onnxruntime

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
-from edge_runtime.engines import onnxruntime_training_worker as worker
-from edge_runtime.errors import EngineError
+from edgestill.runtime.engines import onnxruntime_training_worker as worker
+from edgestill.runtime.errors import EngineError
 
 if TYPE_CHECKING:
-    from edge_runtime.bundle import Bundle
+    from edgestill.runtime.bundle.bundle import Bundle
 
 NAME = "onnxruntime-training"
 INTERPRETER_VARIABLE = "EDGESTILL_ORT_TRAINING_PYTHON"

@@ -1,7 +1,7 @@
 """Builds the native ExecuTorch runner with this machine's C++ compiler for the installed `executorch` wheel.
 
 The wheel carries headers and shared libraries, so neither CMake nor torch is needed, and `executorch` is only
-looked up, never imported: importing it would import torch. `python -m edge_runtime.native.build` builds the
+looked up, never imported: importing it would import torch. `python -m edgestill.runtime.native.build` builds the
 library unless it is there, and prints its path.
 """
 
@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_runtime.errors import EdgestillError, EngineError
+from edgestill.runtime.errors import EdgestillError, EngineError
 
 EXECUTORCH_VERSION = "1.5.1"
 INSTALL_HINT = f"pip install --no-deps executorch=={EXECUTORCH_VERSION}"

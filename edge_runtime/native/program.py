@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_runtime.errors import EngineError
-from edge_runtime.native.build import ensure_library
+from edgestill.runtime.errors import EngineError
+from edgestill.runtime.native.build import ensure_library
 
 RUNNER_VERSION = 1
 MAX_RANK = 8

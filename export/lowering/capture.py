@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from edge_runtime.errors import EdgestillError
+from edgestill.runtime.errors import EdgestillError
 
 aten = torch.ops.aten
 

@@ -12,9 +12,9 @@ from functools import reduce
 
 import numpy as np
 
-from export.lowering.capture import Layer
-from export.lowering.formulations import Backward, Context, Gradients, Layout
-from export.lowering.graph import Graph, Value
+from edgestill.export.lowering.capture import Layer
+from edgestill.export.lowering.formulations import Backward, Context, Gradients, Layout
+from edgestill.export.lowering.graph import Graph, Value
 
 SMALL_AREA = 64
 SMALL_CHANNELS = 16

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from export.lowering.capture import Layer
-from export.lowering.channels_last_pooling import avg_pool2d, global_mean, max_pool2d
-from export.lowering.formulations import Backward, Context, Gradients, Layout
-from export.lowering.graph import Graph, Value
-from export.lowering.windows import Windows, concat, pad, total
+from edgestill.export.lowering.capture import Layer
+from edgestill.export.lowering.channels_last_pooling import avg_pool2d, global_mean, max_pool2d
+from edgestill.export.lowering.formulations import Backward, Context, Gradients, Layout
+from edgestill.export.lowering.graph import Graph, Value
+from edgestill.export.lowering.windows import Windows, concat, pad, total
 
 FEW_CHANNELS = 16
 

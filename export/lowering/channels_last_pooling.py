@@ -6,10 +6,10 @@ from functools import reduce
 
 import numpy as np
 
-from export.lowering.capture import Layer
-from export.lowering.formulations import Backward, Context, Gradients
-from export.lowering.graph import Value
-from export.lowering.windows import Windows, total
+from edgestill.export.lowering.capture import Layer
+from edgestill.export.lowering.formulations import Backward, Context, Gradients
+from edgestill.export.lowering.graph import Value
+from edgestill.export.lowering.windows import Windows, total
 
 
 def max_pool2d(ctx: Context, layer: Layer, inputs: list[Value]) -> tuple[Value, Backward]:

@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from export.lowering.capture import Layer, LoweringError
-from export.lowering.graph import Graph, Value
+from edgestill.export.lowering.capture import Layer, LoweringError
+from edgestill.export.lowering.graph import Graph, Value
 
 Gradients = tuple[tuple[Value, ...], dict[str, Value]]
 """Gradients of the inputs, in order, and of the parameters by their local name ("weight")."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from export.lowering.operators import DTYPES, OPERATORS
+from edgestill.export.lowering.operators import DTYPES, OPERATORS
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

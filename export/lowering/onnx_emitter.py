@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from export.lowering.graph import Graph, Node, Value
+from edgestill.export.lowering.graph import Graph, Node, Value
 
 OPSET = 18
 IR_VERSION = 9  # the newest that onnxruntime-training 1.19 reads

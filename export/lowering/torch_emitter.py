@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from export.lowering.graph import Graph
-from export.lowering.operators import OPERATORS
+from edgestill.export.lowering.graph import Graph
+from edgestill.export.lowering.operators import OPERATORS
 
 
 class GraphModule(torch.nn.Module):

@@ -7,7 +7,7 @@ from functools import reduce
 
 import numpy as np
 
-from export.lowering.graph import Value
+from edgestill.export.lowering.graph import Value
 
 Pair = tuple[int, int]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 import logging
 
-from edge_runtime.errors import EdgestillError, UsageError
+from edgestill.runtime.errors import EdgestillError, UsageError
 
 ENGINES = ("onnxruntime", "executorch", "onnxruntime-training")
 _MODULES = {
-    "onnxruntime": "export.targets.onnx",
-    "executorch": "export.targets.executorch",
-    "onnxruntime-training": "export.targets.onnxruntime_training",
+    "onnxruntime": "edgestill.export.targets.onnx",
+    "executorch": "edgestill.export.targets.executorch",
+    "onnxruntime-training": "edgestill.export.targets.onnxruntime_training",
 }
 
 

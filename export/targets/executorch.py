@@ -13,11 +13,11 @@ from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_
 from executorch.exir.lowered_backend_module import executorch_call_delegate
 from executorch.exir.passes import MemoryPlanningPass
 
-from export.lowering.channels_last import CHANNELS_LAST
-from export.lowering.graph import Graph
-from export.lowering.operators import DTYPES
-from export.lowering.torch_emitter import GraphModule
-from export.step import StepSpec, build_encode, build_train_step
+from edgestill.export.lowering.channels_last import CHANNELS_LAST
+from edgestill.export.lowering.graph import Graph
+from edgestill.export.lowering.operators import DTYPES
+from edgestill.export.lowering.torch_emitter import GraphModule
+from edgestill.export.step import StepSpec, build_encode, build_train_step
 
 
 def emit(spec: StepSpec, folder: Path) -> dict[str, dict]:

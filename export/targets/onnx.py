@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from export.lowering.channels_first import CHANNELS_FIRST
-from export.lowering.onnx_emitter import to_onnx
-from export.step import StepSpec, build_encode, build_train_step
+from edgestill.export.lowering.channels_first import CHANNELS_FIRST
+from edgestill.export.lowering.onnx_emitter import to_onnx
+from edgestill.export.step import StepSpec, build_encode, build_train_step
 
 
 def emit(spec: StepSpec, folder: Path) -> dict[str, dict]:

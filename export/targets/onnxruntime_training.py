@@ -17,13 +17,12 @@ from pathlib import Path
 import onnx
 from onnx import helper
 
-from edge_runtime.engines.onnxruntime_training import INSTALL_HINT, find_interpreter
-from export.lowering.channels_first import CHANNELS_FIRST
-from export.lowering.onnx_emitter import to_onnx
-from export.step import StepSpec
-from export.step import build_encode as build_encode_graph
-from export.targets.onnxruntime_training_forward import GRADIENT, build_forward, build_optimizer
-from export.targets.onnxruntime_training_operators import (
+from edgestill.export.lowering.channels_first import CHANNELS_FIRST
+from edgestill.export.lowering.onnx_emitter import to_onnx
+from edgestill.export.step import StepSpec
+from edgestill.export.step import build_encode as build_encode_graph
+from edgestill.export.targets.onnxruntime_training_forward import GRADIENT, build_forward, build_optimizer
+from edgestill.export.targets.onnxruntime_training_operators import (
     DIFFERENTIABLE,
     GradientError,
     attributes_of,
@@ -31,6 +30,7 @@ from export.targets.onnxruntime_training_operators import (
     check_gradients,
     needed_nodes,
 )
+from edgestill.runtime.engines.onnxruntime_training import INSTALL_HINT, find_interpreter
 
 MAX_OPSET = 20
 IR_VERSION = 9

@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NoReturn
 
-from export.lowering.capture import Layer
-from export.lowering.channels_first import CHANNELS_FIRST, batch_norm, convolve
-from export.lowering.formulations import Backward, Context
-from export.lowering.graph import Graph, Value
-from export.objectives import loss_and_gradients
-from export.optimizers import update
-from export.step import StepSpec, _forward, _output_metrics, _start
+from edgestill.export.lowering.capture import Layer
+from edgestill.export.lowering.channels_first import CHANNELS_FIRST, batch_norm, convolve
+from edgestill.export.lowering.formulations import Backward, Context
+from edgestill.export.lowering.graph import Graph, Value
+from edgestill.export.objectives import loss_and_gradients
+from edgestill.export.optimizers import update
+from edgestill.export.step import StepSpec, _forward, _output_metrics, _start
 
 GRADIENT = "gradient."
 

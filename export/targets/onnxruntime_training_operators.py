@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import onnx
 from onnx import helper
 
-from edge_runtime.errors import EdgestillError
+from edgestill.runtime.errors import EdgestillError
 
 DIFFERENTIABLE = frozenset(
     (

@@ -1,0 +1,1 @@
+"""The dashboard: pages, charts and live news for people."""

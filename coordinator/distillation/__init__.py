@@ -1,0 +1,1 @@
+"""Step 5: uploads aggregated, the global student trained; when it runs, and where."""

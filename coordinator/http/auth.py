@@ -1,0 +1,50 @@
+"""Who asks: a device by its bearer token, a person at the dashboard by the dashboard's token."""
+
+from __future__ import annotations
+
+import hmac
+from typing import Annotated, Any
+from urllib.parse import unquote
+
+from fastapi import Depends, Request
+from fastapi.security import HTTPBearer
+
+from edgestill.coordinator.http.context import Context, context_of
+from edgestill.coordinator.problems import Problem
+
+DASHBOARD_COOKIE = "edgestill_dashboard"
+
+# auto_error off: a missing token is a problem of our catalog like any other
+_BEARER = HTTPBearer(auto_error=False, scheme_name="device token")
+
+
+async def token_of(request: Request, _: Annotated[Any, Depends(_BEARER)]) -> str:
+    """The token in the Authorization header, not looked up. Errors: Problem `unauthorised`."""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not token.strip():
+        raise Problem("unauthorised", "no bearer token in the Authorization header")
+    return token.strip()
+
+
+async def device_of(
+    context: Annotated[Context, Depends(context_of)], token: Annotated[str, Depends(token_of)]
+) -> Any:
+    """The device whose token stands in the Authorization header. Errors: Problem `unauthorised`."""
+    return await context.call(context.service.authenticate, token)
+
+
+async def check_operator(request: Request, context: Annotated[Context, Depends(context_of)]) -> None:
+    """Lets in whoever has the dashboard's token, as bearer or in the dashboard's cookie; everyone if none is set.
+
+    Errors: Problem `unauthorised`.
+    """
+    wanted = context.settings.dashboard_token
+    if not wanted:
+        return
+    scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
+    given = (
+        bearer.strip() if scheme.lower() == "bearer" else unquote(request.cookies.get(DASHBOARD_COOKIE, ""))
+    )
+    # as bytes: compare_digest refuses text outside of ASCII
+    if not hmac.compare_digest(given.encode(errors="replace"), wanted.encode()):
+        raise Problem("unauthorised", "this page needs the dashboard's token")

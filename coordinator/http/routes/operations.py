@@ -1,0 +1,37 @@
+"""For whoever runs the coordinator: is it alive, and its figures."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from edgestill.coordinator.http.answers import problems
+from edgestill.coordinator.http.auth import check_operator
+from edgestill.coordinator.http.context import Context, context_of
+
+router = APIRouter(tags=["operations"])
+Shared = Annotated[Context, Depends(context_of)]
+
+
+@router.get("/healthz", responses=problems("unavailable"))
+async def healthz(context: Shared) -> dict[str, str]:
+    """Whether the store answers."""
+    await context.call(context.service.tasks)
+    return {"status": "ok"}
+
+
+@router.get(
+    "/metrics", response_class=Response, dependencies=[Depends(check_operator)],
+    responses={200: {"content": {"text/plain": {}}}, **problems("unauthorised")},
+)  # fmt: skip
+async def metrics(context: Shared) -> Response:
+    """Figures in Prometheus' text format."""
+    phases = await context.call(_phases, context)
+    return Response(context.metrics.render(phases), media_type=CONTENT_TYPE_LATEST)
+
+
+def _phases(context: Context) -> list[tuple[str, str]]:
+    service = context.service
+    return [(task.name, one.phase) for task in service.tasks() for one in service.rounds(task.name)]

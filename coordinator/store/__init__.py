@@ -1,0 +1,1 @@
+"""What the coordinator keeps: the database, its records, and blobs."""

@@ -1,0 +1,154 @@
+"""The coordinator's memory: SQLite or PostgreSQL behind transactions of small, named reads and writes.
+
+A write transaction on a task is alone: on SQLite it begins IMMEDIATE, on PostgreSQL it locks the task's row. So a
+round's transition (read, step, write) is one step for every replica. A commit is durable when `write` returns.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import Engine, create_engine, event
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.pool import StaticPool
+
+from edgestill.coordinator.store import migrations
+from edgestill.coordinator.store.schema import metadata
+from edgestill.coordinator.store.transaction import Transaction
+from edgestill.runtime.errors import EdgestillError
+
+_LOG = logging.getLogger("coordinator")
+_BUSY_S = 20
+
+
+class StoreError(EdgestillError):
+    """A database that cannot be opened or does not answer."""
+
+
+class Store:
+    """Opens the database and brings it to the present schema.
+
+    `url` as in SQLAlchemy: `sqlite:///FILE`, `sqlite://` (memory), `postgresql://USER@HOST/NAME`.
+    Errors: StoreError.
+    """
+
+    def __init__(self, url: str = "sqlite://") -> None:
+        self.url = _parse_url(url)
+        self._sqlite = self.url.get_backend_name() == "sqlite"
+        self.in_memory = self._sqlite and self.url.database in (None, "", ":memory:")
+        # SQLite has one writer: waiting here is fair and cheap, its own waiting polls
+        self._lock = threading.RLock()
+        try:
+            self.engine = self._open()
+            self._migrate()
+        except SQLAlchemyError as error:
+            raise StoreError(f"{self.url!r}: {_first_line(error)}", "check --database") from error
+
+    @contextmanager
+    def write(self) -> Iterator[Transaction]:
+        """A transaction that is committed durably at the end of the block, or not at all if the block raises."""
+        with self._exclusive(self._sqlite), self._errors(), self.engine.connect() as connection:
+            if self._sqlite:
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+            transaction = Transaction(connection, locks_rows=not self._sqlite)
+            try:
+                yield transaction
+                transaction.write_changes()
+                self._commit(connection)
+            except BaseException:
+                connection.rollback()
+                raise
+        for message, values in transaction.said:
+            _LOG.info(message, *values)
+
+    @contextmanager
+    def read(self) -> Iterator[Transaction]:
+        """A consistent view of the database, not to be written to."""
+        with self._exclusive(self.in_memory), self._errors(), self.engine.connect() as connection:
+            if self._sqlite:
+                connection.exec_driver_sql("BEGIN")
+            else:
+                # several statements see one moment; a writer, which waits for its lock, must see the newest
+                connection.execution_options(isolation_level="REPEATABLE READ")
+            try:
+                yield Transaction(connection, locks_rows=False)
+            finally:
+                connection.rollback()
+
+    def close(self) -> None:
+        """Gives all connections back."""
+        self.engine.dispose()
+
+    def _commit(self, connection: Any) -> None:
+        connection.commit()
+
+    def _open(self) -> Engine:
+        if not self._sqlite:
+            return create_engine(self.url, pool_pre_ping=True, pool_size=8, max_overflow=8)
+        options: dict[str, Any] = {"connect_args": {"check_same_thread": False, "timeout": _BUSY_S}}
+        if self.in_memory:
+            options["poolclass"] = StaticPool
+        else:
+            options["pool_size"] = (
+                0  # as many as there are threads, and kept: each is opened with four pragmas
+            )
+        engine = create_engine(self.url, **options)
+        event.listen(engine, "connect", _prepare_sqlite)
+        return engine
+
+    def _migrate(self) -> None:
+        if self.in_memory:
+            metadata.create_all(self.engine)  # nothing older can be there
+        else:
+            with self._exclusive(self._sqlite):
+                migrations.upgrade(self.engine)
+
+    @contextmanager
+    def _exclusive(self, needed: bool) -> Iterator[None]:
+        if not needed:
+            yield
+            return
+        with self._lock:
+            yield
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except SQLAlchemyError as error:
+            raise StoreError(f"{self.url!r}: {_first_line(error)}", "check the database server") from error
+
+
+def _parse_url(text: str) -> URL:
+    try:
+        url = make_url(text)
+    except ArgumentError as error:
+        raise StoreError(
+            f"database {text!r} is not a URL", "sqlite:///FILE or postgresql://USER@HOST/NAME"
+        ) from error
+    if url.drivername in ("postgresql", "postgres"):
+        url = url.set(drivername="postgresql+psycopg")
+    if url.get_backend_name() not in ("sqlite", "postgresql"):
+        raise StoreError(f"database {url!r}: not supported", "sqlite:///FILE or postgresql://USER@HOST/NAME")
+    return url
+
+
+def _prepare_sqlite(connection: Any, _: object) -> None:
+    connection.isolation_level = None  # transactions begin where `write` and `read` say, nowhere else
+    for pragma in (
+        f"busy_timeout={_BUSY_S * 1000}",  # first: changing the journal mode waits for others, too
+        "journal_mode=WAL",
+        "synchronous=FULL",
+        "foreign_keys=ON",
+    ):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _first_line(error: SQLAlchemyError) -> str:
+    # what SQLAlchemy adds, the statement and its parameters, is for no log
+    return str(getattr(error, "orig", None) or error).splitlines()[0]

@@ -1,0 +1,47 @@
+"""Rounds as pages, figures and the command line show them, read in a few queries a task."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from edgestill.coordinator.store.records import RoundOverview
+from edgestill.coordinator.store.transaction import Transaction
+
+
+def overview_of_rounds(transaction: Transaction, task: str) -> list[RoundOverview]:
+    """Every round of a task, by number, with who took part and what they reported."""
+    selected: defaultdict[int, list[str]] = defaultdict(list)
+    accepted: defaultdict[int, list[str]] = defaultdict(list)
+    bytes_up: defaultdict[int, int] = defaultdict(int)
+    reports: defaultdict[int, dict[str, Mapping[str, Any]]] = defaultdict(dict)
+    for number, device in transaction.selections(task):
+        selected[number].append(device)
+    for number, device, size_bytes in transaction.sizes_of_uploads(task):
+        accepted[number].append(device)
+        bytes_up[number] += size_bytes
+    for report in transaction.reports(task):
+        reports[report.number][report.device] = report.report
+    found = []
+    for head in transaction.round_heads(task):
+        number, round = head.number, head.round
+        found.append(
+            RoundOverview(
+                task=task,
+                number=number,
+                phase=round.phase,
+                opened_s=round.opened_s,
+                deadline_s=round.deadline_s,
+                closed_s=head.closed_s,
+                reason=round.reason,
+                selected=tuple(selected[number]),
+                accepted=tuple(accepted[number]),
+                bytes_up=bytes_up[number],
+                published=round.published,
+                published_bytes=head.published_bytes,
+                metrics=head.metrics,
+                reports=reports[number],
+            )
+        )
+    return found

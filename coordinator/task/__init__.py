@@ -1,0 +1,1 @@
+"""What an operator asks for, and how it is made of bundles and data."""

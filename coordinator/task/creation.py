@@ -1,0 +1,280 @@
+"""A task from bundles and data as a person names them: packs, checks that they fit together, stores the blobs."""
+
+from __future__ import annotations
+
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgestill.coordinator.task.task import Task, parse_task
+from edgestill.runtime.bundle.bundle import Bundle
+from edgestill.runtime.bundle.manifest import InputSpec
+from edgestill.runtime.data.dataset import load_splits, load_transfer_images
+from edgestill.runtime.device.local_training import Transfer, parameters_of
+from edgestill.runtime.errors import UsageError
+from edgestill.runtime.randomness import SUBSET, permutation
+
+SOURCES = (
+    "bundles", "global_bundle", "transfer", "transfer_count", "transfer_labels", "test", "test_count", "seed",
+)  # fmt: skip
+"""Fields of a description that name files or data; every other field is the task's own."""
+
+AddBlob = Callable[[Path], str]
+Warn = Callable[[str], None]
+
+
+def make_task(description: Mapping[str, Any], add_blob: AddBlob, warn: Warn = lambda _: None) -> Task:
+    """Stores bundles, transfer set and test set as blobs and returns the task that names them.
+
+    `warn` gets a sentence for all that is allowed and may not be meant.
+
+    `description` has the fields of a task without students, `global_student`, `transfer` and `test`; in their
+    place stand SOURCES. Errors: UsageError, BundleError, DataError, naming what does not fit.
+    """
+    fields = {name: value for name, value in description.items() if name not in SOURCES}
+    for name in ("students", "global_student", "latent_size", "classes", "parameter_shapes"):
+        if name in fields:
+            raise UsageError(f"{name} comes from the bundles", "leave it out, and name the bundles instead")
+    drafted = parse_task(_with_stand_ins(fields, description))
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgestill-task-")))
+        bundles = [stack.enter_context(Bundle.open(path)) for path in _paths(description)]
+        whole = None
+        if description.get("global_bundle") is not None:
+            whole = stack.enter_context(Bundle.open(_path(description["global_bundle"], "global_bundle")))
+        first = bundles[0]
+        everyone = [*bundles, *([] if whole is None else [whole])]
+        _check_alike(everyone)
+        _refuse_relational(everyone)
+        if drafted.exchange != "parameters":
+            _check_objectives(bundles, whole, drafted.exchange)
+            _warn_of_control_arms(bundles, drafted.exchange, warn)
+            _check_transfer_fraction(bundles, drafted.local.transfer_fraction)
+        seed = _count(description, "seed", 0) or 0
+        transfer = load_transfer(
+            _text(description, "transfer"), first.input, first.classes,
+            bool(description.get("transfer_labels")), _count(description, "transfer_count", 1), seed,
+        )  # fmt: skip
+        _warn_of_fewer(description, "transfer", transfer, warn)
+        test = None
+        if description.get("test") is not None:
+            test = load_test(str(description["test"]), first, _count(description, "test_count", 1), seed)
+            _warn_of_fewer(description, "test", test, warn)
+        if fields.get("exchange") == "parameters":
+            fields["parameter_shapes"] = parameter_shapes(first)
+        return parse_task({
+            **fields,
+            "students": [describe_bundle(bundle, folder, add_blob) for bundle in bundles],
+            "global_student": None if whole is None else describe_bundle(whole, folder, add_blob),
+            "transfer": describe_samples(transfer, folder / "transfer.safetensors", add_blob),
+            "test": None if test is None else describe_samples(test, folder / "test.safetensors", add_blob),
+            "latent_size": first.latent_size,
+            "classes": first.classes,
+        })  # fmt: skip
+
+
+def zip_bundle(folder: Path, target: Path) -> Path:
+    """A bundle's folder as a .zip whose bytes depend on nothing but its files' names and bytes."""
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
+        for path in sorted(folder.rglob("*"), key=lambda path: path.relative_to(folder).as_posix()):
+            if path.is_file():
+                # neither clock nor file rights may change the digest
+                member = zipfile.ZipInfo(path.relative_to(folder).as_posix(), (1980, 1, 1, 0, 0, 0))
+                member.compress_type = zipfile.ZIP_DEFLATED
+                member.external_attr = 0o644 << 16
+                archive.writestr(member, path.read_bytes())
+    return target
+
+
+def describe_bundle(bundle: Bundle, folder: Path, add_blob: AddBlob) -> dict[str, Any]:
+    """Stores a bundle; its entry in a task."""
+    packed = bundle.source
+    if packed.is_dir():
+        packed = zip_bundle(packed, folder / "bundle.zip")
+    return {
+        "student": bundle.student.name,
+        "bundle": add_blob(packed),
+        "size_bytes": packed.stat().st_size,
+        "engines": list(bundle.engines),
+        "memory_bytes": bundle.training_memory_bytes,
+        "model_digest": bundle.model_digest,
+        "parameters": bundle.student.parameters,
+    }
+
+
+def describe_samples(samples: Transfer, path: Path, add_blob: AddBlob) -> dict[str, Any]:
+    """Stores a transfer or test set; its entry in a task."""
+    samples.save(path)
+    return {
+        "blob": add_blob(path),
+        "samples": len(samples.images),
+        "size_bytes": path.stat().st_size,
+        "labelled": samples.labels is not None,
+    }
+
+
+def load_transfer(
+    source: str, form: InputSpec, classes: int, labelled: bool, count: int | None, seed: int
+) -> Transfer:
+    """At most `count` samples of a data set, drawn by the seed; a .safetensors file is taken as it is."""
+    if Path(source).suffix == ".safetensors" and Path(source).is_file():
+        samples = Transfer.load(Path(source))
+        images, labels = samples.images, samples.labels if labelled else None
+        if labelled and labels is None:
+            raise UsageError(
+                f"{source} has no labels", "leave transfer_labels out, or add labels to the file"
+            )
+    elif labelled:
+        dataset = load_splits(source, form, classes).train
+        images, labels = dataset.images, dataset.labels
+    else:
+        images, labels = load_transfer_images(source, form), None
+    return _take(Transfer(images, labels), count, seed)
+
+
+def load_test(source: str, bundle: Bundle, count: int | None, seed: int) -> Transfer:
+    """The test split of a data set, or all of one that has no splits."""
+    dataset = load_splits(source, bundle.input, bundle.classes).choose(None)
+    return _take(Transfer(dataset.images, dataset.labels), count, seed)
+
+
+def parameter_shapes(bundle: Bundle) -> dict[str, list[int]]:
+    """Shape of every parameter and statistic, by name."""
+    return {name: list(array.shape) for name, array in parameters_of(bundle, bundle.initial_state()).items()}
+
+
+def _take(samples: Transfer, count: int | None, seed: int) -> Transfer:
+    if count is None or count >= len(samples.images):
+        return samples
+    chosen = np.sort(permutation(seed, SUBSET, 0, len(samples.images))[:count])
+    labels = None if samples.labels is None else samples.labels[chosen]
+    return Transfer(samples.images[chosen], labels)
+
+
+def _with_stand_ins(fields: Mapping[str, Any], description: Mapping[str, Any]) -> dict[str, Any]:
+    """The task with made-up digests: a wrong field is found before any bundle is opened or blob stored."""
+    entry = {"student": "x", "size_bytes": 1, "engines": ["x"], "memory_bytes": 0, "model_digest": "0" * 64}
+    samples = {"blob": "0" * 64, "samples": 1, "size_bytes": 1}
+    students = [{**entry, "bundle": f"{index:064x}"} for index in range(len(_paths(description)))]
+    return {
+        **fields,
+        "students": students,
+        "global_student": None if description.get("global_bundle") is None else {**entry, "bundle": "f" * 64},
+        "transfer": {**samples, "labelled": bool(description.get("transfer_labels"))},
+        "test": None if description.get("test") is None else {**samples, "labelled": True},
+        **({"parameter_shapes": {"x": [1]}} if fields.get("exchange") == "parameters" else {}),
+    }
+
+
+def _paths(description: Mapping[str, Any]) -> list[Path]:
+    bundles = description.get("bundles")
+    if isinstance(bundles, str):
+        raise UsageError(f"bundles is {bundles!r}, no list", f'write bundles = ["{bundles}"]')
+    if not isinstance(bundles, Sequence) or not bundles:
+        raise UsageError("no bundle is given", "make one with `edgestill export` and name it with --bundle")
+    return [_path(bundle, "bundles") for bundle in bundles]
+
+
+def _path(value: Any, name: str) -> Path:
+    if not isinstance(value, str | Path) or not str(value):
+        raise UsageError(f"{name} is {value!r}", "give the path of a bundle's folder or .zip")
+    return Path(value)
+
+
+def _text(description: Mapping[str, Any], name: str) -> str:
+    value = description.get(name)
+    if value is None:
+        raise UsageError(f"no {name} set is given", f"name a data set or a path with --{name}")
+    if not isinstance(value, str | Path) or not str(value):
+        raise UsageError(f"{name} is {value!r}", "give the name of a data set, or a path")
+    return str(value)
+
+
+def _count(description: Mapping[str, Any], name: str, least: int) -> int | None:
+    value = description.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UsageError(f"{name} is {value!r}", f"give a whole number of {least} or more")
+    return value
+
+
+def _check_alike(bundles: Sequence[Bundle]) -> None:
+    """Errors: UsageError for students whose outputs could not be compared."""
+    first = bundles[0]
+    for bundle in bundles[1:]:
+        for what, mine, theirs in (
+            ("latent size", bundle.latent_size, first.latent_size),
+            ("classes", bundle.classes, first.classes),
+            ("input shape", tuple(bundle.input.shape), tuple(first.input.shape)),
+            ("input dtype", bundle.input.dtype, first.input.dtype),
+        ):
+            if mine != theirs:
+                raise UsageError(
+                    f"{bundle.source} has {what} {mine}, {first.source} has {theirs}",
+                    "export all students of a task alike in everything but the perception module",
+                )
+
+
+def _refuse_relational(bundles: Sequence[Bundle]) -> None:
+    """Errors: UsageError for a student that learns from a teacher's latents of samples outside of the transfer set."""
+    for bundle in bundles:
+        if bundle.objective.relates_samples:
+            raise UsageError(
+                f"{bundle.source}: objective {bundle.objective.name} is for `edgestill train --teacher` alone",
+                "export it with --objective lkd, kd, both or ce",
+            )
+
+
+def _check_objectives(bundles: Sequence[Bundle], whole: Bundle | None, exchange: str) -> None:
+    """Errors: UsageError for a student whose training step learns nothing from what is exchanged.
+
+    Devices of objective `ce` may take part: they give outputs, and learn from their labels alone.
+    """
+    teachable = [bundle for bundle in bundles if bundle.objective.needs_teacher]
+    for bundle in [*teachable, *([] if whole is None else [whole])]:
+        objective = bundle.objective
+        learns = {"latents": objective.takes_latents, "logits": objective.takes_logits}
+        if not learns.get(exchange, any(learns.values())):
+            raise UsageError(
+                f"{bundle.source}: objective {objective.name} does not learn from {exchange}",
+                "export it with --objective lkd for latents, kd for logits, both for either",
+            )
+
+
+def _warn_of_control_arms(bundles: Sequence[Bundle], exchange: str, warn: Warn) -> None:
+    """Students of objective `ce` are legitimate, to compare with, and easily exported by mistake."""
+    deaf = [bundle for bundle in bundles if not bundle.objective.needs_teacher]
+    if deaf:
+        who = "no device" if len(deaf) == len(bundles) else f"no device with {_named(deaf)}"
+        warn(
+            f"{who} learns from the others: objective {deaf[0].objective.name} takes labels alone, not the exchanged "
+            f"{exchange}; unless that is meant, to compare with, export with --objective both"
+        )
+
+
+def _named(bundles: Sequence[Bundle]) -> str:
+    return " or ".join(str(bundle.source) for bundle in bundles)
+
+
+def _warn_of_fewer(description: Mapping[str, Any], name: str, taken: Transfer, warn: Warn) -> None:
+    wanted = description.get(f"{name}_count")
+    if wanted is not None and wanted > len(taken):
+        warn(f"--{name}-count {wanted}: {description[name]} has {len(taken)} samples, all of which are taken")
+
+
+def _check_transfer_fraction(bundles: Sequence[Bundle], fraction: float) -> None:
+    """Errors: UsageError where a student's batch would hold no transfer samples, or nothing else."""
+    for bundle in bundles:
+        count = round(bundle.batch * fraction)
+        if bundle.objective.needs_teacher and not 0 < count < bundle.batch:
+            raise UsageError(
+                f"local.transfer_fraction is {fraction}: {count} of the {bundle.batch} samples of a batch "
+                f"of {bundle.source}",
+                f"give {1 / bundle.batch:.3g} to {1 - 1 / bundle.batch:.3g}",
+            )

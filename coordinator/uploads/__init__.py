@@ -1,0 +1,1 @@
+"""Uploads of outputs: what is refused, what is accepted, and how often."""

@@ -1,0 +1,1 @@
+"""Bundles: opened and checked, their manifest, and the safetensors files in them."""

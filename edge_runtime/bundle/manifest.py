@@ -1,0 +1,368 @@
+"""What `manifest.json` says, as frozen dataclasses; parsing refuses a used field that is not as agreed.
+
+Format: docs/bundle.md. Unknown fields are ignored, so that newer writers may add some.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from edgestill.runtime.errors import BundleError
+
+FORMAT = "edgestill-bundle"
+FORMAT_VERSION = 1
+OBJECTIVES = ("ce", "kd", "lkd", "both", "crd", "lpd")
+KD_LOSSES = ("mse", "kl")
+OPTIMIZERS = ("sgd", "adamw")
+GRAPHS = ("train_step", "encode")
+ROLES = ("parameter", "statistic", "slot")
+DTYPES = {"float32": np.dtype("float32"), "uint8": np.dtype("uint8"), "int64": np.dtype("int64")}
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_MAX_ELEMENTS = 2**31
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor: `dtype` is a NumPy name; `role` and `written` are of state tensors, `unit` of others."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    unit: str | None = None
+    role: str | None = None
+    written: bool = False
+
+    @property
+    def numpy_dtype(self) -> np.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * self.numpy_dtype.itemsize
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One graph of one engine; inputs and outputs are tensor names in the graph's order."""
+
+    file: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    operators: Mapping[str, int]
+    planned_memory_bytes: int | None
+    details: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """The manifest's entry as it stands, for what one engine alone needs."""
+
+
+@dataclass(frozen=True)
+class Student:
+    name: str
+    options: Mapping[str, Any]
+    parameters: int
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One sample: shape (C, H, W); the graph normalises uint8 samples by `mean` and `std` a channel."""
+
+    shape: tuple[int, int, int]
+    dtype: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """`ce`, `lkd`, `lpd`, with `kd_loss` mse or kl `kd` or `both`, or `crd` with the three sizes below."""
+
+    name: str = "lkd"
+    kd_loss: str | None = None
+    negatives: int | None = None
+    features: int | None = None
+    teacher_latent_size: int | None = None
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.name != "ce"
+
+    @property
+    def takes_latents(self) -> bool:
+        return self.name in ("lkd", "both")
+
+    @property
+    def takes_logits(self) -> bool:
+        return self.name in ("kd", "both")
+
+    @property
+    def relates_samples(self) -> bool:
+        """Whether a sample's loss depends on other samples."""
+        return self.name in ("crd", "lpd")
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    name: str
+    nesterov: bool
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    edgestill_version: str
+    student: Student
+    latent_size: int
+    classes: int
+    batch: int
+    input: InputSpec
+    objective: Objective
+    optimizer: Optimizer
+    freeze: tuple[str, ...]
+    flops_per_step: int | None
+    state_file: str
+    state: tuple[TensorSpec, ...]
+    inputs: Mapping[str, tuple[TensorSpec, ...]]
+    outputs: Mapping[str, tuple[TensorSpec, ...]]
+    graphs: Mapping[str, Mapping[str, GraphSpec]]
+    parity: Mapping[str, Mapping[str, Any]]
+    files: Mapping[str, FileRecord]
+
+
+def parse_manifest(text: bytes) -> Manifest:
+    """Reads and checks a manifest. Errors: BundleError naming the field."""
+    try:
+        raw = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"manifest.json is not valid JSON: {error}", "export the bundle again") from error
+    root = _Node(raw, "manifest.json")
+    root.expect(dict)
+    if root.get("format").value != FORMAT:
+        raise BundleError(
+            f"manifest.json: format is {root.get('format').value!r}, not {FORMAT!r}",
+            "give a folder that `edgestill export` wrote",
+        )
+    version = root.get("format_version").value
+    if version != FORMAT_VERSION:
+        raise BundleError(
+            f"manifest.json: format version {version!r}, this edgestill reads {FORMAT_VERSION}",
+            "install the edgestill that wrote the bundle, or export it again",
+        )
+    student, objective, optimizer = root.get("student"), root.get("objective"), root.get("optimizer")
+    state = root.get("state")
+    manifest = Manifest(
+        edgestill_version=root.get("edgestill_version").text(),
+        student=Student(
+            student.get("name").text(), student.get("options").expect(dict), student.get("parameters").size()
+        ),
+        latent_size=root.get("latent_size").size(1),
+        classes=root.get("classes").size(1),
+        batch=root.get("batch").size(1),
+        input=_parse_input(root.get("input")),
+        objective=Objective(
+            objective.get("name").one_of(OBJECTIVES),
+            objective.get("kd_loss").one_of((None, *KD_LOSSES)),
+            *(objective.optional_size(key) for key in ("negatives", "features", "teacher_latent_size")),
+        ),
+        optimizer=Optimizer(
+            optimizer.get("name").one_of(OPTIMIZERS), optimizer.get("nesterov", False).expect(bool)
+        ),
+        freeze=tuple(entry.text() for entry in root.get("freeze", []).items()),
+        flops_per_step=root.optional_size("flops_per_step"),
+        state_file=state.get("file").file_name(),
+        state=tuple(_parse_tensor(entry, of_state=True) for entry in state.get("tensors").items()),
+        inputs={
+            graph: tuple(_parse_tensor(entry) for entry in root.get("inputs").get(graph).items())
+            for graph in GRAPHS
+        },
+        outputs={
+            graph: tuple(_parse_tensor(entry) for entry in root.get("outputs").get(graph).items())
+            for graph in GRAPHS
+        },
+        graphs={
+            engine: {graph: _parse_graph(entry.get(graph)) for graph in GRAPHS}
+            for engine, entry in root.get("graphs").entries()
+        },
+        parity={engine: entry.expect(dict) for engine, entry in root.get("parity", {}).entries()},
+        files={
+            entry.check_file_name(name): FileRecord(
+                entry.get("sha256").matching(_SHA256), entry.get("size_bytes").size()
+            )
+            for name, entry in root.get("files").entries()
+        },
+    )
+    _check_consistency(manifest)
+    return manifest
+
+
+def _parse_input(node: _Node) -> InputSpec:
+    shape = tuple(entry.size(1) for entry in node.get("shape").items())
+    if len(shape) != 3:
+        raise BundleError(f"{node.where}.shape: {list(shape)} is not [channels, height, width]")
+    dtype = node.get("dtype").one_of(("uint8", "float32"))
+    mean, std = (
+        () if dtype == "float32" else tuple(entry.number() for entry in node.get(key).items())
+        for key in ("mean", "std")
+    )
+    if dtype == "uint8" and (len(mean) != shape[0] or len(std) != shape[0]):
+        raise BundleError(f"{node.where}: mean and std need {shape[0]} entries, one a channel")
+    return InputSpec(shape, dtype, mean, std)
+
+
+def _parse_tensor(node: _Node, of_state: bool = False) -> TensorSpec:
+    shape = tuple(entry.size() for entry in node.get("shape").items())
+    if math.prod(shape) > _MAX_ELEMENTS:
+        raise BundleError(f"{node.where}.shape: {list(shape)} is too large")
+    return TensorSpec(
+        name=node.get("name").text(),
+        shape=shape,
+        dtype=node.get("dtype").one_of(tuple(DTYPES)),
+        unit=node.get("unit", None).value,
+        role=node.get("role").one_of(ROLES) if of_state else None,
+        written=node.get("written").expect(bool) if of_state else False,
+    )
+
+
+def _parse_graph(node: _Node) -> GraphSpec:
+    return GraphSpec(
+        file=node.get("file").file_name(),
+        inputs=tuple(entry.text() for entry in node.get("inputs").items()),
+        outputs=tuple(entry.text() for entry in node.get("outputs").items()),
+        operators={name: count.size() for name, count in node.get("operators", {}).entries()},
+        planned_memory_bytes=node.optional_size("planned_memory_bytes"),
+        details=node.expect(dict),
+    )
+
+
+def _check_consistency(manifest: Manifest) -> None:
+    """Every name that a graph or a file entry uses must be explained elsewhere in the manifest."""
+    state_names = [spec.name for spec in manifest.state]
+    if len(set(state_names)) != len(state_names):
+        raise BundleError("manifest.json: state.tensors names a tensor twice")
+    written = {"next." + spec.name for spec in manifest.state if spec.written}
+    for engine, graphs in manifest.graphs.items():
+        for name, graph in graphs.items():
+            where = f"manifest.json: graphs.{engine}.{name}"
+            _check_names(
+                f"{where}.inputs", graph.inputs, {*state_names, *(s.name for s in manifest.inputs[name])}
+            )
+            outputs = {spec.name for spec in manifest.outputs[name]} | (
+                written if name == "train_step" else set()
+            )
+            _check_names(f"{where}.outputs", graph.outputs, outputs)
+            if not outputs <= set(graph.outputs):
+                raise BundleError(f"{where}.outputs lacks {min(outputs - set(graph.outputs))!r}")
+            if graph.file not in manifest.files:
+                raise BundleError(f"{where}.file: {graph.file!r} is not listed in files")
+    if manifest.state_file not in manifest.files:
+        raise BundleError(f"manifest.json: state.file: {manifest.state_file!r} is not listed in files")
+    if manifest.objective.takes_logits and manifest.objective.kd_loss is None:
+        raise BundleError(
+            f"manifest.json: objective.kd_loss is missing for objective {manifest.objective.name}"
+        )
+    if manifest.objective.name == "crd" and not (
+        manifest.objective.negatives and manifest.objective.teacher_latent_size
+    ):
+        raise BundleError(
+            "manifest.json: objective.negatives or .teacher_latent_size is missing for objective crd"
+        )
+
+
+def _check_names(where: str, names: tuple[str, ...], known: set[str]) -> None:
+    if len(set(names)) != len(names):
+        raise BundleError(f"{where} has a name twice")
+    for name in names:
+        if name not in known:
+            raise BundleError(
+                f"{where}: {name!r} is explained nowhere in the manifest", "export the bundle again"
+            )
+
+
+_MISSING: Any = object()
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A value in the manifest with the place where it stands, for error messages."""
+
+    value: Any
+    where: str
+
+    def get(self, key: str, default: Any = _MISSING) -> _Node:
+        mapping = self.expect(dict)
+        if key not in mapping and default is _MISSING:
+            raise BundleError(f"{self.where}: field {key!r} is missing", "export the bundle again")
+        return _Node(mapping.get(key, default), f"{self.where}{'.' if ':' in self.where else ': '}{key}")
+
+    def expect(self, kind: type) -> Any:
+        if type(self.value) is not kind:
+            raise BundleError(
+                f"{self.where}: {self.value!r:.80} is not a {kind.__name__}", "export the bundle again"
+            )
+        return self.value
+
+    def entries(self) -> list[tuple[str, _Node]]:
+        return [(key, self.get(key)) for key in self.expect(dict)]
+
+    def items(self) -> list[_Node]:
+        return [_Node(value, f"{self.where}[{index}]") for index, value in enumerate(self.expect(list))]
+
+    def text(self) -> str:
+        return self.expect(str)
+
+    def number(self) -> float:
+        if type(self.value) not in (int, float) or not abs(self.value) < 1e308:
+            raise BundleError(f"{self.where}: {self.value!r:.80} is not a finite number")
+        return float(self.value)
+
+    def size(self, at_least: int = 0) -> int:
+        if not at_least <= self.expect(int) <= 2**53:
+            raise BundleError(f"{self.where}: {self.value} is not a size of at least {at_least}")
+        return self.value
+
+    def optional_size(self, key: str) -> int | None:
+        node = self.get(key, None)
+        return None if node.value is None else node.size()
+
+    def one_of(self, choices: tuple[Any, ...]) -> Any:
+        if self.value not in choices:
+            raise BundleError(f"{self.where}: {self.value!r:.80} is none of {', '.join(map(str, choices))}")
+        return self.value
+
+    def matching(self, pattern: re.Pattern[str]) -> str:
+        if not pattern.fullmatch(self.text()):
+            raise BundleError(f"{self.where}: {self.value!r:.80} has the wrong form")
+        return self.value
+
+    def file_name(self) -> str:
+        return self.check_file_name(self.text())
+
+    def check_file_name(self, name: str) -> str:
+        """A relative path with forward slashes that stays inside the bundle."""
+        path = PurePosixPath(name)
+        if (
+            not name
+            or "\\" in name
+            or ":" in name
+            or "\0" in name
+            or path.is_absolute()
+            or ".." in path.parts
+            or str(path) != name
+            or name in (".", "manifest.json")
+        ):
+            raise BundleError(
+                f"{self.where}: {name!r} is not a file inside the bundle",
+                "do not use this bundle: somebody may have tampered with it",
+            )
+        return name

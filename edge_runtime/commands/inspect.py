@@ -1,0 +1,141 @@
+"""`edgestill inspect`: what is in a bundle."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from edgestill.runtime.bundle.bundle import Bundle
+from edgestill.runtime.bundle.manifest import ROLES
+from edgestill.runtime.console import add_json_option
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser("inspect", help="what is in a bundle", description=__doc__)
+    parser.add_argument(
+        "bundle", type=Path, metavar="BUNDLE", help="a folder or .zip from `edgestill export`"
+    )
+    add_json_option(parser, "one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    with Bundle.open(arguments.bundle) as bundle:
+        report = examine(bundle)
+    print(json.dumps(report) if arguments.json else describe(report))
+    return 0
+
+
+def examine(bundle: Bundle) -> dict[str, Any]:
+    """The report as JSON values."""
+    manifest = bundle.manifest
+    state = {
+        role: {
+            "tensors": sum(spec.role == role for spec in manifest.state),
+            "elements": sum(math.prod(spec.shape) for spec in manifest.state if spec.role == role),
+            "size_bytes": sum(spec.size_bytes for spec in manifest.state if spec.role == role),
+        }
+        for role in ROLES
+    }
+    engines = {
+        engine: {
+            graph: {
+                "file": spec.file,
+                "size_bytes": manifest.files[spec.file].size_bytes,
+                "operators": dict(spec.operators),
+                "operator_count": sum(spec.operators.values()),
+                "planned_memory_bytes": spec.planned_memory_bytes,
+            }
+            for graph, spec in graphs.items()
+        }
+        for engine, graphs in manifest.graphs.items()
+    }
+    return {
+        "bundle": str(bundle.source),
+        "edgestill_version": manifest.edgestill_version,
+        "student": {
+            "name": manifest.student.name,
+            "options": dict(manifest.student.options),
+            "parameters": manifest.student.parameters,
+        },
+        "latent_size": manifest.latent_size,
+        "classes": manifest.classes,
+        "batch": manifest.batch,
+        "input": {"shape": list(manifest.input.shape), "dtype": manifest.input.dtype},
+        "objective": {
+            key: value
+            for key, value in asdict(manifest.objective).items()
+            if key in ("name", "kd_loss") or value is not None
+        },
+        "optimizer": {"name": manifest.optimizer.name, "nesterov": manifest.optimizer.nesterov},
+        "freeze": list(manifest.freeze),
+        "flops_per_step": manifest.flops_per_step,
+        "training_memory_bytes": bundle.training_memory_bytes,
+        "state": state,
+        "engines": engines,
+        "parity": {engine: dict(record) for engine, record in manifest.parity.items()},
+        "files": {name: record.size_bytes for name, record in manifest.files.items()},
+        "size_bytes": sum(record.size_bytes for record in manifest.files.values()),
+        "model_digest": bundle.model_digest,
+    }
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The report as lines for a person."""
+    student, shape = report["student"], "x".join(map(str, report["input"]["shape"]))
+    options = ", ".join(f"{name} {value}" for name, value in student["options"].items())
+    objective = " ".join(filter(None, [report["objective"]["name"], report["objective"]["kd_loss"]]))
+    if negatives := report["objective"].get("negatives"):
+        objective += f" with {negatives} negatives"
+    nesterov = " with Nesterov momentum" if report["optimizer"]["nesterov"] else ""
+    flops = report["flops_per_step"]
+    lines = [
+        f"student     {student['name']}{f' ({options})' if options else ''}, "
+        f"{student['parameters']:,} parameters",
+        f"input       {report['batch']} x {shape} {report['input']['dtype']}",
+        f"output      latents of {report['latent_size']}, {report['classes']} classes",
+        f"objective   {objective}, optimizer {report['optimizer']['name']}{nesterov}",
+        f"frozen      {', '.join(report['freeze']) or 'nothing'}",
+        f"a step      {f'{flops / 1e9:.3g} GFLOP' if flops else 'FLOP not counted'}",
+        f"training    {_megabytes(report['training_memory_bytes'])} by plan: what `edgestill join --memory` must allow",
+        f"bundle      {_megabytes(report['size_bytes'])} in {len(report['files'])} files, "
+        f"by edgestill {report['edgestill_version']}",
+        "",
+        "state",
+    ]
+    for role, part in report["state"].items():
+        lines.append(f"  {role:<10} {part['tensors']:>4} tensors  {_megabytes(part['size_bytes']):>10}")
+    for engine, graphs in report["engines"].items():
+        lines += ["", f"engine {engine}: {_parity(report['parity'].get(engine))}"]
+        for name, graph in graphs.items():
+            planned = graph["planned_memory_bytes"]
+            memory = f", {_megabytes(planned)} planned" if planned else ""
+            lines.append(
+                f"  {name:<10} {graph['operator_count']} operators, {_megabytes(graph['size_bytes'])}{memory}"
+            )
+            frequent = sorted(graph["operators"].items(), key=lambda item: (-item[1], item[0]))
+            lines.append(f"  {'':<10} {', '.join(f'{operator} {count}' for operator, count in frequent)}")
+    return "\n".join(lines)
+
+
+def _parity(record: Mapping[str, Any] | None) -> str:
+    if record is None:
+        return "not verified yet"
+    verdict = "agrees with eager PyTorch" if record.get("ok") else "DIFFERS from eager PyTorch"
+    return (
+        f"{verdict} over {record.get('steps', '?')} steps "
+        f"(loss {_scientific(record.get('loss_max_abs'))}, state {_scientific(record.get('state_max_rel'))})"
+    )
+
+
+def _scientific(value: object) -> str:
+    return f"{value:.1e}" if isinstance(value, int | float) else "unknown"
+
+
+def _megabytes(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:.2f} MB" if size_bytes >= 10_000 else f"{size_bytes} B"

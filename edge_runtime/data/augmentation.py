@@ -1,0 +1,45 @@
+"""Random flips and shifted crops of a batch of images."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edgestill.runtime.errors import UsageError
+from edgestill.runtime.randomness import AUGMENTATION, raw_numbers
+
+AUGMENTATIONS = ("flip", "crop")
+PADDING = 4
+
+
+def check_augmentation(names: tuple[str, ...], shape: tuple[int, int, int]) -> None:
+    """Errors: UsageError for an unknown name, or images too small for a crop."""
+    for name in names:
+        if name not in AUGMENTATIONS:
+            raise UsageError(
+                f"no augmentation is called {name!r}", f"augmentations: {', '.join(AUGMENTATIONS)}"
+            )
+    if "crop" in names and min(shape[1:]) <= PADDING:
+        raise UsageError(
+            f"--augment crop shifts by up to {PADDING} pixels; images of {shape[1]}x{shape[2]} are too small",
+            "leave crop out",
+        )
+
+
+def augment(images: np.ndarray, names: tuple[str, ...], seed: int, epoch: int, step: int) -> np.ndarray:
+    """A batch [B, C, H, W], each image flipped left to right by chance (`flip`) and shifted by up to 4 pixels
+    each way with its border reflected (`crop`); the input stays as it is."""
+    if not names:
+        return images
+    count, _, height, width = images.shape
+    numbers = raw_numbers(seed, AUGMENTATION, epoch, step, 3 * count).reshape(3, count)
+    if "crop" in names:
+        margin = (PADDING, PADDING)
+        padded = np.pad(images, ((0, 0), (0, 0), margin, margin), mode="reflect")
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(2, 3))
+        top, left = (numbers[:2] % (2 * PADDING + 1)).astype(np.intp)
+        images = windows[np.arange(count), :, top, left]
+    if "flip" in names:
+        # the highest bit: the crop has used the low ones of the other rows
+        flipped = (numbers[2] >> np.uint64(63)).astype(bool)
+        images = np.where(flipped[:, None, None, None], images[..., ::-1], images)
+    return images

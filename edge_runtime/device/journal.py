@@ -1,0 +1,246 @@
+"""What a device keeps between two moments at which it may be killed: a folder, or memory for a simulation.
+
+| file | what |
+| --- | --- |
+| `identity.json` | coordinator, device name, token; readable by the owner alone |
+| `journal.json` | where the device stands in which round (`participant.Participant`) |
+| `student-DIGEST.safetensors` | the student between rounds, of the bundle with this model digest |
+| `training-ROUND.safetensors` | checkpoint of a round's training, at its end the trained state |
+| `upload-ROUND.bin` | the body, until the coordinator has it |
+| `blobs/` | downloads by SHA-256 |
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+
+from edgestill.runtime.bundle import wire
+from edgestill.runtime.bundle.bundle import Bundle
+from edgestill.runtime.device.participant import Participant
+from edgestill.runtime.errors import EdgestillError, StateError, UsageError
+from edgestill.runtime.files import sync_folder, write_atomically
+
+FORMAT = "edgestill-journal"
+_MAX_JSON_BYTES = 2**20
+
+
+class Keep(Protocol):
+    """Where a device keeps its things. Every method leaves either the old or the new behind."""
+
+    def read(self) -> Participant:
+        """Where the device stands; a new participant when nothing was written yet."""
+
+    def write(self, participant: Participant) -> None:
+        """Makes it durable."""
+
+    def student(self, bundle: Bundle) -> dict[str, np.ndarray]:
+        """The student's state between rounds: the bundle's initial one before the first."""
+
+    def training_path(self, round_name: str) -> Path | None:
+        """Where training keeps its checkpoints; None for nowhere."""
+
+    def keep_trained(self, round_name: str, state: Mapping[str, np.ndarray]) -> None:
+        """Keeps the state that training came to, where it is not in `training_path` already."""
+
+    def trained(self, round_name: str, bundle: Bundle) -> dict[str, np.ndarray]:
+        """That state."""
+
+    def put_body(self, round_name: str, body: bytes) -> None: ...
+
+    def body(self, round_name: str) -> bytes: ...
+
+    def settle(self, round_name: str, bundle: Bundle) -> None:
+        """The trained state becomes the student's; repeating it does no harm."""
+
+    def clean(self, current_round: str | None) -> None:
+        """Removes what belongs to other rounds."""
+
+    def blob_path(self, digest: str) -> Path: ...
+
+    def clean_blobs(self, needed: Collection[str]) -> None:
+        """Removes the downloads that nothing asks for any more, such as earlier rounds' global outputs."""
+
+
+class WorkMemory:
+    """A `Keep` that lasts as long as the object; downloads go to `blobs`, which many devices may share."""
+
+    def __init__(self, blobs: Path, student: Mapping[str, np.ndarray] | None = None) -> None:
+        self._blobs = blobs
+        self._participant = Participant()
+        self._student = None if student is None else dict(student)
+        self._trained: dict[str, dict[str, np.ndarray]] = {}
+        self._bodies: dict[str, bytes] = {}
+
+    def read(self) -> Participant:
+        return self._participant
+
+    def write(self, participant: Participant) -> None:
+        self._participant = participant
+
+    def student(self, bundle: Bundle) -> dict[str, np.ndarray]:
+        return bundle.initial_state() if self._student is None else dict(self._student)
+
+    def training_path(self, round_name: str) -> Path | None:
+        return None
+
+    def keep_trained(self, round_name: str, state: Mapping[str, np.ndarray]) -> None:
+        self._trained[round_name] = dict(state)
+
+    def trained(self, round_name: str, bundle: Bundle) -> dict[str, np.ndarray]:
+        return self._trained[round_name]
+
+    def put_body(self, round_name: str, body: bytes) -> None:
+        self._bodies[round_name] = body
+
+    def body(self, round_name: str) -> bytes:
+        return self._bodies[round_name]
+
+    def settle(self, round_name: str, bundle: Bundle) -> None:
+        self._student = self._trained.pop(round_name, self._student)
+
+    def clean(self, current_round: str | None) -> None:
+        for kept in (self._trained, self._bodies):
+            for name in [name for name in kept if name != current_round]:
+                del kept[name]
+
+    def blob_path(self, digest: str) -> Path:
+        return self._blobs / digest
+
+    def clean_blobs(self, needed: Collection[str]) -> None:
+        pass  # other devices may use them
+
+
+class WorkFolder:
+    """A `Keep` in a folder, of one process at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            (folder / "blobs").mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(folder / "lock")
+        except OSError as error:
+            raise UsageError(
+                f"--work-dir {folder}: {error.strerror or error}", "give a folder that can be written"
+            ) from error
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def identity(self) -> dict[str, str] | None:
+        """`{"url", "device", "token", "task"}`; None before enrolment. Errors: StateError."""
+        value = _read_json(self.folder / "identity.json")
+        if value is None:
+            return None
+        if any(not isinstance(value.get(name), str) for name in ("url", "device", "token", "task")):
+            raise StateError(
+                f"{self.folder / 'identity.json'} is not readable", "enrol again in another --work-dir"
+            )
+        return value
+
+    def write_identity(self, identity: Mapping[str, str]) -> None:
+        """Keeps the token, for the owner's eyes alone."""
+        text = json.dumps(dict(identity), indent=1)
+        write_atomically(self.folder / "identity.json", [text.encode()], mode=0o600)
+
+    def read(self) -> Participant:
+        path = self.folder / "journal.json"
+        value = _read_json(path)
+        if value is None:
+            return Participant()
+        try:
+            if value["format"] != FORMAT or value["format_version"] != 1:
+                raise StateError(f"format {value['format']!r}, version {value['format_version']!r}")
+            return Participant.from_json(value["participant"])
+        except (KeyError, TypeError, StateError) as error:
+            raise StateError(
+                f"{path} is not a journal of this version: {error}",
+                "remove it: the device then starts with its next round",
+            ) from error
+
+    def write(self, participant: Participant) -> None:
+        value = {"format": FORMAT, "format_version": 1, "participant": participant.as_json()}
+        write_atomically(self.folder / "journal.json", [json.dumps(value, indent=1).encode()])
+
+    def student(self, bundle: Bundle) -> dict[str, np.ndarray]:
+        path = self._student_path(bundle)
+        if not path.exists():
+            return bundle.initial_state()
+        return bundle.check_state(wire.load(path).arrays, source=str(path))
+
+    def training_path(self, round_name: str) -> Path | None:
+        return self.folder / f"training-{round_name}.safetensors"
+
+    def keep_trained(self, round_name: str, state: Mapping[str, np.ndarray]) -> None:
+        pass  # the last checkpoint is that state
+
+    def trained(self, round_name: str, bundle: Bundle) -> dict[str, np.ndarray]:
+        path = self.folder / f"training-{round_name}.safetensors"
+        return bundle.check_state(wire.load(path).arrays, source=str(path))
+
+    def put_body(self, round_name: str, body: bytes) -> None:
+        write_atomically(self.folder / f"upload-{round_name}.bin", [body])
+
+    def body(self, round_name: str) -> bytes:
+        path = self.folder / f"upload-{round_name}.bin"
+        return path.read_bytes() if path.exists() else b""
+
+    def settle(self, round_name: str, bundle: Bundle) -> None:
+        trained = self.folder / f"training-{round_name}.safetensors"
+        if trained.exists():  # else it happened before the device was killed
+            os.replace(trained, self._student_path(bundle))
+            sync_folder(self.folder)
+
+    def clean(self, current_round: str | None) -> None:
+        kept = {f"training-{current_round}.safetensors", f"upload-{current_round}.bin"}
+        for pattern in ("training-*", "upload-*", ".*.partial"):
+            for path in self.folder.glob(pattern):
+                if path.name not in kept:
+                    path.unlink(missing_ok=True)
+
+    def blob_path(self, digest: str) -> Path:
+        return self.folder / "blobs" / digest
+
+    def clean_blobs(self, needed: Collection[str]) -> None:
+        for path in (self.folder / "blobs").iterdir():
+            if path.name.removesuffix(".partial") not in needed:
+                path.unlink(missing_ok=True)
+
+    def _student_path(self, bundle: Bundle) -> Path:
+        return self.folder / f"student-{bundle.model_digest[:16]}.safetensors"
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        with path.open("rb") as file:
+            value = json.loads(file.read(_MAX_JSON_BYTES))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise StateError(f"{path}: not readable: {error}", "remove it, or give another --work-dir") from error
+    if not isinstance(value, dict):
+        raise StateError(f"{path}: not a JSON object", "remove it, or give another --work-dir")
+    return value
+
+
+def _lock(path: Path) -> IO[bytes]:
+    """Keeps a second process out for as long as the file is open; the system frees it however a process ends."""
+    file = path.open("ab")
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise EdgestillError(
+            f"{path.parent} is in use by another `edgestill join`",
+            "give every device a --work-dir of its own",
+        ) from error
+    return file

@@ -1,0 +1,1 @@
+"""Training on one machine: the plan of every step, the loop, checkpoints and evaluation."""

@@ -1,0 +1,98 @@
+"""A run's state file: the state's tensors, and in the metadata how far which run has come."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgestill.runtime.bundle import wire
+from edgestill.runtime.bundle.bundle import Bundle
+from edgestill.runtime.errors import StateError, TrainingError, UsageError
+
+FORMAT = "edgestill-state"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """State after `step` of `total_steps` steps of the run that `run` describes."""
+
+    state: Mapping[str, np.ndarray]
+    step: int
+    total_steps: int
+    run: Mapping[str, Any]
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.total_steps
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Writes atomically; nothing in the file depends on the clock, so equal runs give equal bytes.
+
+    Errors: TrainingError instead of writing a state that is not finite; WireError when the disk refuses.
+    """
+    for name, array in checkpoint.state.items():
+        if not np.isfinite(array).all():
+            raise TrainingError(
+                f"after step {checkpoint.step} {name!r} is not finite; {path} keeps the last good state",
+                "train with a smaller --lr, or with --warmup-steps",
+            )
+    progress = {"step": checkpoint.step, "total_steps": checkpoint.total_steps}
+    metadata = {
+        "format": FORMAT,
+        "progress": json.dumps(progress),
+        "run": json.dumps(checkpoint.run, sort_keys=True),
+    }
+    wire.save(path, checkpoint.state, metadata)
+
+
+def load_checkpoint(path: Path, bundle: Bundle) -> Checkpoint:
+    """Errors: StateError when the file is of no run, or of another bundle; WireError when it is damaged."""
+    file = wire.load(path)
+    try:
+        if file.metadata["format"] != FORMAT:
+            raise ValueError(file.metadata["format"])
+        progress, run = json.loads(file.metadata["progress"]), json.loads(file.metadata["run"])
+        step, total_steps = int(progress["step"]), int(progress["total_steps"])
+        if not 0 <= step <= total_steps:
+            raise ValueError("step")
+        if not isinstance(run, dict):
+            raise ValueError("run")
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
+        raise StateError(
+            f"{path} exists and is not the state of a training run",
+            "pass --restart to overwrite it, or --init to start from it and another --state",
+        ) from error
+    return Checkpoint(bundle.check_state(file.arrays, source=str(path)), step, total_steps, run)
+
+
+def load_state(path: Path, bundle: Bundle) -> dict[str, np.ndarray]:
+    """The tensors of any state file that fits the bundle. Errors: UsageError for no file, StateError, WireError."""
+    if not path.exists():
+        raise UsageError(f"{path}: no such state", "give a file that `edgestill train` wrote with --state")
+    return bundle.check_state(wire.load(path).arrays, source=str(path))
+
+
+def check_same_run(path: Path, saved: Checkpoint, run: Mapping[str, Any]) -> None:
+    """Errors: StateError naming the settings in which a saved run differs from the one that is asked for."""
+    names = sorted(name for name in {*saved.run, *run} if saved.run.get(name) != run.get(name))
+    if names:
+        changes = ", ".join(
+            f"{name} {_short(saved.run.get(name))} → {_short(run.get(name))}" for name in names[:4]
+        )
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        word = "a finished run" if saved.finished else f"a run at step {saved.step}"
+        raise StateError(
+            f"{path} holds {word} with other settings: {changes}{more}",
+            "pass --restart to start anew, or another --state (with --init to go on from this one)",
+        )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return f"{text[:8]}…" if len(text) == 64 else text

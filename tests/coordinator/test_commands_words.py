@@ -1,0 +1,181 @@
+"""What the operator is told: warnings of what is allowed and may not be meant, complaints, and how a task stands."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgestill.coordinator.task.creation import make_task
+from edgestill.runtime.cli import main
+from edgestill.runtime.errors import UsageError
+from tests.support.certificates import write_certificate
+from tests.support.coordinator_commands import CREATE, make_place, run_json, serving  # noqa: F401  fixture
+from tests.support.handmade_bundle import CHANNELS, SIZE, write_handmade_bundle
+
+pytestmark = pytest.mark.contract
+GLOBAL = ["--global-bundle", "two", "--test", "data.npz"]
+
+
+def digest_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:
+    """What a command line says on stderr."""
+    capsys.readouterr()
+    assert main(list(words)) == code
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "warning"),
+    [
+        (["--exchange", "latents"], None),
+        (["--transfer-count", "20"], None),
+        (["--transfer-count", "21"], "--transfer-count 21: data.npz has 20 samples"),
+        ([*GLOBAL, "--test-count", "99999"], "--test-count 99999: data.npz has 20 samples"),
+        (GLOBAL, "the global student cannot classify"),
+        ([*GLOBAL, "--transfer-labels"], None),
+        ([*GLOBAL, "--transfer-labels", "--distil-alpha", "1"], "the global student cannot classify"),
+        (["--aggregation", "krum", "--goal", "10", "--minimum", "5"], None),
+        (["--aggregation", "krum", "--goal", "4", "--minimum", "4"], "raise --minimum and --goal"),
+    ],
+)
+def test_what_may_not_be_meant_comes_with_a_warning(
+    place: Path, capsys: pytest.CaptureFixture[str], words: list[str], warning: str | None
+) -> None:
+    if "--test-count" in words:
+        words = [*words, "--transfer-labels"]
+    error = said(capsys, *CREATE, *words)
+    assert error.count("warning:") == (warning is not None)
+    assert warning is None or warning in error
+
+
+def test_a_task_in_which_nobody_learns_from_the_others(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_handmade_bundle(place / "labels", objective="ce")
+    description = {"name": "x", "bundles": ["labels"], "transfer": "data.npz", "exchange": "logits"}
+    warnings: list[str] = []
+    make_task(description, digest_of, warnings.append)
+    assert len(warnings) == 1 and warnings[0].startswith("no device learns from the others: objective ce")
+    warnings.clear()
+    make_task(
+        {**description, "bundles": ["labels", "one"], "exchange": "latents"},
+        digest_of,
+        warnings.append,
+    )
+    assert len(warnings) == 1 and warnings[0].startswith("no device with labels learns")
+    warnings.clear()
+    make_task({**description, "exchange": "parameters"}, digest_of, warnings.append)
+    assert warnings == []
+    error = said(capsys, "task", "create", "--data-dir", "fed", "--name", "x", "--bundle", "labels",
+                 "--transfer", "data.npz")  # fmt: skip
+    assert "warning: no device learns from the others" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--clip", "foo"], "give a number or median"),
+        (["--aggregation", "krum", "--goal", "3", "--minimum", "2"], "raise --minimum and --goal, or lower"),
+        (["--bundle", "data.npz"], "data.npz"),
+        (["--bundle", "."], "manifest.json"),
+        (["--test", "wild.npz"], "label"),
+        (["--data-dir", "data.npz"], "--data-dir data.npz: cannot be a folder"),
+        (["--data-dir", "data.npz/fed"], "--data-dir data.npz/fed: cannot be a folder"),
+    ],
+)  # fmt: skip
+def test_what_was_typed_wrongly_is_named(
+    place: Path, capsys: pytest.CaptureFixture[str], words: list[str], complaint: str
+) -> None:
+    images = np.zeros((20, CHANNELS, SIZE, SIZE), np.uint8)
+    np.savez(place / "wild.npz", x=images, y=np.arange(20))
+    error = said(capsys, *CREATE, *words, code=2)
+    assert complaint in error and "Traceback" not in error
+
+
+def test_what_is_left_out_or_of_another_form_is_named(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = said(capsys, *[word for word in CREATE if word not in ("--transfer", "data.npz")], code=2)
+    assert "no transfer set is given" in error and "--transfer" in error
+    with pytest.raises(UsageError) as caught:
+        make_task({"name": "x", "bundles": "one", "transfer": "data.npz"}, digest_of)
+    assert caught.value.hint == 'write bundles = ["one"]'
+
+
+def test_every_number_of_a_device_s_training_has_a_flag(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = run_json(capsys, *CREATE, "--logit-share", "0.25", "--checkpoint-every", "7")
+    assert (task["local"]["logit_share"], task["local"]["checkpoint_every"]) == (0.25, 7)
+    (place / "task.toml").write_text(
+        'name = "crows"\nbundles = ["one"]\ntransfer = "data.npz"\n'
+        "[local]\nlogit_share = 0.75\ncheckpoint_every = 9\n"
+    )
+    task = run_json(capsys, "task", "create", "--data-dir", "fed", "--file", "task.toml")
+    assert (task["local"]["logit_share"], task["local"]["checkpoint_every"]) == (0.75, 9)
+
+
+def test_a_task_in_words_and_how_it_stands(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*CREATE, *GLOBAL, "--transfer-labels", "--align", "--screen", "--clip", "median", "--rounds", "2",
+                 "--goal", "1", "--deadline", "90"]) == 0  # fmt: skip
+    words = capsys.readouterr().out
+    assert "a round: goal 1 uploads, minimum 1, deadline 90 s" in words
+    assert "aggregation: mean, aligned, screened, clip median" in words
+    show = ["task", "show", "birds", "--data-dir", "fed"]
+    assert main(show) == 0
+    before = capsys.readouterr().out
+    assert before.startswith(words) and "0 of 2 rounds completed, 0 devices\n" in before
+    with serving() as (url, _):
+        code = run_json(capsys, "enrol", "--data-dir", "fed", "--task", "birds")["codes"][0]
+        assert main(["join", url, "--code", code, "--data", "data.npz", "--work-dir", "device",
+                     "--ignore-conditions"]) == 0  # fmt: skip
+    capsys.readouterr()
+    assert main(show) == 0
+    after = capsys.readouterr().out
+    assert "2 of 2 rounds completed, 1 devices; round 2 is completed; the task is finished" in after
+    rounds = run_json(capsys, *show)["rounds"]
+    (name,) = rounds[1]["reports"]
+    figures = rounds[1]["reports"][name]["after"]
+    assert f"global model after round 2: T_uni {rounds[1]['metrics']['t_uni']:.3f}\n" in after
+    assert "devices after round 2, on average: " in after and f"T_uni {figures['t_uni']:.3f}\n" in after
+    error = said(capsys, "enrol", "--data-dir", "fed", "--task", "birds", code=2)
+    assert "task birds is finished" in error and "task create" in error
+
+
+def test_serve_says_that_there_are_no_tasks_yet(place: Path) -> None:
+    with serving() as (_, process):
+        process.terminate()
+        assert "no tasks here yet; edgestill task create --data-dir fed …" in process.communicate()[1]
+    assert main(CREATE) == 0
+    with serving() as (_, process):
+        process.terminate()
+        assert "no tasks here yet" not in process.communicate()[1]
+
+
+def test_serve_in_a_folder_that_is_a_file(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error = said(capsys, "serve", "--port", "0", "--data-dir", "data.npz", code=2)
+    assert "--data-dir data.npz: cannot be a folder" in error
+
+
+def test_a_key_that_is_none_or_another_certificate_s_is_named(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("one", "two"):
+        write_certificate(f"{name}.pem", f"{name}.key")
+    for certificate, key, complaint in (
+        ("one.pem", "two.key", "--tls-key two.key: the private key does not belong to one.pem"),
+        ("one.pem", "one.pem", "--tls-key one.pem: no private key"),
+        ("one.pem", "data.npz", "--tls-key data.npz: no private key"),
+        ("one.key", "one.key", "--tls-cert one.key: no certificate"),
+        ("data.npz", "one.key", "--tls-cert data.npz: no certificate"),
+        ("one.pem", "absent.key", "absent.key: no such file"),
+    ):
+        error = said(capsys, "serve", "--port", "0", "--data-dir", "fed", "--tls-cert", certificate, "--tls-key", key,
+                     code=2)  # fmt: skip
+        assert complaint in error and "hint:" in error

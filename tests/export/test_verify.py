@@ -1,0 +1,293 @@
+"""`edgestill verify`: passes what is right, records it, and finds what is wrong or tampered with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from edgestill.export.exporter import ExportOptions, export_bundle, publish, write_manifest
+from edgestill.export.objectives import Objective
+from edgestill.export.optimizers import Optimizer
+from edgestill.export.step import InputOptions
+from edgestill.export.verify import verify_bundle
+from edgestill.runtime.bundle.bundle import Bundle
+from edgestill.runtime.cli import main
+from edgestill.runtime.errors import EngineError, UsageError
+
+SMALL = ExportOptions(widths=(4, 8, 8), latent_size=8, batch=8, engines=("onnxruntime",))
+STEP = "onnxruntime/train_step.onnx"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_bundle(SMALL, tmp_path_factory.mktemp("export") / "bundle")
+
+
+@pytest.fixture
+def folder(exported: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(exported, tmp_path / "bundle"))
+
+
+def verify(path: Path, *arguments: str) -> int:
+    return main(["verify", str(path), "--steps", "5", "--threads", "1", *arguments])
+
+
+def test_a_right_bundle_passes_on_real_images(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["verify", str(folder), "--steps", "20", "--threads", "1", "--json"]
+    assert main(command) == 0
+    out, _ = capsys.readouterr()
+    report = json.loads(out)
+    assert list(report) == ["engines"] and list(report["engines"]) == ["onnxruntime"]
+    entry = report["engines"]["onnxruntime"]
+    assert entry["ok"] is True and entry["steps"] == 20
+    assert 0 <= entry["loss_max_abs"] <= 1e-4 and 0 < entry["state_max_rel"] <= 1e-4
+    assert entry["same_class"] >= 0.99 and entry["latents_max_abs"] < 1e-3
+    with Bundle.open(folder) as bundle:  # whose digests still fit
+        assert entry["tensors"].keys() == {spec.name for spec in bundle.state_specs}
+    assert json.loads((folder / "manifest.json").read_text())["parity"] == report["engines"]
+
+
+def test_the_table_for_people(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(folder) == 0
+    out, err = capsys.readouterr()
+    assert "onnxruntime: largest difference from eager PyTorch over 5 steps" in out
+    assert "ok   onnxruntime" in out and "optimizer.momentum.output.weight" in out
+    assert "eager PyTorch: 5 steps" in err
+
+
+def test_an_engine_that_cannot_be_opened_keeps_no_other_from_its_report(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(bundle: Bundle, name: str, threads: int):
+        raise EngineError(f"{name} is not installed", "pip install it")
+
+    assert verify(folder) == 0
+    before = json.loads((folder / "manifest.json").read_text())["parity"]
+    monkeypatch.setattr("edgestill.export.verify.open_engine", refuse)
+    capsys.readouterr()
+    assert verify(folder, "--json") == 1
+    entry = json.loads(capsys.readouterr().out)["engines"]["onnxruntime"]
+    assert entry == {"ok": False, "error": "onnxruntime is not installed", "hint": "pip install it"}
+    assert json.loads((folder / "manifest.json").read_text())["parity"] == before
+    assert verify(folder) == 1 and "not compared: onnxruntime is not installed" in capsys.readouterr().out
+
+
+def test_a_zipped_bundle_is_verified_and_packed_again(folder: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "packed.zip"
+    publish(Path(shutil.copytree(folder, tmp_path / "scratch" / "bundle")), packed)
+    assert verify(packed) == 0
+    with Bundle.open(packed) as bundle:
+        assert json.loads((bundle.path / "manifest.json").read_text())["parity"]["onnxruntime"]["ok"] is True
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "packed.zip", "scratch"]
+
+
+VARIANTS = {
+    "kl-adamw-frozen": {
+        "objective": Objective("kd", "kl"), "optimizer": Optimizer("adamw"), "freeze": ("perception:1",)
+    },
+    "mse-nesterov-group": {
+        "objective": Objective("kd", "mse"), "optimizer": Optimizer("sgd", True), "normalization": "group"
+    },
+    "crd-other-teacher": {
+        "objective": Objective("crd", negatives=40, features=16, teacher_latent_size=5),
+        "optimizer": Optimizer("adamw"),
+    },
+    "lpd": {"objective": Objective("lpd")},
+    "ce-resnet8": {"objective": Objective("ce"), "student": "resnet8", "widths": (4, 6, 8)},
+    "mobilenet-windows": {
+        "student": "mobilenet-tiny", "widths": (4, 6, 8), "input": InputOptions((9, 1, 128), "float32"),
+        "classes": 6,
+    },
+    "grey-odd-size": {"input": InputOptions((1, 21, 19)), "classes": 3},
+}  # fmt: skip
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_option_is_verified(name: str, tmp_path: Path) -> None:
+    path = export_bundle(replace(SMALL, **VARIANTS[name]), tmp_path / "bundle")
+    entry = verify_bundle(path, steps=6, threads=1)["onnxruntime"]
+    assert entry["ok"], {key: value for key, value in entry.items() if key != "tensors"}
+
+
+def test_a_users_own_student_is_found_again_or_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = (
+        "from torch import nn\n"
+        "class Own(nn.Module):\n"
+        "    def __init__(self, latent_size, classes):\n"
+        "        super().__init__()\n"
+        "        convolution = nn.Conv2d(3, 4, 3, stride=2, padding=1)\n"
+        "        self.perception = nn.Sequential(convolution, nn.Hardswish(), nn.AvgPool2d(4))\n"
+        "        self.representation = nn.Sequential(nn.Flatten(), nn.Linear(64, latent_size))\n"
+        "        self.output = nn.Linear(latent_size, classes)\n"
+    )
+    (tmp_path / "own.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    options = replace(SMALL, student="own.py:Own", widths=None)
+    path = export_bundle(options, tmp_path / "bundle")
+    assert verify(path) == 0
+    (tmp_path / "own.py").rename(tmp_path / "moved.py")
+    assert verify(path) == 2
+    assert "no file own.py" in capsys.readouterr().err
+    assert verify(path, "--student", "moved.py:Own") == 0
+
+
+# what is wrong
+
+
+def change_initializer(model: onnx.ModelProto) -> None:
+    """The first constant of more than one number is 1 % off."""
+    for tensor in model.graph.initializer:
+        data = numpy_helper.to_array(tensor)
+        if data.dtype == np.float32 and data.size > 1:
+            tensor.CopyFrom(numpy_helper.from_array(data * np.float32(1.01), tensor.name))
+            return
+    raise AssertionError("no constant to change")
+
+
+def swap_losses(model: onnx.ModelProto) -> None:
+    """`ce_loss` and `distillation_loss` change places."""
+    names = {"ce_loss": "distillation_loss", "distillation_loss": "ce_loss"}
+    for node in model.graph.node:
+        for values in (node.input, node.output):
+            for i, value in enumerate(values):
+                values[i] = names.get(value, value)
+
+
+def forget_an_update(model: onnx.ModelProto) -> None:
+    """The output bias stays what it was."""
+    for node in model.graph.node:
+        for i, value in enumerate(node.output):
+            if value == "next.output.bias":
+                node.output[i] = "unused"
+    model.graph.node.append(onnx.helper.make_node("Identity", ["output.bias"], ["next.output.bias"]))
+
+
+def rewrite(folder: Path, change: Callable[[onnx.ModelProto], None]) -> None:
+    """Changes the training step and makes the manifest fit again: only the arithmetic is wrong."""
+    model = onnx.load(folder / STEP)
+    change(model)
+    onnx.save(model, folder / STEP)
+    write_manifest(folder, json.loads((folder / "manifest.json").read_text()))
+
+
+@pytest.mark.parametrize("change", [change_initializer, swap_losses, forget_an_update])
+def test_wrong_arithmetic_is_found(
+    change: Callable[[onnx.ModelProto], None], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewrite(folder, change)
+    assert verify(folder, "--json") == 1
+    entry = json.loads(capsys.readouterr().out)["engines"]["onnxruntime"]
+    assert entry["ok"] is False
+    assert json.loads((folder / "manifest.json").read_text())["parity"]["onnxruntime"]["ok"] is False
+    assert verify(folder) == 1
+    assert "FAIL onnxruntime" in capsys.readouterr().out
+
+
+def test_the_step_of_another_optimizer_is_found(folder: Path, tmp_path: Path) -> None:
+    other = export_bundle(replace(SMALL, optimizer=Optimizer("sgd", nesterov=True)), tmp_path / "nesterov")
+    shutil.copy(other / STEP, folder / STEP)
+    write_manifest(folder, json.loads((folder / "manifest.json").read_text()))
+    assert verify(folder) == 1
+
+
+def change_a_byte(folder: Path) -> None:
+    data = bytearray((folder / STEP).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / STEP).write_bytes(data)
+
+
+def append_a_byte(folder: Path) -> None:
+    with (folder / "state.safetensors").open("ab") as file:
+        file.write(b"x")
+
+
+def remove_a_file(folder: Path) -> None:
+    (folder / STEP).unlink()
+
+
+def add_a_file(folder: Path) -> None:
+    (folder / "onnxruntime" / "more.onnx").write_bytes(b"more")
+
+
+def edit(folder: Path, change: Callable[[dict], None]) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def change_a_digest(folder: Path) -> None:
+    edit(folder, lambda manifest: manifest["files"][STEP].update(sha256="0" * 64))
+
+
+def name_a_file_outside(folder: Path) -> None:
+    (folder.parent / "outside.onnx").write_bytes((folder / STEP).read_bytes())
+
+    def point_outside(manifest: dict) -> None:
+        manifest["graphs"]["onnxruntime"]["train_step"]["file"] = "../outside.onnx"
+        manifest["files"]["../outside.onnx"] = manifest["files"].pop(STEP)
+
+    edit(folder, point_outside)
+
+
+def link_a_file_outside(folder: Path) -> None:
+    outside = folder.parent / "outside.onnx"
+    (folder / STEP).rename(outside)
+    (folder / STEP).symlink_to(outside)
+
+
+TAMPERED = {
+    change_a_byte: f"{STEP} has been changed",
+    append_a_byte: "state.safetensors has",
+    remove_a_file: f"{STEP} is missing",
+    add_a_file: "onnxruntime/more.onnx is not listed",
+    change_a_digest: f"{STEP} has been changed",
+    name_a_file_outside: "../outside.onnx",
+    link_a_file_outside: f"{STEP} is not a file inside the bundle",
+}
+
+
+@pytest.mark.parametrize("damage", TAMPERED, ids=lambda damage: damage.__name__)
+def test_a_tampered_bundle_is_refused(
+    damage: Callable[[Path], None], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(folder)
+    before = (folder / "manifest.json").read_bytes()
+    assert verify(folder, "--json") == 1
+    out, err = capsys.readouterr()
+    assert out == "" and TAMPERED[damage] in err and "hint:" in err
+    assert (folder / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--steps", "0"], 2, "--steps must be at least 1"),
+        (["--engines", "executorch"], 2, "no graphs for 'executorch'"),
+        (["--data", "nowhere.npz"], 2, "no data called 'nowhere.npz'"),
+        (["--student", "cnn4"], 2, "cnn4 has 4 blocks"),
+    ],
+)
+def test_wrong_arguments(
+    arguments: list[str], code: int, message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert verify(folder, *arguments) == code
+    assert message in capsys.readouterr().err
+
+
+def test_no_bundle_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(tmp_path / "nowhere") == 2
+    assert "no such bundle" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="no graphs for"):
+        verify_bundle(export_bundle(SMALL, tmp_path / "bundle"), 1, ("onnxruntime-training",))

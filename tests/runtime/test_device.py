@@ -1,0 +1,236 @@
+"""The device's shell: it goes through rounds, and whatever the coordinator answers leads to the next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgestill.runtime.device import outputs
+from edgestill.runtime.device.client import Refused
+from edgestill.runtime.device.conditions import Conditions
+from edgestill.runtime.device.journal import WorkFolder, WorkMemory
+from edgestill.runtime.device.local_round import Equipment, Options, Privacy
+from edgestill.runtime.device.participant import Participant
+from edgestill.runtime.errors import EdgestillError, StateError, TrainingError, UsageError
+from tests.support.device_bench import Bench, open_bench, upload_undisturbed  # noqa: F401  fixtures
+from tests.support.device_fakes import EXPECTED
+
+
+def test_a_device_reports_what_it_did(bench: Bench, tmp_path: Path) -> None:
+    fake = bench.coordinator()
+    device = bench.device(fake, WorkFolder(tmp_path / "w"), bytes_down=50)
+    assert device.run(rounds=1) == 1 and list(fake.uploads) == ["birds.1"]
+    assert device.run() == 1 and device.participant.phase == "finished"
+    first, second = fake.reports["birds.1"], fake.reports["birds.2"]
+    assert first["samples"] == 40 and sum(first["class_counts"]) == 40
+    assert first["bytes_up"] == len(fake.uploads["birds.1"])
+    assert first["bytes_down"] == 50 and second["bytes_down"] == len(fake.uploads["birds.1"])
+    assert second["before"] == first["after"] and second["after"]["loss"] < first["before"]["loss"]
+    assert second["step_ms"] > 0 and 0 < second["max_error"] < 0.1
+    left = sorted(path.name for path in (tmp_path / "w").iterdir())
+    assert [name.split("-")[0] for name in left] == [
+        "blobs", "journal.json", "lock", f"student-{bench.bundle.model_digest[:16]}.safetensors".split("-")[0],
+    ]  # fmt: skip
+
+
+def test_counts_of_too_many_classes_stay_at_home(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outputs, "MOST_CLASS_COUNTS", bench.bundle.classes - 1)
+    fake = bench.coordinator()
+    bench.device(fake, WorkMemory(bench.folder / "blobs")).run(rounds=1)
+    _, metadata = outputs.unpack(fake.uploads["birds.1"], "identity", EXPECTED)
+    assert metadata["samples"] == "40" and "class_counts" not in metadata
+    assert "class_counts" not in fake.reports["birds.1"]
+
+
+def test_memory_and_folder_give_the_same_bytes(
+    bench: Bench, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    fake = bench.coordinator()
+    bench.device(fake, WorkFolder(tmp_path / "w")).run()
+    assert fake.uploads == undisturbed
+
+
+@pytest.mark.parametrize("exchange", ["latents", "parameters"])
+@pytest.mark.parametrize("kind", ["late", "quota"])
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_model_of_its_own_stays_trained_when_its_upload_comes_to_nothing(
+    bench: Bench, tmp_path: Path, exchange: str, kind: str, in_memory: bool
+) -> None:
+    accepted = WorkMemory(bench.folder / "blobs")
+    bench.device(bench.coordinator(), accepted).run(rounds=1)
+    fake = bench.coordinator()
+    fake.task["exchange"] = exchange
+
+    def refuse(call: str) -> None:
+        if call == "submit":
+            raise Refused("no longer", status=410 if kind == "late" else 403, kind=kind)
+
+    fake.before = refuse
+    keep = WorkMemory(bench.folder / "blobs") if in_memory else WorkFolder(tmp_path / "w")
+    device = bench.device(fake, keep)
+    assert device.run(rounds=1) == 0 and device.participant.last_round == "birds.1"
+    mine, initial = keep.student(bench.bundle), bench.bundle.initial_state()
+    expected = initial if exchange == "parameters" else accepted.student(bench.bundle)
+    for name in initial:
+        np.testing.assert_array_equal(mine[name], expected[name])
+    assert any((accepted.student(bench.bundle)[name] != initial[name]).any() for name in initial)
+
+
+def test_epsilon_counts_earlier_rounds_with_the_noise_that_they_had(bench: Bench, tmp_path: Path) -> None:
+    fake, keep = bench.coordinator(), WorkMemory(tmp_path)
+    for multiplier in (1.0, 100.0):
+        options = Options(privacy=Privacy(clip=1.0, noise_multiplier=multiplier))
+        assert bench.device(fake, keep, options).run(rounds=1) == 1
+    # little noise once is not made good by much noise later
+    assert 0 < fake.reports["birds.1"]["epsilon"] < fake.reports["birds.2"]["epsilon"]
+
+
+def test_after_a_round_without_noise_no_epsilon_is_claimed(bench: Bench, tmp_path: Path) -> None:
+    fake, keep = bench.coordinator(), WorkMemory(tmp_path)
+    for options in (Options(), Options(privacy=Privacy(clip=1.0, noise_multiplier=5.0))):
+        assert bench.device(fake, keep, options).run(rounds=1) == 1
+    assert fake.reports["birds.2"]["epsilon"] is None
+
+
+def test_training_stops_at_the_deadline_and_nothing_is_uploaded(bench: Bench, tmp_path: Path) -> None:
+    fake, now_s, seen = bench.coordinator(deadline_s=10.0), [0.0], []
+
+    def clock() -> float:
+        now_s[0] += 1.0
+        return now_s[0]
+
+    device = bench.device(
+        fake, WorkFolder(tmp_path / "w"), clock=clock, watch=lambda event, **details: seen.append(event)
+    )
+    assert device.run(rounds=1) == 0
+    assert fake.submissions == [] and 0 < seen.count("step") < 10
+    assert "given up" in seen and device.participant.last_round == "birds.1"
+    assert not list((tmp_path / "w").glob("training-*"))
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (410, "late"),
+        (404, "no_such_round"),
+        (409, "not_selected"),
+        (413, "too_large"),
+        (422, "wrong_outputs"),
+    ],
+)
+def test_a_refused_upload_ends_the_round_and_not_the_device(
+    bench: Bench, tmp_path: Path, status: int, kind: str
+) -> None:
+    fake, seen = bench.coordinator(rounds=1), []
+
+    def refuse(call: str) -> None:
+        if call == "submit":
+            raise Refused("no", status=status, kind=kind)
+
+    fake.before = refuse
+    device = bench.device(
+        fake, WorkFolder(tmp_path / "w"), watch=lambda event, **details: seen.append((event, details))
+    )
+    assert device.run(rounds=1) == 0
+    assert ("given up", {"round": "birds.1", "reason": "no"}) in seen
+    assert device.participant.phase == "idle" and device.participant.last_round == "birds.1"
+
+
+def test_a_token_that_is_not_accepted_ends_the_device(bench: Bench, tmp_path: Path) -> None:
+    fake = bench.coordinator()
+
+    def refuse(call: str) -> None:
+        if call == "submit":
+            raise Refused("who?", status=401, kind="unauthorised")
+
+    fake.before = refuse
+    with pytest.raises(Refused, match="who"):
+        bench.device(fake, WorkFolder(tmp_path / "w")).run()
+
+
+def test_it_waits_until_the_conditions_are_met_even_in_the_middle_of_training(
+    bench: Bench, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    fake, now_s, seen = bench.coordinator(deadline_s=1e6), [0.0], []
+    levels = iter([0.1, 0.9, 0.9, 0.1, 0.1, 0.9])
+
+    def clock() -> float:
+        now_s[0] += 8.0
+        return now_s[0]
+
+    def read_status() -> dict[str, object]:
+        return {"battery": next(levels, 0.9), "charging": False}
+
+    device = bench.device(
+        fake, WorkFolder(tmp_path / "w"), clock=clock, read_status=read_status,
+        conditions=Conditions(minimum_battery=0.5), watch=lambda event, **details: seen.append(event),
+    )  # fmt: skip
+    assert device.run() == 2
+    assert seen[:3] == ["waiting", "asking", "round"]
+    assert seen.index("step") < len(seen) - 1 - seen[::-1].index("waiting")
+    assert fake.uploads == undisturbed
+
+
+def test_a_training_that_fails_costs_the_round_and_not_the_student(bench: Bench, tmp_path: Path) -> None:
+    fake = bench.coordinator(rounds=1)
+    calls = []
+
+    def diverging(*arguments: object, **how: object):
+        calls.append(how)
+        raise TrainingError("the loss is nan")
+
+    device = bench.device(fake, WorkFolder(tmp_path / "w"), train=diverging)
+    assert device.run(rounds=1) == 0 and len(calls) == 1
+    student = device.keep.student(bench.bundle)
+    assert all(np.array_equal(student[name], value) for name, value in bench.bundle.initial_state().items())
+
+
+def test_global_outputs_that_do_not_fit_cost_the_round(bench: Bench, tmp_path: Path) -> None:
+    fake = bench.coordinator()
+    device = bench.device(fake, WorkFolder(tmp_path / "w"))
+    device.run(rounds=1)
+    fake.uploads["birds.1"] = b"\0" * 40
+    assert device.run(rounds=1) == 0
+    assert device.participant.last_round == "birds.2"
+
+
+def test_a_simulation_runs_one_round_without_asking(bench: Bench) -> None:
+    fake = bench.coordinator()
+    device = bench.device(fake, WorkMemory(bench.folder / "blobs"), conditions=None)
+    work = fake.work({}, 0)
+    assert work is not None
+    report = device.run_round(work)
+    assert report is not None and report["samples"] == 40 and list(fake.uploads) == ["birds.1"]
+    assert device.run_round(work) is None  # it was done with that one
+
+
+def test_a_work_folder_serves_one_process(tmp_path: Path) -> None:
+    keep = WorkFolder(tmp_path / "w")
+    with pytest.raises(EdgestillError, match="in use"):
+        WorkFolder(tmp_path / "w")
+    keep.write(Participant(completed=3))
+    keep.close()
+    again = WorkFolder(tmp_path / "w")
+    assert again.read() == Participant(completed=3)
+    again.close()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"format": "x"}', '{"format": "edgestill-journal", "format_version": 1}']
+)
+def test_a_damaged_journal_is_named(tmp_path: Path, text: str) -> None:
+    keep = WorkFolder(tmp_path / "w")
+    (tmp_path / "w" / "journal.json").write_text(text)
+    with pytest.raises(StateError, match=r"journal\.json"):
+        keep.read()
+    keep.close()
+
+
+def test_noise_is_for_outputs_only(bench: Bench) -> None:
+    with pytest.raises(UsageError, match="parameters"):
+        Equipment(
+            {**bench.task, "exchange": "parameters"}, bench.bundle, bench.engine, bench.private, None, {},
+            Options(privacy=Privacy(1.0, 1.0)),
+        )  # fmt: skip
