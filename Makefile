@@ -14,11 +14,13 @@ BENCH_OPTIONS ?= --students cnn3 --batches 32 --threads 1 --steps 40
 NATIVE_SOURCES := $(wildcard edge_runtime/native/*.cpp edge_runtime/native/*.h) edge_runtime/native/build.py
 
 .DELETE_ON_ERROR:
+ENGINE ?= onnxruntime
+KINDS ?= built-in,published,layer
 QUICK_OUTPUT := build/reproduce-quick
 EXPERIMENTS := methods heterogeneity scarcity latent-size federation poisoning privacy
 
-.PHONY: help setup check-machine demo test test-tiny test-unit test-contract test-long lint bench reproduce-quick results \
-  clean
+.PHONY: help setup check-machine demo test test-tiny test-unit test-contract test-long lint bench networks \
+  reproduce-quick results clean
 
 help:
 	@echo 'make setup      creates $(VENV) and $(ORT_VENV) with pinned packages, builds the native runner'
@@ -26,6 +28,7 @@ help:
 	@echo 'make test       lint and all tests under 15 minutes; also test-tiny, test-unit, test-contract, test-long'
 	@echo 'make lint       ruff'
 	@echo 'make bench      measures the training step on every engine; writes benchmarks/results/'
+	@echo 'make networks   exports, verifies and times every network of the corpus; ENGINE=..., KINDS=...; goes on where it stopped'
 	@echo 'make reproduce-quick   every experiment in its quick version, from nothing; their figures mean nothing'
 	@echo 'make results    fills docs/results.md from the committed records'
 	@echo 'make clean      removes both environments and what was built'
@@ -94,6 +97,12 @@ test-long: setup
 bench: setup
 	mkdir -p benchmarks/results
 	$(VENV)/bin/edgestill bench step $(BENCH_OPTIONS) --output benchmarks/results --plot benchmarks/results/step.png
+
+# A file an engine; thousands of seconds for onnxruntime, hours for executorch.
+networks: setup
+	mkdir -p benchmarks/results/networks
+	$(PY) -m tests.support.networks.measure --engine $(ENGINE) --kinds $(KINDS) \
+	  --output benchmarks/results/networks/$(ENGINE).jsonl
 
 # One after another: each uses every core.
 reproduce-quick: setup

@@ -1,7 +1,7 @@
 """The reference that engines are timed against: the same step written by hand for plain eager PyTorch.
 
 Nothing here is slower than it has to be: `torch.optim` with its default (foreach) implementation,
-`F.cross_entropy`, inputs without a copy, images normalised in place; only what the bundle prescribes.
+inputs without a copy, images normalised in place; only what the bundle prescribes.
 """
 
 from __future__ import annotations
@@ -11,90 +11,66 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from edgestill.benchmarks.workload import hyperparameters
-from edgestill.export.reference import make_optimizer
+from edgestill.export.parity.reference import losses, make_optimizer
+from edgestill.runtime.bundle.manifest import Objective, Optimizer
 from edgestill.runtime.errors import UsageError
 
 Arrays = Mapping[str, np.ndarray]
 
 
 class EagerStep:
-    """Trains a student of `perception`, `representation` and `output` with autograd on a bundle's batches, in the
-    mode that `edgestill.export.reference.set_training` left it in.
+    """Trains a student (called as `parts`: samples to latents and logits) with autograd on a bundle's batches: those
+    parameters that ask for a gradient, in the mode that it is in.
 
-    Its hyperparameters are those of `workload.hyperparameters`, taken at construction as an optimizer does,
-    and every sample weighs one: a plain loop would not pay for the bundle's per-sample weights.
+    Its hyperparameters are those of `workload.hyperparameters`, taken at construction as an optimizer does, every
+    sample weighs one (a plain loop would not pay for the bundle's per-sample weights), and dropout draws for itself.
     Errors: UsageError for an objective that compares samples.
     """
 
-    def __init__(
-        self,
-        student: nn.Module,
-        manifest: Mapping[str, Any],
-        channels_last: bool = False,
-    ) -> None:
+    def __init__(self, parts: nn.Module, manifest: Mapping[str, Any], channels_last: bool = False) -> None:
         self.name = "torch-eager-channels-last" if channels_last else "torch-eager"
-        self._layout = torch.channels_last if channels_last else torch.contiguous_format
-        self._student = student.to(memory_format=self._layout)
-        self._objective = manifest["objective"]
-        if self._objective["name"] in ("crd", "lpd"):
+        self._layout = torch.channels_last if channels_last else torch.preserve_format
+        self._parts = parts.to(memory_format=self._layout)
+        self._objective = Objective(manifest["objective"]["name"], manifest["objective"]["kd_loss"])
+        if self._objective.relates_samples:
             raise UsageError(
-                f"eager PyTorch is not timed with objective {self._objective['name']}",
+                f"eager PyTorch is not timed with objective {self._objective.name}",
                 "give --engines without it, or a bundle of objective ce, kd, lkd or both",
             )
-        self._values = hyperparameters(manifest)
-        optimizer = manifest["optimizer"]
-        self._optimizer = make_optimizer(
-            student, optimizer["name"], optimizer.get("nesterov", False), self._values
-        )
-        self._normalize = manifest["input"]["dtype"] == "uint8"
-        if self._normalize:
-            # (x/255 - mean)/std as one product and one sum a channel
-            mean, std = (torch.tensor(manifest["input"][key]).view(1, -1, 1, 1) for key in ("mean", "std"))
-            self._scale, self._shift = 1 / (255 * std), -mean / std
+        values = hyperparameters(manifest)
+        optimizer = Optimizer(manifest["optimizer"]["name"], manifest["optimizer"].get("nesterov", False))
+        self._optimizer = make_optimizer(optimizer, parts.parameters(), values)
+        self._numbers = {name: torch.tensor([value]) for name, value in values.items()}
+        self._samples = [self._normalizer(entry) for entry in (manifest["input"], *manifest.get("more_inputs", []))]
 
     def train_step(self, inputs: Arrays) -> dict[str, float]:
         """One step on a bundle's batch; gives the loss from before the update."""
-        images = torch.from_numpy(inputs["images"])
-        if self._normalize:
-            images = images.to(torch.float32, memory_format=self._layout).mul_(self._scale).add_(self._shift)
-        else:
-            images = images.to(memory_format=self._layout)
-        latents = self._student.representation(self._student.perception(images))
-        logits = self._student.output(latents)
-        loss = F.cross_entropy(logits, torch.from_numpy(inputs["labels"]))
-        if self._objective["name"] != "ce":
-            alpha = self._values["alpha"]
-            loss = (1 - alpha) * loss + alpha * self._distillation(inputs, latents, logits)
+        given = {name: torch.from_numpy(array) for name, array in inputs.items() if "_weights" not in name}
+        samples = [self._prepared(given[name], *factors) for name, *factors in self._samples]
+        latents, logits = self._parts(*samples)
+        loss = losses(self._objective, given | self._numbers, latents, logits)["loss"]
         self._optimizer.zero_grad()
         loss.backward()
         self._optimizer.step()
         return {"loss": loss.item()}
 
-    def _distillation(self, inputs: Arrays, latents: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        name = self._objective["name"]
-        if name == "kd":
-            return self._of_logits(inputs, logits)
-        of_latents = F.mse_loss(latents, torch.from_numpy(inputs["teacher_latents"]))
-        if name == "lkd":
-            return of_latents
-        share = self._values["logit_share"]
-        return (1 - share) * of_latents + share * self._of_logits(inputs, logits)
+    def _normalizer(self, entry: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Name, and of uint8 samples (x/255 - mean)/std as one product and one sum a channel."""
+        name = entry.get("name", "images")
+        if entry["dtype"] != "uint8":
+            return name, None, None
+        shape = (1, -1, *(1,) * (len(entry["shape"]) - 1))
+        mean, std = (torch.tensor(entry[key]).view(shape) for key in ("mean", "std"))
+        return name, 1 / (255 * std), -mean / std
 
-    def _of_logits(self, inputs: Arrays, logits: torch.Tensor) -> torch.Tensor:
-        teacher = torch.from_numpy(inputs["teacher_logits"])
-        if self._objective["kd_loss"] == "mse":
-            return F.mse_loss(logits, teacher)
-        temperature = self._values["temperature"]
-        return temperature**2 * F.kl_div(
-            F.log_softmax(logits / temperature, 1),
-            F.log_softmax(teacher / temperature, 1),
-            reduction="batchmean",
-            log_target=True,
-        )
+    def _prepared(self, x: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None) -> torch.Tensor:
+        layout = self._layout if x.dim() == 4 else torch.preserve_format
+        if scale is None:
+            return x.to(memory_format=layout)
+        return x.to(torch.float32, memory_format=layout).mul_(scale).add_(shift)
 
     def close(self) -> None:
         """Nothing is held outside Python."""

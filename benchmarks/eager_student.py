@@ -8,7 +8,7 @@ import torch
 
 from edgestill.benchmarks.eager import EagerStep
 from edgestill.benchmarks.workload import read_manifest
-from edgestill.export.reference import rebuild_student
+from edgestill.export.parity.reference import called_parts, rebuild_student
 from edgestill.runtime.bundle.bundle import Bundle
 
 
@@ -18,4 +18,6 @@ def open_eager(bundle: Path, threads: int, channels_last: bool) -> EagerStep:
     Errors: BundleError; UsageError when the student can't be built here or is another.
     """
     torch.set_num_threads(threads)
-    return EagerStep(rebuild_student(Bundle.open(bundle)), read_manifest(bundle), channels_last)
+    opened = Bundle.open(bundle)
+    parts, _, _ = called_parts(opened, rebuild_student(opened))
+    return EagerStep(parts, read_manifest(bundle), channels_last)

@@ -11,10 +11,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from edgestill.benchmarks.simulation.settings import EXCHANGES, MODES, RULES, Poison, SimulationSettings
-from edgestill.coordinator.task.task import clip_value
+from edgestill.benchmarks.simulation.settings import Poison, SimulationSettings
+from edgestill.coordinator.task.task import EXCHANGES, MODES, RULES, clip_value
+from edgestill.runtime.bundle.manifest import OBJECTIVES
 from edgestill.runtime.console import add_json_option
 from edgestill.runtime.errors import UsageError
+from edgestill.runtime.training.hyperparameters import HYPERPARAMETERS
 
 
 def add_parser(subparsers: Any) -> None:
@@ -52,6 +54,7 @@ def add_parser(subparsers: Any) -> None:
     add("--width-divisor", "divides the channels of exported students; 1: as they are", type=int, metavar="N")
     add("--latent-size", "of exported students", type=int, metavar="L")
     add("--batch", "of exported students", type=int, metavar="B")
+    add("--objective", "of exported students (default: lkd, kd or both, by what is exchanged)", choices=OBJECTIVES)
     add("--exchange", "what is exchanged", choices=EXCHANGES)
     add("--mode", "whether the coordinator distils a global student", choices=MODES)
     add("--aggregation", "rule that combines the uploads", choices=RULES)
@@ -80,8 +83,9 @@ def add_parser(subparsers: Any) -> None:
     add("--privacy-clip", "norm that private outputs are shortened to, with --noise-multiplier", type=float,
         metavar="C")  # fmt: skip
     add("--local-epochs", "epochs of local training a round", type=int, metavar="N")
-    add("--learning-rate", "of local training", type=float, metavar="X")
-    add("--alpha", "weight of distillation in local training", type=float, metavar="X")
+    add("--learning-rate", f"of local training: {HYPERPARAMETERS['learning_rate'].help}", type=float, metavar="X")
+    add("--weight-decay", f"of local training: {HYPERPARAMETERS['weight_decay'].help}", type=float, metavar="X")
+    add("--alpha", f"of local training: {HYPERPARAMETERS['alpha'].help}", type=float, metavar="X")
     add("--transfer-fraction", "share of a batch that comes from the transfer set", type=float, metavar="X")
     add("--augment", "any of flip,crop, on private images", metavar="LIST")
     add("--distil-epochs", "epochs of the global student a round", type=int, metavar="N")

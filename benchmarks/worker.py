@@ -27,7 +27,7 @@ MATRIX_PRODUCT = "matrix-product"
 
 
 class Steps(Protocol):
-    """What the worker needs of an engine; `edgestill.runtime.engines.protocol.Engine` and `EagerStep` have it."""
+    """What the worker needs of an engine; `edgestill.runtime.engines.engine.Engine` and `EagerStep` have it."""
 
     def train_step(self, inputs: dict[str, Any]) -> dict[str, Any]: ...
 
@@ -67,7 +67,7 @@ def own_peak_rss_bytes() -> int:
     return peak_rss_of(os.getpid()) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-class StepRunner:
+class RunJob:
     """Steps an engine through the workload's batches and takes the time of every step."""
 
     def __init__(self, spec: WorkerSpec) -> None:
@@ -103,7 +103,7 @@ def serve(spec: WorkerSpec, requests: TextIO, replies: TextIO) -> None:
         for _ in iter(requests.readline, ""):
             reply({"flops_per_s": meter.measure()})
         return
-    runner = StepRunner(spec)
+    runner = RunJob(spec)
     reply({"ready": True})
     try:
         for line in iter(requests.readline, ""):

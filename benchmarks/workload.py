@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from edgestill.runtime.randomness import noise
+
 # The settings of workload W1 and of `edgestill train`; AdamW's are PyTorch's defaults.
 SGD_HYPERPARAMETERS = {"learning_rate": 0.01, "momentum": 0.9, "weight_decay": 0.0}
 ADAMW_HYPERPARAMETERS = {
@@ -41,8 +43,8 @@ def make_batches(manifest: Mapping[str, Any], seed: int, count: int = BATCHES) -
     generator = np.random.default_rng(seed)
     values = hyperparameters(manifest)
     batches = []
-    for _ in range(count):
-        batch = {}
+    for step in range(count):
+        batch: dict[str, np.ndarray] = {}
         for spec in manifest["inputs"]["train_step"]:
             name, shape, dtype = spec["name"], spec["shape"], np.dtype(spec["dtype"])
             if name in values:
@@ -51,6 +53,10 @@ def make_batches(manifest: Mapping[str, Any], seed: int, count: int = BATCHES) -
                 batch[name] = generator.integers(0, manifest["classes"], shape).astype(dtype)
             elif name.endswith("_weights"):
                 batch[name] = np.ones(shape, dtype)
+            elif name.startswith("noise."):
+                batch[name] = noise(seed, step, name, tuple(shape))
+            elif dtype == np.int64:  # tokens, of which every vocabulary has two
+                batch[name] = generator.integers(0, 2, shape)
             elif dtype == np.uint8:
                 batch[name] = generator.integers(0, 256, shape, dtype=np.uint8)
             else:

@@ -1,4 +1,7 @@
-"""Everything that the coordinator refuses, as one catalog of RFC 9457 problems."""
+"""The catalog of problems (RFC 9457): everything that the coordinator refuses, whoever asks.
+
+`http/problem_responses.py` makes responses of them, `uploads/refusal_counts.py` counts them.
+"""
 
 from __future__ import annotations
 

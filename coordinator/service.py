@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from edgestill.coordinator import credentials
-from edgestill.coordinator.distillation.runner import Steps
-from edgestill.coordinator.distillation.schedule import Schedule
-from edgestill.coordinator.distillation.step5 import Step5
+from edgestill.coordinator.distillation.job import Job
+from edgestill.coordinator.distillation.queue import JobQueue
+from edgestill.coordinator.distillation.runner import JobRunner
 from edgestill.coordinator.problems import Problem
 from edgestill.coordinator.rounds.progress import Progress, may_open
 from edgestill.coordinator.rounds.round import Ask, Failed
@@ -31,25 +31,24 @@ from edgestill.coordinator.rounds.selection import (
 )
 from edgestill.coordinator.store.blobs import Blobs
 from edgestill.coordinator.store.database import Store
-from edgestill.coordinator.store.group_commit import Together
-from edgestill.coordinator.store.overview import overview_of_rounds
+from edgestill.coordinator.store.group_commit import GroupCommit
+from edgestill.coordinator.store.overview import RoundOverview, overview_of_rounds
 from edgestill.coordinator.store.records import (
     Change,
     DeviceRecord,
     RefusalCount,
     ReportRecord,
-    RoundOverview,
     TaskRecord,
 )
 from edgestill.coordinator.store.sweep import Sweep
 from edgestill.coordinator.store.transaction import Transaction
 from edgestill.coordinator.task.task import Task
 from edgestill.coordinator.uploads.acceptance import Uploads
-from edgestill.coordinator.uploads.admission import UploadTicket, parse_round_name
-from edgestill.coordinator.uploads.refusals import RefusalCounts
+from edgestill.coordinator.uploads.checks import UploadTicket, parse_round_name
+from edgestill.coordinator.uploads.refusal_counts import RefusalCounts
 from edgestill.runtime.errors import UsageError
 
-__all__ = ["DeviceRecord", "Service", "Step5", "UploadTicket"]
+__all__ = ["DeviceRecord", "Service", "Job", "UploadTicket"]
 
 _LOG = logging.getLogger("coordinator")
 _IDENTIFIED_AT_MOST = 20_000
@@ -79,12 +78,12 @@ class Service:
         self.store, self.blobs, self.clock = store, blobs, clock
         self._entropy = entropy
         self._progress = Progress()
-        self._schedule = Schedule(store, self._progress, clock, entropy(16).hex(), lease_s)
-        self._steps = Steps(store, blobs, self._schedule, clock, engine_threads)
+        self._queue = JobQueue(store, self._progress, clock, entropy(16).hex(), lease_s)
+        self._runner = JobRunner(store, blobs, self._queue, clock, engine_threads)
         self._uploads = Uploads(store, blobs, self._progress, clock, quota_bytes, max_body_bytes)
         self._identified: dict[str, DeviceRecord] = {}
         self._hearing = Hearing()
-        self._hear = Together(self._hear_all)
+        self._hear = GroupCommit(self._hear_all)
         self._refused = RefusalCounts(store, clock)
         self._sweep = Sweep(store, blobs, clock)
 
@@ -315,28 +314,28 @@ class Service:
             raise Problem("not_found", "there is no such blob for this device")
         return size_bytes
 
-    # clockwork
+    # background loop
 
-    def tick(self, at_most: int = 1, running: Collection[Step5] = ()) -> list[Step5]:
-        """Applies deadlines, opens rounds, and gives the aggregations to run here: see `Schedule.tick`.
+    def tick(self, at_most: int = 1, running: Collection[Job] = ()) -> list[Job]:
+        """Applies deadlines, opens rounds, and gives the aggregations to run here: see `JobQueue.tick`.
 
         Deletes what an ended round has left, too: see `Sweep`.
         """
         self._refused.write()
-        due = self._schedule.tick(at_most, running)
+        due = self._queue.tick(at_most, running)
         self._sweep.run()
         return due
 
-    def run_step5(self, job: Step5, work_folder: str | Path) -> None:
+    def run_job(self, job: Job, work_folder: str | Path) -> None:
         """Runs an aggregation to its end: published, or abandoned with the reason when anything in it fails.
 
         `work_folder` is for temporary files. Errors: StoreError when not even the failure can be written down.
         """
-        self._steps.run(job, Path(work_folder))
+        self._runner.run(job, Path(work_folder))
 
-    def fail_step5(self, job: Step5, reason: str) -> bool:
+    def fail_job(self, job: Job, reason: str) -> bool:
         """Abandons the round of a job that cannot be done; False when that no longer matters."""
-        return self._steps.fail(job, reason)
+        return self._runner.fail(job, reason)
 
     # reading
 

@@ -6,9 +6,11 @@ distributions. Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
-ORDER, TRANSFER_ORDER, AUGMENTATION, SUBSET, PARTITION, HELD_OUT, TESTS, NEGATIVES, USERS = range(9)
+ORDER, TRANSFER_ORDER, AUGMENTATION, SUBSET, PARTITION, HELD_OUT, TESTS, NEGATIVES, USERS, NOISE = range(10)
 """Streams that one seed gives rise to; two of them never share a number."""
 
 
@@ -21,3 +23,17 @@ def raw_numbers(seed: int, stream: int, epoch: int, step: int, count: int) -> np
 def permutation(seed: int, stream: int, epoch: int, count: int) -> np.ndarray:
     """A permutation of 0 … count−1."""
     return np.argsort(raw_numbers(seed, stream, epoch, 0, count), kind="stable")
+
+
+def noise(seed: int, step: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The tensor `noise.N` of a training step: float32 numbers at least 0 and below 1, for dropout and its like.
+
+    They are multiples of 2^-24, exact in float32, and so the same on every machine and for every engine.
+    """
+    index = int(name.removeprefix("noise."))
+    raw = raw_numbers(seed, NOISE, index, step, math.prod(shape))
+    raw >>= np.uint64(40)
+    # as signed integers, which convert four times as fast
+    numbers = raw.view(np.int64).astype(np.float32).reshape(shape)
+    numbers *= np.float32(2**-24)
+    return numbers

@@ -1,0 +1,97 @@
+"""From a PyTorch module to a bundle. Called, the package itself exports: `edgestill.export(student, output)`.
+
+torch is imported by the modules in it, and by the call, not by the package.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from edgestill.runtime.opened_bundle import OpenedBundle
+
+
+class _Export(ModuleType):
+    """The package's module, which can be called."""
+
+    def __call__(
+        self,
+        student: str | nn.Module | Callable[..., nn.Module],
+        output: str | Path,
+        *,
+        latent_size: int | None = None,
+        classes: int | None = None,
+        batch: int = 32,
+        widths: tuple[int, ...] | None = None,
+        normalization: str = "batch",
+        input_shape: tuple[int, ...] | None = None,
+        input_dtype: str | None = None,
+        mean: tuple[float, ...] = (),
+        std: tuple[float, ...] = (),
+        split: tuple[str, ...] = (),
+        objective: str = "lkd",
+        kd_loss: str | None = None,
+        negatives: int | None = None,
+        features: int | None = None,
+        teacher_latent_size: int | None = None,
+        optimizer: str = "sgd",
+        nesterov: bool = False,
+        freeze: tuple[str, ...] = (),
+        engines: tuple[str, ...] = ("onnxruntime", "executorch"),
+        seed: int = 0,
+        overwrite: bool = False,
+        progress: Callable[[str], None] = lambda line: None,
+        engine: str | None = None,
+        threads: int = 0,
+    ) -> OpenedBundle:
+        """Writes the bundle of a student to the folder or .zip `output`, and opens it on `engine` with `threads`.
+
+        student: a module, whose weights become the initial state and which stays as it is; a factory of one; a
+        built-in student's name; or `package.module:factory`. latent_size, classes: read from a module, else 128 and 10.
+        The other options are those of `edgestill export` (docs/students.md).
+        Errors: UsageError, LoweringError and TargetError, which say what to do in their `hint`.
+        """
+        from edgestill.export.exporter import ExportOptions, default_input, export_bundle, sizes_of
+        from edgestill.export.students import make_student
+        from edgestill.runtime.bundle.manifest import InputSpec, Objective, Optimizer
+        from edgestill.runtime.opened_bundle import OpenedBundle
+
+        usual = default_input(student)
+        shape, dtype = tuple(input_shape or usual.shape), input_dtype or usual.dtype
+        sample = InputSpec(shape, dtype, tuple(mean), tuple(std))
+        sizes = {"latent_size": latent_size, "classes": classes}
+        given = {name: size for name, size in sizes.items() if size is not None}
+        student, made = make_student(student, seed, input_shape=shape, **given)
+        found = (128, 10) if made is None else sizes_of(made, tuple(split), (sample,))
+        of_logits = objective in ("kd", "both")
+        options = ExportOptions(
+            student=student,
+            latent_size=latent_size or found[0],
+            classes=classes or found[1],
+            batch=batch,
+            widths=None if widths is None else tuple(widths),
+            normalization=normalization,
+            input=sample,
+            split=tuple(split),
+            objective=Objective(
+                objective,
+                kd_loss or ("mse" if of_logits else None),
+                negatives,
+                features,
+                teacher_latent_size,
+            ),
+            optimizer=Optimizer(optimizer, nesterov),
+            freeze=tuple(freeze),
+            engines=tuple(engines),
+            seed=seed,
+        )
+        return OpenedBundle(export_bundle(options, Path(output), progress, overwrite), engine, threads)
+
+
+sys.modules[__name__].__class__ = _Export

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from edgestill.runtime.bundle.manifest import OBJECTIVES, OPTIMIZERS, InputSpec, Objective, Optimizer
 from edgestill.runtime.console import add_json_option
 from edgestill.runtime.errors import UsageError
 
@@ -29,7 +30,8 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
         "--student",
         required=True,
         metavar="NAME",
-        help="cnn3, cnn4, cnn5, resnet8, mobilenet-tiny, or your own as package.module:factory or file.py:factory",
+        help="a student that comes with the product (docs/students.md), or your own as package.module:factory or "
+        "file.py:factory",
     )
     p.add_argument(
         "--output",
@@ -63,13 +65,32 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
         help="after each convolution of a built-in student (default: %(default)s)",
     )
     p.add_argument(
-        "--input-shape", type=_integers, default=(3, 32, 32), metavar="C,H,W", help="default: 3,32,32"
+        "--split",
+        type=lambda text: tuple(filter(None, text.split(","))),
+        default=(),
+        metavar="MODULE,…",
+        help="for an existing model: where perception, representation and output lie in it; the last one is called "
+        "with the latent (features,head)",
+    )
+    p.add_argument(
+        "--input-shape",
+        type=_integers,
+        metavar="N,…",
+        help="of one sample: C,H,W, channels,length, or length of tokens (default: the student's, else 3,32,32)",
     )
     p.add_argument(
         "--input-dtype",
-        choices=("uint8", "float32"),
-        default="uint8",
-        help="uint8 is normalised in the graph, float32 enters as it is (default: %(default)s)",
+        choices=("uint8", "float32", "int64"),
+        help="uint8 is normalised in the graph, float32 enters as it is, int64 are indices (default: the student's, "
+        "else uint8)",
+    )
+    p.add_argument(
+        "--also-input",
+        action="append",
+        default=[],
+        type=_input,
+        metavar="NAME:DTYPE:N,…",
+        help="a further tensor that perception is called with; repeatable (tokens:int64:20)",
     )
     p.add_argument(
         "--mean",
@@ -80,7 +101,7 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
     p.add_argument("--std", type=_numbers, metavar="S,…", help="a channel, of values 0-1")
     p.add_argument(
         "--objective",
-        choices=("ce", "kd", "lkd", "both", "crd", "lpd"),
+        choices=tuple(OBJECTIVES),
         default="lkd",
         help="labels alone, or besides them a teacher's logits, latents, both, latents against those of other samples, "
         "or neighbourhoods of latents (default: %(default)s)",
@@ -106,7 +127,7 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
         metavar="L",
         help="for crd: size of the teacher's latent (default: the student's)",
     )
-    p.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd", help="default: %(default)s")
+    p.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="default: %(default)s")
     p.add_argument("--nesterov", action="store_true", help="Nesterov momentum (sgd)")
     p.add_argument(
         "--freeze",
@@ -122,10 +143,7 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run_export(args: argparse.Namespace) -> int:
-    from edgestill.export.exporter import ExportOptions, export_bundle
-    from edgestill.export.objectives import Objective
-    from edgestill.export.optimizers import Optimizer
-    from edgestill.export.step import InputOptions
+    from edgestill.export.exporter import ExportOptions, default_input, export_bundle
     from edgestill.export.targets import ENGINES
 
     of_logits = args.objective in ("kd", "both")
@@ -133,15 +151,11 @@ def run_export(args: argparse.Namespace) -> int:
         raise UsageError(f"--kd-loss is for --objective kd or both, not {args.objective}")
     if args.nesterov and args.optimizer != "sgd":
         raise UsageError(f"--nesterov is for --optimizer sgd, not {args.optimizer}")
-    if len(args.input_shape) != 3:
-        raise UsageError(
-            f"--input-shape needs channels,height,width, not {args.input_shape}",
-            hint="a window of 9 sensors and 128 samples is --input-shape 9,1,128",
-        )
     kd_loss = (args.kd_loss or "mse") if of_logits else None
     engines = (
         ENGINES if args.engines == "all" else tuple(dict.fromkeys(filter(None, args.engines.split(","))))
     )
+    usual = default_input(args.student)
     options = ExportOptions(
         student=args.student,
         latent_size=args.latent_size,
@@ -149,7 +163,11 @@ def run_export(args: argparse.Namespace) -> int:
         batch=args.batch,
         widths=args.widths,
         normalization=args.normalization,
-        input=InputOptions(args.input_shape, args.input_dtype, args.mean, args.std),
+        input=InputSpec(
+            args.input_shape or usual.shape, args.input_dtype or usual.dtype, args.mean or (), args.std or ()
+        ),
+        more_inputs=tuple(args.also_input),
+        split=args.split,
         objective=Objective(args.objective, kd_loss, args.negatives, args.features, args.teacher_latent_size),
         optimizer=Optimizer(args.optimizer, args.nesterov),
         freeze=tuple(args.freeze),
@@ -173,29 +191,29 @@ def _add_verify(subparsers: argparse._SubParsersAction) -> None:
     p = subparsers.add_parser(
         "verify",
         help="compare every engine of a bundle with eager PyTorch, step by step",
-        description="Trains the bundle on each engine and in eager PyTorch from the same state on the same images, "
-        "and writes the largest differences into the manifest.",
+        description="Makes every training step on each engine and in eager PyTorch (float64 and float32) from the same "
+        "state and batch, judges by what float32 itself is wrong by, and writes the differences into the manifest.",
     )
     p.add_argument("bundle", type=Path, metavar="DIR", help="a folder from `edgestill export`")
-    p.add_argument("--steps", type=int, default=20, help="consecutive steps (default: %(default)s)")
+    p.add_argument("--steps", type=int, default=20, help="training steps (default: %(default)s)")
     p.add_argument("--engines", metavar="LIST", help="default: every engine in the bundle")
     p.add_argument(
         "--data",
         default=None,
         metavar="NAME_OR_PATH",
-        help="images to train on (default: cifar10-mini where they fit, else random samples)",
+        help="samples to train on (default: cifar10-mini where it fits, else random ones)",
     )
     p.add_argument(
         "--student", default=None, metavar="NAME", help="where the student's factory is now, if it has moved"
     )
-    p.add_argument("--seed", type=int, default=0, help="of the images' order (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="of batches and teacher outputs (default: %(default)s)")
     p.add_argument("--threads", type=int, default=0, help="0: every core")
     add_json_option(p, "one JSON object")
     p.set_defaults(run=run_verify)
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    from edgestill.export.verify import print_report, verify_bundle
+    from edgestill.export.parity.verify import print_report, verify_bundle
 
     if not 0 <= args.seed < 2**63:
         raise UsageError(f"--seed {args.seed} is out of range", hint="give 0 or more, below 2^63")
@@ -222,3 +240,10 @@ def _integers(text: str) -> tuple[int, ...]:
 
 def _numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(","))
+
+
+def _input(text: str) -> InputSpec:
+    name, dtype, shape = text.split(":")
+    if not name.isidentifier() or dtype not in ("uint8", "float32", "int64"):
+        raise ValueError(text)
+    return InputSpec(_integers(shape), dtype, name=name)

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
+import torch
 from torch import nn
 
-from edgestill.export.lowering.capture import LoweringError, capture_student
-from edgestill.export.objectives import Objective, complete, objective_parameters
-from edgestill.export.optimizers import Optimizer
-from edgestill.export.relational import HEADS
-from edgestill.export.step import InputOptions, StepSpec, frozen_layers, frozen_names, student_state
-from edgestill.export.student import StudentOptions, build_student
+from edgestill.export.lowering.capture import SampleSpec, capture
+from edgestill.export.lowering.graph import LoweringError
+from edgestill.export.parity.fidelity import check_fidelity
+from edgestill.export.parts import Parts, frozen_names, resting_norms, student_parts
+from edgestill.export.step.graphs import build_train_step, count_flops
+from edgestill.export.step.objectives import complete, objective_parameters
+from edgestill.export.step.relational import HEADS
+from edgestill.export.step.spec import StepSpec
+from edgestill.export.students import ARCHITECTURES, INSTANCE, StudentOptions, build_student
 from edgestill.export.targets import open_target
-from edgestill.runtime.bundle.manifest import FORMAT, FORMAT_VERSION
+from edgestill.runtime.bundle.manifest import (
+    FORMAT,
+    FORMAT_VERSION,
+    InputSpec,
+    Objective,
+    Optimizer,
+    TensorSpec,
+)
 from edgestill.runtime.bundle.wire import save
 from edgestill.runtime.errors import UsageError
 from edgestill.runtime.files import sha256_of_file, write_atomically
@@ -34,62 +49,138 @@ CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 class ExportOptions:
     """Everything that `edgestill export` can be told."""
 
-    student: str = "cnn3"
+    student: str | nn.Module = "cnn3"
+    """A built-in student or `package.module:factory` by name; or a module with its weights, which stays as it is."""
     latent_size: int = 128
     classes: int = 10
     batch: int = 32
     widths: tuple[int, ...] | None = None
     normalization: str = "batch"
-    input: InputOptions = field(default_factory=InputOptions)
+    input: InputSpec | None = None  # None: what a built-in student takes, else images of 3×32×32
+    more_inputs: tuple[InputSpec, ...] = ()
+    split: tuple[str, ...] = ()
     objective: Objective = field(default_factory=Objective)
     optimizer: Optimizer = field(default_factory=Optimizer)
     freeze: tuple[str, ...] = ()
     engines: tuple[str, ...] = ("onnxruntime", "executorch")
     seed: int = 0
 
+    @property
+    def student_name(self) -> str:
+        """What the manifest calls the student."""
+        return self.student if isinstance(self.student, str) else INSTANCE + type(self.student).__name__
+
     def build(self) -> nn.Module:
-        options = StudentOptions(
-            self.input.shape, self.latent_size, self.classes, self.widths, self.normalization
-        )
+        if not isinstance(self.student, str):
+            return copy.deepcopy(self.student)
+        shape = self.samples[0].shape
+        options = StudentOptions(shape, self.latent_size, self.classes, self.widths, self.normalization)
         return build_student(self.student, options, self.seed)
+
+    @property
+    def samples(self) -> tuple[InputSpec, ...]:
+        """The tensors of a sample, as given."""
+        return (self.input or default_input(self.student), *self.more_inputs)
+
+
+def default_input(student: str | nn.Module) -> InputSpec:
+    """What a built-in student takes where nothing else is said; images of 3×32×32 for others."""
+    row = ARCHITECTURES.get(student) if isinstance(student, str) else None
+    return InputSpec() if row is None else InputSpec(row.input_shape, row.input_dtype)
 
 
 def prepare_step(options: ExportOptions, student: nn.Module) -> StepSpec:
     """What every target lowers. Errors: UsageError for options that make no sense, LoweringError for the student."""
     check_options(options)
-    captured = capture_student(student, options.batch, options.input.shape)
+    samples = tuple(_with_statistics(given) for given in options.samples)
+    _check_weights(student)
+    resting = resting_norms(student, frozen_names(student, options.freeze)) if options.freeze else []
+    parts, prefix = student_parts(student, options.split, resting)
+    shapes = [
+        SampleSpec(s.name, (options.batch, *s.shape), "int64" if s.dtype == "int64" else "float32")
+        for s in samples
+    ]
+    captured = {training: capture(parts, shapes, training, prefix) for training in (True, False)}
     for what, got, wanted in (
-        ("latents", captured.latent_size, options.latent_size),
-        ("logits", captured.classes, options.classes),
+        ("latents", captured[True].latents.shape[1], options.latent_size),
+        ("logits", captured[True].logits.shape[1], options.classes),
     ):
         if got != wanted:
             flag = "--latent-size" if what == "latents" else "--classes"
             raise UsageError(f"the student's {what} have size {got}, not {wanted}", hint=f"add {flag} {got}")
-    initial, statistics = student_state(student)
-    used = {name for layer in captured.layers for name in layer.parameters.values()}
-    for name in initial.keys() - used:
-        raise LoweringError(
-            f"the student's {name} does not enter its outputs",
-            hint="remove what `output(representation(perception(images)))` does not use",
-        )
+    check_fidelity(student, parts, prefix, captured, samples, options.batch)
+    initial, statistics = _state_of(parts, prefix, captured)
     objective = complete(options.objective, options.latent_size)
     own = objective_parameters(objective, options.latent_size, options.seed)
     for name in own.keys() & initial.keys():
         raise UsageError(
             f"the student has a parameter {name}, as objective {objective.name} has", hint="rename it"
         )
-    frozen = frozen_names(student, list(options.freeze)) if options.freeze else frozenset()
     return StepSpec(
-        captured,
+        captured[True],
+        captured[False],
         initial | own,
         statistics,
-        frozen,
-        frozen_layers(captured.layers, frozen),
+        frozenset(name.removeprefix(prefix) for name in frozen_names(student, options.freeze)),
         options.batch,
-        _with_statistics(options.input),
+        samples,
         objective,
         options.optimizer,
     )
+
+
+def sizes_of(
+    student: nn.Module, split: tuple[str, ...], samples: tuple[InputSpec, ...]
+) -> tuple[int, int]:
+    """Latent size and classes of a module, from one sample of zeros. Errors: UsageError where it cannot be called."""
+    parts, _ = student_parts(copy.deepcopy(student), split)
+    zeros = [
+        torch.zeros(1, *one.shape, dtype=torch.int64 if one.dtype == "int64" else torch.float32)
+        for one in samples
+    ]
+    try:
+        with torch.no_grad():
+            latents, logits = parts.eval()(*zeros)
+        return int(latents.shape[1]), int(logits.shape[1])
+    except (RuntimeError, TypeError, IndexError, AttributeError) as error:
+        shapes = " and ".join(str(one.shape) for one in samples)
+        raise UsageError(
+            f"{type(student).__name__} fails on a sample of {shapes}: {error}", "give the right input_shape"
+        ) from error
+
+
+def _check_weights(student: nn.Module) -> None:
+    for name, module in student.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is None:
+            if module.track_running_stats:
+                raise LoweringError(
+                    f"{name}: {type(module).__name__} with momentum=None averages over a count of its own",
+                    hint="give it a fixed momentum, such as 0.1",
+                )
+    for name, tensor in student.named_parameters():
+        if not bool(torch.isfinite(tensor).all()):
+            raise LoweringError(
+                f"the student's {name} holds NaN or infinity", hint="export it with weights that are numbers"
+            )
+
+
+def _state_of(parts: Parts, prefix: str, captured: dict) -> tuple[OrderedDict[str, np.ndarray], frozenset[str]]:
+    """Parameters and the buffers that the graphs read or write, by their PyTorch names, and which are buffers."""
+    used = {value.name for one in captured.values() for value in one.graph.inputs}
+    used |= {name for one in captured.values() for name in one.written}
+    parameters = {name.removeprefix(prefix) for name, _ in parts.named_parameters()}
+    tensors: OrderedDict[str, np.ndarray] = OrderedDict()
+    named = {**parts.state_dict(keep_vars=True), **dict(parts.named_buffers())}
+    for name, tensor in ((name.removeprefix(prefix), tensor) for name, tensor in named.items()):
+        if name in used:
+            tensors[name] = tensor.detach().cpu().numpy().copy()
+    unused = parameters - used
+    if unused:
+        raise LoweringError(
+            f"the student's {', '.join(sorted(unused))} does not enter its outputs",
+            hint="remove what `output(representation(perception(x)))` does not use",
+        )
+    return tensors, frozenset(tensors) - parameters
 
 
 def export_bundle(
@@ -107,7 +198,7 @@ def export_bundle(
     check_options(options)
     _check_output(output, overwrite)
     targets = {engine: open_target(engine) for engine in options.engines}
-    progress(f"tracing {options.student}")
+    progress(f"tracing {options.student_name}")
     student = options.build()
     spec = prepare_step(options, student)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -149,7 +240,7 @@ def check_options(options: ExportOptions) -> None:
     for name in ("batch", "latent_size", "classes"):
         if getattr(options, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(options, name)}")
-    if min(options.input.shape) < 1 or min(options.widths or (1,)) < 1:
+    if min(*(options.widths or (1,)), *(min(s.shape, default=0) for s in options.samples)) < 1:
         raise UsageError("--input-shape and --widths need sizes of at least 1")
     if not 0 <= options.seed < 2**63:
         raise UsageError(f"--seed {options.seed} is out of range", hint="give 0 or more, below 2^63")
@@ -170,24 +261,27 @@ def check_options(options: ExportOptions) -> None:
         raise UsageError("--engines names no engine", hint="--engines onnxruntime,executorch")
 
 
-def _with_statistics(given: InputOptions) -> InputOptions:
+def _with_statistics(given: InputSpec) -> InputSpec:
     """The input with mean and standard deviation filled in and checked."""
     channels = given.shape[0]
-    if given.dtype == "float32":
+    if given.dtype != "uint8":
         if given.mean or given.std:
             raise UsageError(
-                "--mean and --std are for uint8 inputs; float32 inputs enter the student as they are",
-                hint="normalise your windows before, or put a BatchNorm2d first in the perception module",
+                f"--mean and --std are for uint8 inputs; {given.dtype} inputs enter the student as they are",
+                hint="normalise your windows before, or put a BatchNorm first in the perception module",
             )
         return given
     mean = given.mean or (CIFAR10_MEAN if channels == 3 else (0.5,) * channels)
     std = given.std or (CIFAR10_STD if channels == 3 else (0.25,) * channels)
-    if len(mean) != channels or len(std) != channels or min(std) <= 0:
+    if (
+        len(mean) != channels or len(std) != channels or min(std) <= 0
+        or not all(map(math.isfinite, (*mean, *std))) or not all(0 <= m <= 1 for m in mean)
+    ):  # fmt: skip
         raise UsageError(
-            f"--mean and --std need {channels} numbers each, one a channel, --std above zero",
+            f"--mean and --std need {channels} numbers each, one a channel, --mean from 0 to 1, --std above zero",
             hint="--mean 0.5,0.5,0.5 --std 0.25,0.25,0.25 (of pixel values from 0 to 1)",
         )
-    return InputOptions(given.shape, given.dtype, tuple(mean), tuple(std))
+    return replace(given, mean=tuple(mean), std=tuple(std))
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
@@ -244,20 +338,20 @@ def _manifest(options: ExportOptions, spec: StepSpec, graphs: dict) -> dict:
         own_version = version("edgestill")
     except PackageNotFoundError:  # run from a checkout that is not installed
         own_version = "0+unknown"
-    step_inputs = spec.step_inputs()
+    first, *more = (_input_entry(sample) for sample in spec.samples)
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "edgestill_version": own_version,
         "student": {
-            "name": options.student,
+            "name": options.student_name,
             "options": {
                 "widths": options.widths,
                 "normalization": options.normalization,
                 "seed": options.seed,
             }
-            if ":" not in options.student
-            else {"seed": options.seed},
+            if ":" not in options.student_name
+            else {"seed": options.seed, **({"split": list(options.split)} if options.split else {})},
             "parameters": sum(
                 data.size
                 for name, data in spec.initial.items()
@@ -267,7 +361,8 @@ def _manifest(options: ExportOptions, spec: StepSpec, graphs: dict) -> dict:
         "latent_size": options.latent_size,
         "classes": options.classes,
         "batch": options.batch,
-        "input": {key: value for key, value in asdict(spec.input).items() if value is not None},
+        "input": first,
+        "more_inputs": more,
         "objective": {
             key: value
             for key, value in asdict(spec.objective).items()
@@ -275,9 +370,18 @@ def _manifest(options: ExportOptions, spec: StepSpec, graphs: dict) -> dict:
         },
         "optimizer": asdict(options.optimizer),
         "freeze": list(options.freeze),
-        "flops_per_step": spec.flops(),
-        "state": {"file": "state.safetensors", "tensors": spec.state_specs()},
-        "inputs": {"train_step": step_inputs, "encode": step_inputs[:1]},
-        "outputs": {"train_step": spec.metrics(), "encode": spec.encodings()},
+        "flops_per_step": count_flops(build_train_step(spec)),
+        "state": {"file": "state.safetensors", "tensors": _entries(spec.state_specs())},
+        "inputs": {"train_step": _entries(spec.step_inputs()), "encode": _entries(spec.encode_inputs())},
+        "outputs": {"train_step": _entries(spec.metrics()), "encode": _entries(spec.encodings())},
         "graphs": graphs,
     }
+
+
+def _entries(specs: Iterable[TensorSpec]) -> list[dict]:
+    return [spec.as_json() for spec in specs]
+
+
+def _input_entry(sample: InputSpec) -> dict:
+    entry = {"name": sample.name, "shape": list(sample.shape), "dtype": sample.dtype}
+    return entry | ({"mean": list(sample.mean), "std": list(sample.std)} if sample.dtype == "uint8" else {})

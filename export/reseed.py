@@ -8,9 +8,8 @@ import tempfile
 from pathlib import Path
 
 from edgestill.export.exporter import publish, write_manifest
-from edgestill.export.objectives import objective_parameters
-from edgestill.export.reference import build_anew
-from edgestill.export.step import student_state
+from edgestill.export.parity.reference import build_anew, called_parts
+from edgestill.export.step.objectives import objective_parameters
 from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.bundle.wire import save
 from edgestill.runtime.errors import UsageError
@@ -28,9 +27,11 @@ def reseed_bundle(source: Path, output: Path, seed: int) -> Path:
     with Bundle.open(source) as bundle, tempfile.TemporaryDirectory(dir=output.parent) as scratch:
         folder = Path(scratch) / "bundle"
         shutil.copytree(source, folder)
-        of_student, _ = student_state(build_anew(bundle, seed))
+        _, parameters, buffers = called_parts(bundle, build_anew(bundle, seed))
+        of_student = {name: tensor.detach().numpy() for name, tensor in (parameters | buffers).items()}
         of_objective = objective_parameters(bundle.objective, bundle.latent_size, seed)
-        state = {**bundle.initial_state(), **of_student, **of_objective}
+        initial = bundle.initial_state()
+        state = {name: ({**of_objective, **of_student}).get(name, array) for name, array in initial.items()}
         save(folder / bundle.manifest.state_file, bundle.check_state(state, source=f"{source}, seed {seed}"))
         manifest = json.loads((source / "manifest.json").read_bytes()) | {"parity": {}}
         manifest["student"]["options"]["seed"] = seed

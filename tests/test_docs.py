@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from edgestill.runtime.cli import COMMANDS
+from edgestill.runtime.training.hyperparameters import HYPERPARAMETERS
 from edgestill.runtime.training.trainer import StepRecord
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -186,6 +187,16 @@ def test_defaults_of_the_tables() -> None:
     assert checked >= 15
 
 
+def test_the_table_of_hyperparameters() -> None:
+    rows = _rows(_section("docs/training.md", "Hyperparameters"))
+    assert [row[0].strip("`") for row in rows] == list(HYPERPARAMETERS)
+    for (name, default, span, unit), row in zip(rows, HYPERPARAMETERS.values(), strict=True):
+        first, *others = default.replace("`", "").split("; ")
+        assert float(first) == row.default, name
+        assert {kind: float(value) for kind, value in (one.split(": ") for one in others)} == dict(row.instead)
+        assert (span, unit) == (row.range, row.unit), name
+
+
 def test_the_readme_lists_every_command() -> None:
     first_cells = " ".join(row[0] for row in _rows(_section("README.md", "Commands")))
     listed = re.findall(r"`edgestill ([^`]+)`", first_cells)
@@ -241,96 +252,120 @@ def test_the_keys_of_a_json_line() -> None:
 
 
 def test_the_fields_of_a_parity_record() -> None:
-    import numpy as np
+    from edgestill.export.parity.verify import _judged
 
-    from edgestill.export.verify import _compare
-
-    class Same:
-        def train_step(self, batch):
-            return {"loss": np.zeros(1), "latents": np.zeros((1, 2))}
-
-        def state(self):
-            return {"w": np.ones(1)}
-
-        def encode(self, images):
-            return np.zeros((1, 2)), np.zeros((1, 2))
-
-    expected = [(Same().train_step({}), Same().state())]
-    record = _compare("onnxruntime", Same(), [{}], expected, [np.zeros(1)], [Same().encode(np.zeros(1))])
+    seen = {name: [(1.0, 0.1, 0.1)] for name in ("loss", "latents", "encode.latents", "w")}
+    record = _judged("onnxruntime", seen, dict.fromkeys(("onnxruntime", "", "oracle"), [1.0]), ("w",), 1.0)
     documented = [row[0].strip("`") for row in _rows(_section("docs/bundle.md", "parity"))]
     assert documented == list(record)
 
 
-def test_the_table_of_what_to_use_instead() -> None:
-    from edgestill.export.lowering.capture import _INSTEAD
-
-    assert dict(_marked("instead")) == _INSTEAD
-
-
 def test_the_tolerances_of_verify() -> None:
-    from edgestill.export.verify import LOSS_TOLERANCE, SAME_CLASS, STATE_TOLERANCE
+    from edgestill.runtime.engines.registry import ENGINES
 
-    rows = _rows(_section("docs/lowering.md", "Parity"))
-    rows = [row for row in rows if row[0].strip("`") in STATE_TOLERANCE]
-    assert {row[0].strip("`"): float(row[2]) for row in rows} == STATE_TOLERANCE
-    for row in rows:
-        assert float(row[1]) == LOSS_TOLERANCE and row[3] == f"{100 * SAME_CLASS:.0f} %"
+    wanted = {name: record.tolerance for name, record in ENGINES.items()}
+    rows = [row for row in _rows(_section("docs/lowering.md", "Parity")) if row[0].strip("`") in wanted]
+    assert {row[0].strip("`"): float(row[1]) for row in rows} == wanted
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (asked,) = (row[1:] for row in _rows(readme) if row[0].startswith("parity asked by"))
-    assert [float(cell) for cell in asked] == list(STATE_TOLERANCE.values())
+    assert [float(cell) for cell in asked] == list(wanted.values())
 
 
 IMAGE, VECTOR = (2, 4, 6, 6), (4,)
-WINDOW = {"kernel": (2, 2), "stride": (2, 2), "padding": (0, 0)}
-CONVOLUTION = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
+POOL = {"kernel": (2, 2), "stride": (2, 2), "padding": ((0, 0), (0, 0))}
+CONVOLUTION = {"stride": (1, 1), "padding": ((0, 0), (0, 0)), "dilation": (1, 1), "groups": 1}
 EXAMPLES: dict[str, list[tuple[list[tuple[int, ...]], dict]]] = {
     **{name: [([(2, 3), (2, 3)], {})] for name in
-       ("add", "subtract", "multiply", "divide", "maximum", "greater_equal")},
+       ("add", "subtract", "multiply", "divide", "maximum", "minimum", "greater", "greater_equal", "equal", "masked")},
     **{name: [([(2, 3)], {})] for name in
-       ("relu", "positive", "exp", "log", "sqrt", "rsqrt", "to_float", "softmax", "log_softmax")},
-    "clamp": [([(2, 3)], {"low": 0.0, "high": 6.0})],
+       ("relu", "abs", "exp", "log", "sqrt", "rsqrt", "erf", "tanh", "sigmoid", "sin", "cos", "atan", "floor",
+        "to_float", "to_integer", "softmax", "log_softmax")},
+    "clamp": [([(2, 3)], {"low": 0.0, "high": 6.0, "closed": True})],
+    "power": [([(2, 3)], {"exponent": 1.5})],
+    "where": [([(2, 3), (2, 3), (2, 3)], {})],
     "one_hot": [([(2,)], {"classes": 3})],
     "matmul": [
         ([(2, 3), (3, 2)], {}),
         ([(2, 3), (2, 3)], {"transpose_b": True}),
         ([(5, 2, 3), (5, 2, 3)], {"transpose_b": True}),
     ],
-    "reduce_sum": [([(2, 3)], {"axes": (1,)})],
-    "reduce_mean": [([(2, 3)], {"axes": (1,)})],
+    **{name: [([(2, 3)], {"axes": (1,)})] for name in ("reduce_sum", "reduce_mean", "reduce_max")},
+    "argmax": [([(2, 3)], {"axis": 1})],
+    "standardize": [([(2, 3)], {"eps": 1e-5})],
     "reshape": [([(2, 3)], {"shape": (6,)})],
     "transpose": [([(2, 3)], {"permutation": (1, 0)})],
-    "slice": [([(2, 3)], {"axis": 1, "start": 0, "stop": 2})],
+    "slice": [([(2, 3)], {"axis": 1, "start": 0, "stop": 2, "step": 1})],
     "concat": [([(2, 3), (2, 3)], {"axis": 0})],
-    "pad": [([(2, 3)], {"begins": (0, 1), "ends": (0, 1)})],
+    "pad": [([(2, 3)], {"begins": (0, 1), "ends": (0, 1), "value": 0.0})],
+    "expand": [([(2, 1)], {"shape": (2, 3)})],
+    "gather": [([(2, 3), (4,)], {"axis": 1})],
+    "scatter_add": [([(2, 3), (3,)], {"axis": 1, "size": 5})],
     "conv2d": [([IMAGE, (4, 4, 3, 3)], CONVOLUTION)],
-    "conv2d_transpose": [([IMAGE, (4, 4, 3, 3)], CONVOLUTION | {"output_padding": (0, 0)})],
-    "max_pool2d": [([IMAGE], WINDOW | {"dilation": (1, 1)})],
-    "avg_pool2d": [([IMAGE], WINDOW)],
+    "conv2d_transpose": [([IMAGE, (4, 4, 3, 3)], CONVOLUTION | {"size": (8, 8)})],
+    "max_pool2d": [([IMAGE], POOL | {"dilation": (1, 1)})],
+    "avg_pool2d": [([IMAGE], POOL)],
     "normalize": [([IMAGE, *[VECTOR] * 4], {"eps": 1e-5})],
-    "normalize_by_batch": [([IMAGE, *[VECTOR] * 4], {"eps": 1e-5})],
+    "batch_norm": [([IMAGE, *[VECTOR] * 2], {"eps": 1e-5})],
 }  # fmt: skip
-"""For each operator shapes of inputs and attributes, in every form that ONNX spells differently."""
+"""For each operator that ONNX spells shapes of inputs and attributes, in every form that it spells differently."""
 
 
 def test_the_table_of_operators_is_the_closed_set() -> None:
     from edgestill.export.lowering.operators import OPERATORS
+    from edgestill.export.targets.executorch_rewrites import PLAIN, WINDOWED
+    from edgestill.export.targets.onnx_emitter import RULES
 
-    documented = [row[0].strip("`") for row in _marked("operators")]
-    assert documented == list(OPERATORS), "docs/lowering.md and export/lowering/operators.py differ"
+    rows = {row[0].strip("`"): row for row in _marked("operators")}
+    assert list(rows) == list(OPERATORS), "docs/lowering.md and export/lowering/operators.py differ"
+    for name, (_, onnx, xnnpack, _) in rows.items():
+        assert (onnx == "rewritten") == (name not in RULES), name
+        assert xnnpack == ("rewritten" if name in PLAIN or name in WINDOWED else "as it is"), name
 
 
-@pytest.mark.parametrize("row", _marked("operators"), ids=lambda row: row[0].strip("`"))
+SPELLED = [row for row in _marked("operators") if row[1] != "rewritten"]
+
+
+@pytest.mark.parametrize("row", SPELLED, ids=lambda row: row[0].strip("`"))
 def test_the_onnx_spelling_of_an_operator(row: list[str]) -> None:
     from edgestill.export.lowering.graph import Graph
-    from edgestill.export.lowering.onnx_emitter import to_onnx
+    from edgestill.export.targets.onnx_emitter import to_onnx
 
     name = row[0].strip("`")
-    dtype = {"one_hot": "int64", "to_float": "uint8"}.get(name, "float32")
-    spelled: list[str] = []
+    spelled: set[str] = set()
     for shapes, attributes in EXAMPLES[name]:
         graph = Graph()
-        inputs = [graph.input(f"x{i}", shape, dtype) for i, shape in enumerate(shapes)]
+        dtypes = ["float32"] * len(shapes)
+        if name in ("one_hot", "to_float"):
+            dtypes[0] = {"one_hot": "int64", "to_float": "uint8"}[name]
+        if name in ("gather", "scatter_add"):
+            dtypes[1] = "int64"
+        inputs = [
+            graph.input(f"x{i}", shape, dtype) for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))
+        ]
         for i, value in enumerate(graph.apply_many(name, *inputs, **attributes)):
             graph.output(f"y{i}", value)
-        spelled += [node.op_type for node in to_onnx(graph).graph.node]
-    assert sorted(set(spelled)) == sorted(row[1].split(", "))
+        spelled |= {node.op_type for node in to_onnx(graph).graph.node}
+    assert sorted(spelled) == sorted(row[1].split(", "))
+
+
+def test_the_table_of_what_has_a_row() -> None:
+    from edgestill.export.lowering.aten import families
+
+    rows = {re.match(r"\[(\w+)\]", row[0])[1]: re.findall(r"`(\w+)`", row[1]) for row in _marked("aten")}
+    assert rows == families(), "docs/lowering.md and export/lowering/aten differ"
+
+
+def test_the_tables_of_rewrites() -> None:
+    """Every table that the page names exists where it says."""
+    for names, place, _ in _rows(_section("docs/lowering.md", "Rewrites")):
+        (path,) = re.findall(r"\(\.\./(\S+?)\)", place)
+        module = importlib.import_module("edgestill." + path.removesuffix(".py").replace("/", "."))
+        for name in re.findall(r"`(\w+)`", names):
+            assert hasattr(module, name), f"{path} has no {name}"
+
+
+def test_the_table_of_built_in_students() -> None:
+    from edgestill.benchmarks.students import students_table
+
+    text = (ROOT / "docs/students.md").read_text(encoding="utf-8")
+    assert text.partition("<!-- students:begin -->\n")[2].partition("<!-- students:end -->")[0] == students_table()

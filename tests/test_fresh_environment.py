@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from edgestill.export.exporter import ExportOptions, export_bundle
-from edgestill.export.objectives import Objective
 from edgestill.runtime.bundle import wire
 from edgestill.runtime.bundle.bundle import Bundle
+from edgestill.runtime.bundle.manifest import Objective
 from tests.support.wheel import ROOT, build_wheel
 
 pytestmark = [pytest.mark.contract, pytest.mark.timeout(600)]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from edgestill.export.student import ARCHITECTURES, Student, StudentOptions
+from edgestill.export.students import ARCHITECTURES, Student, StudentOptions
 
 WIDTHS = {"cnn3": (8, 16, 32), "cnn4": (8, 16, 32, 32), "cnn5": (8, 16, 32, 32, 64)}
 """A quarter of the built-in ones. In this file, for a cached bundle is found by what its student's file says."""

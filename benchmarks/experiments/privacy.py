@@ -35,7 +35,7 @@ from edgestill.benchmarks.experiments.locks import locked
 from edgestill.benchmarks.experiments.privacy_report import encode_strip, make_report
 from edgestill.benchmarks.experiments.report import Report, require_one_each
 from edgestill.benchmarks.experiments.sources import load_data, load_transfer
-from edgestill.export.reference import load_student_state, rebuild_student
+from edgestill.export.parity.reference import load_student_state, rebuild_student
 from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.data.dataset import Dataset
 from edgestill.runtime.device import outputs

@@ -26,8 +26,8 @@ from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.engines.registry import open_engine
 from edgestill.runtime.training.checkpoint import Checkpoint
 from edgestill.runtime.training.evaluation import evaluate
+from edgestill.runtime.training.plan import TrainSettings, plan
 from edgestill.runtime.training.schedule import Schedule
-from edgestill.runtime.training.trainer import TrainSettings, plan_run
 
 TEACHER_CPU_MINUTES = 32.0
 LEAST_STEPS = 400
@@ -104,7 +104,7 @@ def train_student(
             teacher = stock_outputs(settings, context, bundle).take(device.private)
         if settings.get("transfer_samples"):
             transfer = transfer_set(settings, context, bundle)
-        run = plan_run(
+        run = plan(
             bundle,
             dataset,
             TrainSettings(

@@ -65,6 +65,8 @@ def run_federation(
             data, x_train=private.images, y_train=private.labels, x_test=tests.images, y_test=tests.labels
         )
         np.savez(shared, x_train=transfer.images, y_train=transfer.labels)
+        # as in the committed records, also with AdamW
+        given["weight_decay"] = 0.0
         given |= {"data": str(data), "transfer": str(shared), "transfer_count": len(transfer)}
         # two processes would export the same student into the same folder
         with locked(cache / "simulated.lock"):

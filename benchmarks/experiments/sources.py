@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from edgestill.runtime.bundle.manifest import InputSpec
-from edgestill.runtime.data.dataset import Splits, digest_of_arrays, load_splits, load_transfer_images
+from edgestill.runtime.data.dataset import Splits, digest_of_arrays, load_splits, load_transfer_samples
 from edgestill.runtime.data.datasets import SHIPPED
 from edgestill.runtime.errors import DataError, UsageError
 
@@ -63,7 +63,7 @@ def load_data(data: str) -> Splits:
 @lru_cache(maxsize=2)
 def load_transfer(transfer: str) -> np.ndarray:
     """The first images of the transfer set, uint8 [N, 3, 32, 32]. Errors: UsageError, DataError."""
-    return load_transfer_images(transfer, INPUT)[:TRANSFER_LIMIT]
+    return load_transfer_samples(transfer, INPUT)[0][:TRANSFER_LIMIT]
 
 
 def _first_of(folder: Path, names: tuple[str, ...]) -> str | None:

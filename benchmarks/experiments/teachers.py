@@ -27,9 +27,10 @@ from edgestill.runtime.errors import UsageError
 from edgestill.runtime.randomness import HELD_OUT, permutation
 from edgestill.runtime.training.batches import TransferSet
 from edgestill.runtime.training.evaluation import evaluate
+from edgestill.runtime.training.plan import Run, TrainSettings, plan
 from edgestill.runtime.training.schedule import Schedule
 from edgestill.runtime.training.teacher import Teacher, TeacherOutputs
-from edgestill.runtime.training.trainer import Run, TrainSettings, plan_run, prepare, train
+from edgestill.runtime.training.trainer import prepare, train
 
 TEACHER_THREADS = 1
 """As students have: sums over more threads come in another order on another machine."""
@@ -118,7 +119,7 @@ def _train_teacher(settings: Mapping[str, Any], context: Context, path: Path, st
             base |= {"latent_size": teacher["of_latent_size"], "epochs": teacher["base_epochs"]}
             trained = wire.load(prepare_teacher({**settings, "teacher": base}, context)[1]).arrays
             initial |= {name: array for name, array in trained.items() if name.startswith("perception.")}
-        run = plan_run(
+        run = plan(
             bundle,
             dataset,
             TrainSettings(

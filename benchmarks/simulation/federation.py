@@ -30,7 +30,8 @@ from edgestill.coordinator.problems import Problem
 from edgestill.coordinator.service import Service
 from edgestill.coordinator.store.blobs import FileBlobs
 from edgestill.coordinator.store.database import Store
-from edgestill.coordinator.store.records import DeviceRecord, RoundOverview
+from edgestill.coordinator.store.overview import RoundOverview
+from edgestill.coordinator.store.records import DeviceRecord
 from edgestill.coordinator.task.creation import make_task
 from edgestill.coordinator.task.task import Task
 
@@ -243,9 +244,9 @@ class Federation:
         if overview.phase == "collecting":
             self.clock.advance_to(overview.deadline_s)
         for job in self.service.tick():
-            folder = self._folder / "step5"
+            folder = self._folder / "distillation"
             folder.mkdir(exist_ok=True)
-            self.service.run_step5(job, folder)
+            self.service.run_job(job, folder)
         return self._overview(number)
 
     def _overview(self, number: int) -> RoundOverview:
@@ -278,6 +279,7 @@ def describe_task(
         "local": {
             "epochs": settings.local_epochs,
             "learning_rate": settings.learning_rate,
+            "weight_decay": settings.weight_decay,
             "alpha": settings.alpha,
             "transfer_fraction": settings.transfer_fraction,
             "augment": settings.augment,

@@ -6,15 +6,14 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgestill.coordinator.task.task import EXCHANGES, MODES, RULES
 from edgestill.runtime.device.local_round import Privacy
 from edgestill.runtime.errors import UsageError
+from edgestill.runtime.training.hyperparameters import EPOCHS, HYPERPARAMETERS, TRANSFER_FRACTION
 
-EXCHANGES = ("latents", "logits", "both", "parameters")
-MODES = ("global", "consensus")
-RULES = ("mean", "class_mean", "median", "trimmed_mean", "krum")
 ATTACKS = ("scale", "shuffle", "random")
-# What a student must be trained with, so that what is exchanged can be its teacher.
 OBJECTIVES = {"latents": "lkd", "logits": "kd", "both": "both", "parameters": "ce"}
+"""What students are trained with by default, so that what is exchanged can be their teacher."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,8 @@ class SimulationSettings:
     width_divisor: int = 4
     latent_size: int = 128
     batch: int = 32
+    objective: str | None = None
+    """Of exported students; None: by what is exchanged."""
     exchange: str = "latents"
     mode: str = "global"
     aggregation: str = "mean"
@@ -88,13 +89,15 @@ class SimulationSettings:
     """Of the devices' differential privacy; None: no privacy."""
     privacy_clip: float = 1.0
     """The norm that private outputs are shortened to, a row."""
-    local_epochs: int = 1
-    learning_rate: float = 0.01
-    alpha: float = 0.5
-    transfer_fraction: float = 0.5
+    local_epochs: int = int(EPOCHS.default)
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    alpha: float | None = None
+    transfer_fraction: float = TRANSFER_FRACTION.default
     augment: str = ""
     distil_epochs: int = 2
-    distil_learning_rate: float = 0.01
+    distil_learning_rate: float | None = None
+    """Of these, None is the default of each student's step."""
     local_only: bool = True
     seed: int = 0
     workers: int = 1
@@ -106,9 +109,13 @@ class SimulationSettings:
         for name in counts:
             if getattr(self, name) < 1:
                 raise UsageError(f"{_option(name)} {getattr(self, name)}", "give 1 or more")
-        for name in ("availability", "trim", "byzantine", "transfer_fraction", "alpha"):
+        for name in ("availability", "trim", "byzantine"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{_option(name)} {getattr(self, name)}", "give a share between 0 and 1")
+        for name in ("learning_rate", "weight_decay", "alpha", "distil_learning_rate"):
+            if (value := getattr(self, name)) is not None:
+                HYPERPARAMETERS[name.removeprefix("distil_")].check(_option(name), value)
+        TRANSFER_FRACTION.check("--transfer-fraction", self.transfer_fraction)
         if not (0 <= (self.noise_multiplier or 0) < math.inf and 0 < self.privacy_clip < math.inf):
             raise UsageError(
                 f"--noise-multiplier {self.noise_multiplier} with --privacy-clip {self.privacy_clip}",
@@ -141,8 +148,8 @@ class SimulationSettings:
         return len(self.bundles) or len(self.students)
 
     @property
-    def objective(self) -> str:
-        return OBJECTIVES[self.exchange]
+    def exported_objective(self) -> str:
+        return self.objective or OBJECTIVES[self.exchange]
 
     @property
     def distils(self) -> bool:

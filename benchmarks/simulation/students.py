@@ -9,13 +9,24 @@ from pathlib import Path
 from edgestill.benchmarks.bundles import BundleRequest, prepare_bundle
 from edgestill.benchmarks.simulation.settings import SimulationSettings
 
-# Channels of the built-in students' blocks, as in export/student.py; a test compares them.
+# Channels of the built-in students' stages, as in export/students/registry.py, which needs torch; a test compares them.
 WIDTHS = {
     "cnn3": (32, 64, 128),
     "cnn4": (32, 64, 128, 128),
     "cnn5": (32, 64, 128, 128, 256),
     "resnet8": (16, 32, 64),
+    "resnet18": (64, 128, 256, 512),
     "mobilenet-tiny": (32, 64, 128),
+    "mobilenetv2": (16, 24, 32, 64, 96, 160, 320),
+    "mobilenetv3-small": (16, 24, 40, 48, 96),
+    "efficientnet-lite0": (16, 24, 40, 80, 112, 192, 320),
+    "shufflenetv2": (116, 232, 464),
+    "convnext-atto": (40, 80, 160, 320),
+    "vit-tiny": (192,),
+    "ds-cnn": (64, 64, 64, 64, 64),
+    "cnn1d": (128, 256, 128),
+    "gru": (64, 64),
+    "text-attention": (128,),
 }
 ENGINE = "onnxruntime"
 
@@ -44,7 +55,7 @@ def prepare_students(
     def export(student: str) -> Path:
         options = ("--seed", str(settings.seed % 2**31), *narrow(student, settings.width_divisor))
         request = BundleRequest(
-            student, settings.batch, settings.latent_size, settings.objective, options=options
+            student, settings.batch, settings.latent_size, settings.exported_objective, options=options
         )
         return prepare_bundle(request, [ENGINE], cache, progress)[0]
 

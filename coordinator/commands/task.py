@@ -14,11 +14,19 @@ from edgestill.coordinator.opening import check_shared, open_existing, open_serv
 from edgestill.coordinator.rounds.round import COMPLETED
 from edgestill.coordinator.service import Service
 from edgestill.coordinator.settings import STORE_SETTINGS, add_flags, settings_from
-from edgestill.coordinator.store.records import DeviceRecord, RoundOverview, TaskRecord
+from edgestill.coordinator.store.overview import RoundOverview
+from edgestill.coordinator.store.records import DeviceRecord, TaskRecord
 from edgestill.coordinator.task.creation import SOURCES, make_task
 from edgestill.coordinator.task.task import EXCHANGES, MODES, PRECISIONS, RULES, TASK_NAME, Task, clip_value
 from edgestill.runtime.console import add_json_option
 from edgestill.runtime.errors import BundleError, DataError, UsageError
+from edgestill.runtime.training.hyperparameters import (
+    CHECKPOINT_EVERY,
+    EPOCHS,
+    HYPERPARAMETERS,
+    TRAINING_FIELDS,
+    TRANSFER_FRACTION,
+)
 
 
 class _Option(NamedTuple):
@@ -34,6 +42,17 @@ def _clip(text: str) -> float | str:
         return clip_value(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: give a number or median") from error
+
+
+def _training_options(part: str, whose: str, prefix: str = "") -> dict[str, _Option]:
+    """Options for what a task says of a training, with the defaults of the one table."""
+    found = {f"{part}-epochs": _Option(f"{part}.epochs", int, f"{whose}: {EPOCHS.help}")}
+    for name in TRAINING_FIELDS:
+        if name in HYPERPARAMETERS:
+            row = HYPERPARAMETERS[name]
+            kind = int if row.whole else float
+            found[prefix + name.replace("_", "-")] = _Option(f"{part}.{name}", kind, f"{whose}: {row.help}")
+    return found
 
 
 OPTIONS: dict[str, _Option] = {
@@ -56,19 +75,11 @@ OPTIONS: dict[str, _Option] = {
     "clip": _Option("aggregation.clip", _clip, "largest norm of an upload's rows, or median: that of the uploads"),
     "trim": _Option("aggregation.trim", float, "trimmed_mean: share cut at either end (0.2)"),
     "byzantine": _Option("aggregation.byzantine", float, "krum: share of hostile devices to stand (0.2)"),
-    "local-epochs": _Option("local.epochs", int, "epochs of a device's training a round (1)"),
-    "learning-rate": _Option("local.learning_rate", float, "of devices (0.01)"),
-    "momentum": _Option("local.momentum", float, "of devices (0.9)"),
-    "weight-decay": _Option("local.weight_decay", float, "of devices (0)"),
-    "alpha": _Option("local.alpha", float, "share of distillation in the devices' loss (0.5)"),
-    "temperature": _Option("local.temperature", float, "of the distillation of logits (4)"),
-    "logit-share": _Option("local.logit_share", float, "of the logits in distillation, where both are exchanged (0.5)"),
-    "transfer-fraction": _Option("local.transfer_fraction", float, "share of transfer samples in a batch (0.5)"),
+    **_training_options("local", "of devices"),
+    "transfer-fraction": _Option("local.transfer_fraction", float, TRANSFER_FRACTION.help),
     "augment": _Option("local.augment", str, "augmentations of private samples, separated by commas"),
-    "checkpoint-every": _Option("local.checkpoint_every", int, "steps after which devices keep their training (50)"),
-    "distil-epochs": _Option("distil.epochs", int, "epochs of step 5 (1)"),
-    "distil-learning-rate": _Option("distil.learning_rate", float, "of step 5 (0.01)"),
-    "distil-alpha": _Option("distil.alpha", float, "share of distillation in step 5's loss (1)"),
+    "checkpoint-every": _Option("local.checkpoint_every", int, CHECKPOINT_EVERY.help),
+    **_training_options("distil", "of step 5", "distil-"),
     "distil-deadline": _Option("distil.deadline_s", float, "seconds for step 5 (600)"),
 }  # fmt: skip
 _SWITCHES = {

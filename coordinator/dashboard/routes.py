@@ -7,22 +7,21 @@ differ, so that a page without script is only less lively. Nothing is loaded fro
 from __future__ import annotations
 
 import asyncio
-import hmac
 import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from urllib.parse import parse_qs, quote, unquote, urlencode
+from urllib.parse import parse_qs, quote, urlencode
 
 import anyio
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
 
-from edgestill.coordinator.dashboard.news import ChangeFeed, News, news_of
+from edgestill.coordinator.dashboard.events import ChangeFeed, News, news_of
 from edgestill.coordinator.dashboard.pages import Page, Pages
-from edgestill.coordinator.http.auth import DASHBOARD_COOKIE
+from edgestill.coordinator.http.auth import DASHBOARD_COOKIE, cookie_of, is_operator
 from edgestill.coordinator.service import Service
 from edgestill.coordinator.settings import Settings
 
@@ -111,7 +110,7 @@ class _Door:
         self._token, self._pages = token, pages
 
     def admits(self, request: Request) -> bool:
-        return not self._token or self._matches(unquote(request.cookies.get(DASHBOARD_COOKIE, "")))
+        return is_operator(cookie_of(request), self._token)
 
     def refuse(self, request: Request) -> Response | None:
         """What to answer instead of the page; None for whoever may see it."""
@@ -131,7 +130,7 @@ class _Door:
         root = _root(request)
         if not re.fullmatch(r"/(tasks/[a-z0-9-]+)?(\?page=[0-9]+)?", target):
             target = "/"  # never to another site
-        if self._token and not self._matches(given):
+        if not is_operator(given, self._token):
             text = "That is not the dashboard's token."
             return _answer(self._pages.message(root, 401, "Who is there?", text, form_for=target))
         answer = RedirectResponse(root + target, 303, HEADERS)
@@ -142,10 +141,6 @@ class _Door:
                 httponly=True, samesite="lax", secure=request.url.scheme == "https",
             )  # fmt: skip
         return answer
-
-    def _matches(self, given: str) -> bool:
-        # as bytes: compare_digest refuses text outside of ASCII
-        return hmac.compare_digest(given.encode(errors="replace"), self._token.encode(errors="replace"))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from typing import Any
 from edgestill.coordinator.dashboard.charts import Chart, Series, bar_chart, heat_map, line_chart
 from edgestill.coordinator.problems import CATALOG
 from edgestill.coordinator.rounds.round import ABANDONED, COMPLETED, FINAL_PHASES
-from edgestill.coordinator.store.records import DeviceRecord, RefusalCount, RoundOverview, TaskRecord
+from edgestill.coordinator.store.overview import RoundOverview
+from edgestill.coordinator.store.records import DeviceRecord, RefusalCount, TaskRecord
 
 ROUNDS_CHARTED, BARS_CHARTED, DEVICES_CHARTED = 200, 30, 40
 LONGEST_NAME = 80

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.data.dataset import Dataset
-from edgestill.runtime.device.local_training import (
-    Transfer,
-    check_finite,
-    check_transfer,
-    taken_hyperparameters,
-    teacher_outputs,
-)
+from edgestill.runtime.device.local_training import Transfer, check_finite, check_transfer
 from edgestill.runtime.engines.registry import Engine
 from edgestill.runtime.errors import UsageError
-from edgestill.runtime.training.batches import BatchPlan
 from edgestill.runtime.training.evaluation import Evaluation, evaluate
-from edgestill.runtime.training.teacher import encode_all
-from edgestill.runtime.training.trainer import Run, TrainSettings, check_seed, train
+from edgestill.runtime.training.hyperparameters import TrainingSettings, taken_by
+from edgestill.runtime.training.plan import TrainSettings, plan
+from edgestill.runtime.training.teacher import TeacherOutputs, encode_all
+from edgestill.runtime.training.trainer import train
 
 
 @dataclass(frozen=True)
@@ -42,40 +36,28 @@ def distil(
     state: Mapping[str, np.ndarray],
     transfer: Transfer,
     aggregated: Mapping[str, np.ndarray],
-    settings: Mapping[str, Any],
+    settings: TrainingSettings,
     seed: int,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> DistilResult:
     """Trains `state` towards the aggregated outputs and encodes the transfer set; the same arguments give the same
     bits on the same engine.
 
-    `settings`: `epochs`, and any hyperparameter of the bundle's step (`learning_rate`, `alpha`, …). The labels of a
-    labelled transfer set count with 1 − alpha; without labels there is nothing but the outputs to learn from, and
-    alpha is 1. From latents alone the output layer learns nothing, so the classes of a global student need labels or
-    logits. Optimizer slots go on from `state`. Errors: UsageError, DataError for what does not fit together;
-    Interrupted when `should_stop` said so; TrainingError when the loss or the state is not finite.
+    The labels of a labelled transfer set count with 1 − alpha; without labels there is nothing but the outputs to
+    learn from, and alpha is 1. From latents alone the output layer learns nothing, so the classes of a global student
+    need labels or logits. Optimizer slots go on from `state`. Errors: UsageError, DataError for what does not fit
+    together; Interrupted when `should_stop` said so; TrainingError when the loss or the state is not finite.
     """
-    epochs = settings["epochs"]
-    if epochs < 1:
-        raise UsageError(f"{epochs} epochs of distillation", "give the task one epoch or more")
-    check_seed(seed)
     check_transfer(bundle, transfer)
-    teacher, implied = teacher_outputs(bundle, len(transfer), aggregated)
-    given = {
-        name: value for name, value in settings.items() if name not in ("epochs", "deadline_s")
-    } | implied
-    if transfer.labels is None:
-        given["alpha"] = 1.0
-    hyperparameters = taken_hyperparameters(bundle, given)
+    labelled = transfer.labels is not None and settings.alpha != 1
     labels = np.zeros(len(transfer), np.int64) if transfer.labels is None else transfer.labels
-    plan = BatchPlan(
-        dataset=Dataset(transfer.images, labels, ()),
-        batch=bundle.batch,
-        seed=seed,
-        teacher=teacher,
-        labelled=transfer.labels is not None and hyperparameters["alpha"] < 1,
+    run = plan(
+        bundle,
+        Dataset(transfer.images, labels, ()),
+        TrainSettings(settings.epochs, seed, hyperparameters=taken_by(bundle, settings.hyperparameters)),
+        teacher=TeacherOutputs(**aggregated),
+        labelled=labelled,
     )
-    run = Run(bundle, plan, TrainSettings(epochs, seed), hyperparameters)
     engine.load_state(bundle.check_state(state, source="the global student's state"))
     losses = [record.loss for record in train(engine, run, None, should_stop=should_stop)]
     after = engine.state()
@@ -84,7 +66,7 @@ def distil(
     return DistilResult(
         after,
         {"latents": outputs.latents, "logits": outputs.logits},
-        float(np.mean(losses[-plan.steps_per_epoch :])),
+        float(np.mean(losses[-run.plan.steps_per_epoch :])),
         len(losses),
     )
 

@@ -1,4 +1,4 @@
-"""Runs a step 5 between store and blobs: reads what it needs, computes, and ends its round whatever happens."""
+"""Runs one job: reads what it needs from store and blobs, computes, and ends its round whatever happens."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from edgestill.coordinator.distillation import step5
-from edgestill.coordinator.distillation.schedule import Schedule
-from edgestill.coordinator.distillation.step5 import Step5
+from edgestill.coordinator.distillation import job as distillation
+from edgestill.coordinator.distillation.job import Job
+from edgestill.coordinator.distillation.queue import JobQueue
 from edgestill.coordinator.rounds.round import Failed, Published
 from edgestill.coordinator.store.blobs import BlobError, Blobs
 from edgestill.coordinator.store.database import Store
@@ -19,23 +19,23 @@ _LOG = logging.getLogger("coordinator")
 _LONGEST_REASON = 500
 
 
-class Steps:
-    """The aggregations that `schedule` gives; `engine_threads` 0 leaves the number to the engine."""
+class JobRunner:
+    """Runs the jobs that `queue` gives; `engine_threads` 0 leaves the number to the engine."""
 
     def __init__(
-        self, store: Store, blobs: Blobs, schedule: Schedule, clock: Callable[[], float], engine_threads: int
+        self, store: Store, blobs: Blobs, queue: JobQueue, clock: Callable[[], float], engine_threads: int
     ) -> None:
-        self._store, self._blobs, self._schedule, self._clock = store, blobs, schedule, clock
+        self._store, self._blobs, self._queue, self._clock = store, blobs, queue, clock
         self._engine_threads = engine_threads
 
-    def run(self, job: Step5, work_folder: Path) -> None:
+    def run(self, job: Job, work_folder: Path) -> None:
         """Ends the round: published, or abandoned with the reason when anything fails.
 
         Errors: StoreError when not even the failure can be written down.
         """
         try:
             inputs = self._inputs(job)
-            result = step5.compute(
+            result = distillation.compute(
                 job, inputs, self._blobs, lambda: self._clock() >= job.deadline_s, self._engine_threads
             )
             self._publish(job, result, work_folder)
@@ -47,11 +47,11 @@ class Steps:
             )
             self.fail(job, message)
 
-    def fail(self, job: Step5, reason: str) -> bool:
+    def fail(self, job: Job, reason: str) -> bool:
         """Abandons the round of a job that cannot be done; False when that no longer matters."""
-        return self._schedule.end(job, Failed(reason[:_LONGEST_REASON]))
+        return self._queue.end(job, Failed(reason[:_LONGEST_REASON]))
 
-    def _inputs(self, job: Step5) -> step5.Inputs:
+    def _inputs(self, job: Job) -> distillation.Inputs:
         with self._store.read() as transaction:
             record = transaction.task(job.task)
             if record is None:
@@ -60,9 +60,9 @@ class Steps:
                 )
             previous = transaction.last_published(job.task, before=job.number)
             uploads = transaction.uploads(job.task, job.number)
-        return step5.Inputs(record.task, uploads, previous and previous[0], record.student_state)
+        return distillation.Inputs(record.task, uploads, previous and previous[0], record.student_state)
 
-    def _publish(self, job: Step5, result: step5.Result, work_folder: Path) -> None:
+    def _publish(self, job: Job, result: distillation.Result, work_folder: Path) -> None:
         """Stores and publishes a result; nothing when the job has lost its right or the round has ended meanwhile."""
         published = self._blobs.put(result.body)
         state = None
@@ -79,4 +79,4 @@ class Steps:
                     )
 
         event = Published(published)
-        self._schedule.end(job, event, state, len(result.body), result.metrics, check)
+        self._queue.end(job, event, state, len(result.body), result.metrics, check)

@@ -19,10 +19,10 @@ import threading
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from edgestill.coordinator.distillation.clockwork import StepRunner
+from edgestill.coordinator.distillation.loop import RunJob
 from edgestill.coordinator.http.context import Context
 from edgestill.coordinator.opening import is_shared, open_service, start_logging
-from edgestill.coordinator.service import Step5
+from edgestill.coordinator.service import Job
 from edgestill.coordinator.settings import Settings, load_settings
 
 _LOG = logging.getLogger("coordinator")
@@ -30,27 +30,27 @@ _MODULE = "edgestill.coordinator.distillation.worker"
 _KEPT_OUTPUT_BYTES = 2000
 
 
-def step_runner(settings: Settings, command: tuple[str, ...] = (sys.executable, "-m", _MODULE)) -> StepRunner:
+def runner_for(settings: Settings, command: tuple[str, ...] = (sys.executable, "-m", _MODULE)) -> RunJob:
     """Runs steps in worker processes; in a thread where no other process could see the store."""
     if not is_shared(settings):
         return run_in_thread
 
-    async def run(context: Context, job: Step5) -> None:
+    async def run(context: Context, job: Job) -> None:
         await run_in_process(context, job, command)
 
     return run
 
 
-async def run_in_thread(context: Context, job: Step5) -> None:
+async def run_in_thread(context: Context, job: Job) -> None:
     """Runs the step in this process, for a store in memory."""
-    with tempfile.TemporaryDirectory(prefix="edgestill-step5-") as folder:
-        await context.call(context.service.run_step5, job, Path(folder))
+    with tempfile.TemporaryDirectory(prefix="edgestill-distillation-") as folder:
+        await context.call(context.service.run_job, job, Path(folder))
     context.metrics.steps.labels("ended").inc()
 
 
-async def run_in_process(context: Context, job: Step5, command: tuple[str, ...]) -> None:
+async def run_in_process(context: Context, job: Job, command: tuple[str, ...]) -> None:
     """Runs the step in a worker; one that fails, dies or is late ends the round with the reason."""
-    with tempfile.TemporaryDirectory(prefix="edgestill-step5-") as folder:
+    with tempfile.TemporaryDirectory(prefix="edgestill-distillation-") as folder:
         order = {
             "settings": context.settings.as_json(secrets=True),
             "job": dataclasses.asdict(job),
@@ -61,7 +61,7 @@ async def run_in_process(context: Context, job: Step5, command: tuple[str, ...])
         )
     if reason is not None:
         _LOG.error("step 5 of %s: %s", job.round_name, reason)
-        await context.call(context.service.fail_step5, job, reason)
+        await context.call(context.service.fail_job, job, reason)
     context.metrics.steps.labels("ended" if reason is None else "failed").inc()
 
 
@@ -113,7 +113,7 @@ def main(stdin: BinaryIO | None = None) -> int:
     settings = load_settings({k: v for k, v in order["settings"].items() if v is not None})
     start_logging(settings)
     service = open_service(settings)
-    service.run_step5(Step5(**order["job"]), Path(order["folder"]))
+    service.run_job(Job(**order["job"]), Path(order["folder"]))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The coordinator as an ASGI application: routes, problems, figures, and the clockwork behind them."""
+"""The coordinator as an ASGI application: routes, problems, figures, and the loop behind them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from fastapi import FastAPI
 
 from edgestill.coordinator.dashboard.routes import make_dashboard_router
-from edgestill.coordinator.distillation.clockwork import Clockwork, StepRunner
-from edgestill.coordinator.distillation.worker import step_runner
-from edgestill.coordinator.http.answers import SCHEMA, add_problem_handlers
+from edgestill.coordinator.distillation.loop import BackgroundLoop, RunJob
+from edgestill.coordinator.distillation.worker import runner_for
 from edgestill.coordinator.http.context import Context
 from edgestill.coordinator.http.hosts import KnownHosts, known_hosts
 from edgestill.coordinator.http.metrics import Measured
+from edgestill.coordinator.http.problem_responses import SCHEMA, add_problem_handlers
 from edgestill.coordinator.http.routes import blobs, description, devices, operations, uploads
 from edgestill.coordinator.service import Service
 from edgestill.coordinator.settings import Settings
@@ -24,17 +24,17 @@ Errors are `application/problem+json` (RFC 9457) with a `hint`. Contract: docs/f
 
 
 def make_app(
-    service: Service, settings: Settings, run_step: StepRunner | None = None, clockwork: bool = True
+    service: Service, settings: Settings, run_job: RunJob | None = None, loop: bool = True
 ) -> FastAPI:
-    """The application over a service; `clockwork` off leaves deadlines and step 5 to the caller."""
+    """The application over a service; `loop` off leaves deadlines and step 5 to the caller."""
     context = Context(service, settings)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        if not clockwork:
+        if not loop:
             yield
             return
-        async with Clockwork(context, run_step or step_runner(settings)).running():
+        async with BackgroundLoop(context, run_job or runner_for(settings)).running():
             yield
 
     app = FastAPI(title="edgestill coordinator", version="1", description=_DESCRIPTION,

@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from edgestill.coordinator.http.answers import ProblemResponse
 from edgestill.coordinator.http.metrics import Metrics
+from edgestill.coordinator.http.problem_responses import ProblemResponse
 from edgestill.coordinator.problems import Problem
 from edgestill.coordinator.settings import Settings
 

@@ -18,7 +18,7 @@ DESCRIPTION_PATH = Path(__file__).with_name("openapi.json")
 def describe() -> str:
     """The description as JSON text; the same code always gives the same."""
     service = Service(Store("sqlite://"), open_blobs("memory://"))
-    app = make_app(service, Settings(), clockwork=False)
+    app = make_app(service, Settings(), loop=False)
     return json.dumps(app.openapi(), indent=1, sort_keys=True) + "\n"
 
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from edgestill.coordinator.rounds.round import (
-    COLLECTING,
     Abandoned,
     Aggregate,
     Completed,
@@ -136,7 +135,3 @@ def _say(transaction: Transaction, round_name: str, effect: Effect) -> None:
 def may_open(round: Round | None, task: Task) -> bool:
     """Whether the task's next round may open, `round` being its last."""
     return round is None or (round.final and round.number < task.rounds)
-
-
-def collects(round: Round, now_s: float) -> bool:
-    return round.phase == COLLECTING and now_s < round.deadline_s

@@ -68,6 +68,10 @@ class Round:
     def final(self) -> bool:
         return self.phase in FINAL_PHASES
 
+    def collects(self, now_s: float) -> bool:
+        """Whether uploads still count."""
+        return self.phase == COLLECTING and now_s < self.deadline_s
+
     @property
     def accepted_in_order(self) -> tuple[str, ...]:
         """The devices to aggregate, by name: whatever order they came in."""
@@ -185,7 +189,7 @@ def step(round: Round, event: Event, now_s: float, rules: Rules) -> tuple[Round,
 
 
 def _ask(round: Round, device: str, now_s: float, rules: Rules) -> tuple[Round, tuple[Effect, ...]]:
-    if not _collects(round, now_s) or device in round.accepted:
+    if not round.collects(now_s) or device in round.accepted:
         return round, ()
     if device not in round.selected:
         if len(round.selected) >= rules.selected_at_most:
@@ -204,7 +208,7 @@ def _offer(
         return round, (Refusal("other_digest"),)
     if device not in round.selected:
         return round, (Refusal("not_selected"),)
-    if not _collects(round, now_s):
+    if not round.collects(now_s):
         return round, (Refusal("late"),)
     round = replace(round, accepted={**round.accepted, device: upload})
     effects: tuple[Effect, ...] = (AcceptedUpload(device, upload.digest),)
@@ -228,10 +232,6 @@ def _tick(round: Round, now_s: float, rules: Rules) -> tuple[Round, tuple[Effect
         f"{len(round.accepted)} of at least {rules.minimum} uploads "
         f"({len(round.selected)} devices selected) in {rules.deadline_s:g} s",
     )
-
-
-def _collects(round: Round, now_s: float) -> bool:
-    return round.phase == COLLECTING and now_s < round.deadline_s
 
 
 def _aggregate(round: Round, now_s: float) -> tuple[Round, tuple[Effect, ...]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from edgestill.coordinator import credentials
 from edgestill.coordinator.problems import Problem
-from edgestill.coordinator.rounds.progress import collects, may_open
+from edgestill.coordinator.rounds.progress import may_open
 from edgestill.coordinator.rounds.round import Ask, step
 from edgestill.coordinator.store.records import DeviceRecord, RoundRecord
 from edgestill.coordinator.store.transaction import Transaction
@@ -92,7 +92,7 @@ def work_for(
     transaction: Transaction, device: DeviceRecord, record: RoundRecord | None, now_s: float
 ) -> dict[str, Any] | None:
     """WORK for a device that is selected and has not uploaded."""
-    if record is None or not collects(record.round, now_s) or device.name in record.round.accepted:
+    if record is None or not record.round.collects(now_s) or device.name in record.round.accepted:
         return None
     if device.name not in record.round.selected:
         return None

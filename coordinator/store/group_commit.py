@@ -1,4 +1,4 @@
-"""One durable write for many callers: whoever finds nobody at work does everybody's share."""
+"""Group commit: one durable write for all callers that wait at the same time."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class _Entry(Generic[Item, Result]):
     error: BaseException | None = None
 
 
-class Together(Generic[Item, Result]):
-    """Gathers the items of threads that call while `run` is busy, and gives them to its next call all at once.
+class GroupCommit(Generic[Item, Result]):
+    """Group commit: the items of threads that call while `run` is busy go to its next call all at once.
 
     `run` returns a result for each item in order. What it raises, all of its callers get, each a copy of its own that
     names the original as its cause: nothing of theirs was done.

@@ -1,13 +1,42 @@
-"""Rounds as pages, figures and the command line show them, read in a few queries a task."""
+"""A round with its uploads and reports, as pages, figures and the command line show it: a few queries a task."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from edgestill.coordinator.store.records import RoundOverview
 from edgestill.coordinator.store.transaction import Transaction
+
+
+@dataclass(frozen=True)
+class RoundOverview:
+    """A round as pages and the command line show it."""
+
+    task: str
+    number: int
+    phase: str
+    opened_s: float
+    deadline_s: float
+    closed_s: float | None
+    reason: str | None
+    selected: tuple[str, ...]
+    accepted: tuple[str, ...]
+    bytes_up: int
+    """Of the accepted uploads' bodies."""
+    published: str | None
+    published_bytes: int | None
+    metrics: Mapping[str, Any]
+    reports: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """REPORT by device."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}.{self.number}"
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "name": self.name}
 
 
 def overview_of_rounds(transaction: Transaction, task: str) -> list[RoundOverview]:

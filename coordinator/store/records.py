@@ -1,13 +1,15 @@
-"""What the store gives back, as frozen dataclasses; times are seconds since the epoch."""
+"""Rows of the store as frozen dataclasses, one class a table; times are seconds since the epoch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from sqlalchemy import Row
+
 from edgestill.coordinator.rounds.round import Accepted, Round
-from edgestill.coordinator.task.task import Task
+from edgestill.coordinator.task.task import Task, parse_task
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,11 @@ class TaskRecord:
     """Blob with the global student's state after the last completed round."""
     stopped_s: float | None = None
     """When the operator stopped it; it is finished, too, then."""
+
+    @classmethod
+    def from_row(cls, row: Row[Any]) -> TaskRecord:
+        task = parse_task(row.definition)
+        return cls(row.name, task, row.created_s, row.finished, row.student_state, row.stopped_s)
 
     @property
     def ended(self) -> str | None:
@@ -51,6 +58,20 @@ class DeviceRecord:
     stored_bytes: int
     """Uploads stored in this task."""
 
+    @classmethod
+    def from_row(cls, row: Row[Any]) -> DeviceRecord:
+        return cls(
+            row.name,
+            row.task,
+            json_object(row.info),
+            json_object(row.status),
+            row.student,
+            row.bundle,
+            row.enrolled_s,
+            row.seen_s,
+            row.stored_bytes,
+        )
+
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -66,6 +87,19 @@ class RoundRecord:
     metrics: Mapping[str, Any]
     """Of step 5: t_uni, loss, distil_loss, steps, seconds, uploads, …; empty until completed."""
     version: int
+
+    @classmethod
+    def from_row(cls, row: Row[Any]) -> RoundRecord:
+        round = Round(
+            row.number,
+            row.phase,
+            row.opened_s,
+            row.deadline_s,
+            begun_s=row.begun_s,
+            reason=row.reason,
+            published=row.published,
+        )
+        return cls(row.task, round, row.closed_s, row.published_bytes, json_object(row.metrics), row.version)
 
     @property
     def number(self) -> int:
@@ -97,6 +131,13 @@ class UploadRecord:
     samples: int
     class_counts: tuple[int, ...] | None
     received_s: float
+
+    @classmethod
+    def from_row(cls, row: Row[Any]) -> UploadRecord:
+        counts = None if row.class_counts is None else tuple(row.class_counts)
+        return cls(
+            row.device, row.digest, row.size_bytes, row.content_encoding, row.samples, counts, row.received_s
+        )
 
 
 @dataclass(frozen=True)
@@ -140,30 +181,6 @@ class Change:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class RoundOverview:
-    """A round as pages and the command line show it."""
-
-    task: str
-    number: int
-    phase: str
-    opened_s: float
-    deadline_s: float
-    closed_s: float | None
-    reason: str | None
-    selected: tuple[str, ...]
-    accepted: tuple[str, ...]
-    bytes_up: int
-    """Of the accepted uploads' bodies."""
-    published: str | None
-    published_bytes: int | None
-    metrics: Mapping[str, Any]
-    reports: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """REPORT by device."""
-
-    @property
-    def name(self) -> str:
-        return f"{self.task}.{self.number}"
-
-    def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "name": self.name}
+def json_object(value: Any) -> dict[str, Any]:
+    """A JSON column's value; empty where it is null."""
+    return dict(value or {})

@@ -8,7 +8,6 @@ from sqlalchemy import Connection, and_, delete, select
 
 from edgestill.coordinator.rounds.round import FINAL_PHASES
 from edgestill.coordinator.store import schema as s
-from edgestill.coordinator.store.rows import put_row
 
 
 class References:
@@ -40,7 +39,7 @@ class References:
     def note_orphans(self, digests: Collection[str], now_s: float) -> None:
         """Makes `perhaps_deleted` name the digests, before they are deleted."""
         for digest in sorted(digests):
-            put_row(self._connection, s.orphans, {"digest": digest}, {"found_s": now_s})
+            s.upsert(self._connection, s.orphans, {"digest": digest}, {"found_s": now_s})
 
     def forget_orphans(self, before_s: float) -> None:
         """Those that were noted so long ago that whoever stored their bytes meanwhile is long done."""

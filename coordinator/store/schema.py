@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from sqlalchemy import (
     JSON,
     BigInteger,
     Boolean,
     Column,
+    Connection,
     Double,
     ForeignKey,
     ForeignKeyConstraint,
@@ -180,3 +184,21 @@ counters = Table(
 
 Index("ix_uploads_device", uploads.c.device)
 Index("ix_uploads_digest", uploads.c.digest)
+
+
+def upsert(
+    connection: Connection,
+    table: Table,
+    key: Mapping[str, Any],
+    values: Mapping[str, Any],
+    on_conflict: Mapping[str, Any] | None = None,
+) -> None:
+    """Inserts a row, or updates the one of the same key, with `on_conflict` where that differs from `values`."""
+    if connection.dialect.name == "postgresql":
+        from sqlalchemy.dialects.postgresql import insert
+    else:
+        from sqlalchemy.dialects.sqlite import insert  # type: ignore[assignment]
+    statement = insert(table).values(**key, **values)
+    connection.execute(
+        statement.on_conflict_do_update(index_elements=list(key), set_=dict(on_conflict or values))
+    )

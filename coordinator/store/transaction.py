@@ -19,16 +19,9 @@ from edgestill.coordinator.store.records import (
     RoundRecord,
     TaskRecord,
     UploadRecord,
+    json_object,
 )
 from edgestill.coordinator.store.references import References
-from edgestill.coordinator.store.rows import (
-    device_record,
-    json_object,
-    put_row,
-    round_record,
-    task_record,
-    upload_record,
-)
 from edgestill.coordinator.task.task import Task
 
 CHANGES_KEPT = 10_000
@@ -61,7 +54,7 @@ class Transaction:
     def lock_all_tasks(self) -> None:
         """Locks every task there is, in the one order in which all do; no other can be added meanwhile."""
         if self._locks_rows:  # a row of its own: the rows of tasks to come cannot be locked
-            put_row(self._connection, s.counters, {"name": "tasks"}, {"value": 0})
+            s.upsert(self._connection, s.counters, {"name": "tasks"}, {"value": 0})
         for name in sorted(self._connection.scalars(select(s.tasks.c.name))):
             self.lock_task(name)
 
@@ -75,11 +68,11 @@ class Transaction:
 
     def task(self, name: str) -> TaskRecord | None:
         row = self._one(select(s.tasks).where(s.tasks.c.name == name))
-        return None if row is None else task_record(row)
+        return None if row is None else TaskRecord.from_row(row)
 
     def tasks(self) -> list[TaskRecord]:
         query = select(s.tasks).order_by(s.tasks.c.created_s, s.tasks.c.name)
-        return [task_record(row) for row in self._connection.execute(query)]
+        return [TaskRecord.from_row(row) for row in self._connection.execute(query)]
 
     def set_task(self, name: str, **values: Any) -> None:
         self._connection.execute(update(s.tasks).where(s.tasks.c.name == name).values(**values))
@@ -112,16 +105,16 @@ class Transaction:
 
     def device_with_token(self, token_hash: str) -> DeviceRecord | None:
         row = self._one(select(s.devices).where(s.devices.c.token_hash == token_hash))
-        return None if row is None else device_record(row)
+        return None if row is None else DeviceRecord.from_row(row)
 
     def device(self, name: str) -> DeviceRecord | None:
         row = self._one(select(s.devices).where(s.devices.c.name == name))
-        return None if row is None else device_record(row)
+        return None if row is None else DeviceRecord.from_row(row)
 
     def devices(self, task: str) -> list[DeviceRecord]:
         query = select(s.devices).where(s.devices.c.task == task)
         rows = self._connection.execute(query.order_by(s.devices.c.enrolled_s, s.devices.c.name))
-        return [device_record(row) for row in rows]
+        return [DeviceRecord.from_row(row) for row in rows]
 
     def last_seen_s(self, task: str) -> float | None:
         """When any device of the task was last heard of."""
@@ -154,11 +147,11 @@ class Transaction:
         else:
             query = query.where(rounds.number == number)
         row = self._one(query)
-        return None if row is None else round_record(row)
+        return None if row is None else RoundRecord.from_row(row)
 
     def round_heads(self, task: str) -> list[RoundRecord]:
         query = select(s.rounds).where(s.rounds.c.task == task).order_by(s.rounds.c.number)
-        return [round_record(row) for row in self._connection.execute(query)]
+        return [RoundRecord.from_row(row) for row in self._connection.execute(query)]
 
     def members(self, task: str, number: int) -> tuple[frozenset[str], dict[str, Accepted]]:
         """Who was selected for a round, and whose upload was accepted."""
@@ -234,7 +227,7 @@ class Transaction:
         """The accepted uploads of a round, ordered by device."""
         table = s.uploads.c
         query = select(s.uploads).where(table.task == task, table.number == number).order_by(table.device)
-        return [upload_record(row) for row in self._connection.execute(query)]
+        return [UploadRecord.from_row(row) for row in self._connection.execute(query)]
 
     def selections(self, task: str) -> list[tuple[int, str]]:
         """Round and device of every selection of a task, ordered."""
@@ -294,7 +287,7 @@ class Transaction:
         self, task: str, number: int, device: str, report: Mapping[str, Any], now_s: float
     ) -> None:
         key = {"task": task, "number": number, "device": device}
-        put_row(self._connection, s.reports, key, {"report": dict(report), "received_s": now_s})
+        s.upsert(self._connection, s.reports, key, {"report": dict(report), "received_s": now_s})
 
     def reports(self, task: str) -> list[ReportRecord]:
         table = s.reports.c
@@ -305,7 +298,7 @@ class Transaction:
     def count_refusals(self, task: str, number: int | None, kind: str, count: int) -> None:
         table = s.refusals
         key = {"task": task, "number": number or _ROUND_0, "kind": kind}
-        put_row(self._connection, table, key, {"count": count}, {"count": table.c.count + count})
+        s.upsert(self._connection, table, key, {"count": count}, {"count": table.c.count + count})
 
     def refusals(self, task: str) -> list[RefusalCount]:
         table = s.refusals.c
@@ -320,7 +313,7 @@ class Transaction:
         row = self._one(select(s.leases).where(leases.task == task, leases.number == number))
         if row is not None and row.owner != owner and row.expires_s > now_s:
             return False
-        put_row(
+        s.upsert(
             self._connection,
             s.leases,
             {"task": task, "number": number},
@@ -359,7 +352,7 @@ class Transaction:
         if not self._noted:
             return
         count, counters = len(self._noted), s.counters
-        put_row(
+        s.upsert(
             self._connection,
             counters,
             {"name": "changes"},

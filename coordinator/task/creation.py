@@ -14,10 +14,14 @@ import numpy as np
 from edgestill.coordinator.task.task import Task, parse_task
 from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.bundle.manifest import InputSpec
-from edgestill.runtime.data.dataset import load_splits, load_transfer_images
-from edgestill.runtime.device.local_training import Transfer, parameters_of
+from edgestill.runtime.data.dataset import Dataset, load_splits, load_transfer_samples
+from edgestill.runtime.device.local_training import EXCHANGED_OUTPUTS, Transfer, parameters_of
 from edgestill.runtime.errors import UsageError
 from edgestill.runtime.randomness import SUBSET, permutation
+from edgestill.runtime.training.batches import TransferSet
+from edgestill.runtime.training.hyperparameters import taken_by
+from edgestill.runtime.training.plan import TrainSettings, plan
+from edgestill.runtime.training.teacher import TeacherOutputs
 
 SOURCES = (
     "bundles", "global_bundle", "transfer", "transfer_count", "transfer_labels", "test", "test_count", "seed",
@@ -50,17 +54,19 @@ def make_task(description: Mapping[str, Any], add_blob: AddBlob, warn: Warn = la
         first = bundles[0]
         everyone = [*bundles, *([] if whole is None else [whole])]
         _check_alike(everyone)
-        _refuse_relational(everyone)
+        _refuse_several_tensors(everyone)
         if drafted.exchange != "parameters":
             _check_objectives(bundles, whole, drafted.exchange)
             _warn_of_control_arms(bundles, drafted.exchange, warn)
-            _check_transfer_fraction(bundles, drafted.local.transfer_fraction)
+            _warn_of_own_spaces(everyone, drafted, warn)
         seed = _count(description, "seed", 0) or 0
         transfer = load_transfer(
             _text(description, "transfer"), first.input, first.classes,
             bool(description.get("transfer_labels")), _count(description, "transfer_count", 1), seed,
         )  # fmt: skip
         _warn_of_fewer(description, "transfer", transfer, warn)
+        if drafted.exchange != "parameters":
+            _check_training(bundles, whole, drafted, transfer)
         test = None
         if description.get("test") is not None:
             test = load_test(str(description["test"]), first, _count(description, "test_count", 1), seed)
@@ -133,7 +139,7 @@ def load_transfer(
         dataset = load_splits(source, form, classes).train
         images, labels = dataset.images, dataset.labels
     else:
-        images, labels = load_transfer_images(source, form), None
+        images, labels = load_transfer_samples(source, form)[0], None
     return _take(Transfer(images, labels), count, seed)
 
 
@@ -221,13 +227,14 @@ def _check_alike(bundles: Sequence[Bundle]) -> None:
                 )
 
 
-def _refuse_relational(bundles: Sequence[Bundle]) -> None:
-    """Errors: UsageError for a student that learns from a teacher's latents of samples outside of the transfer set."""
+def _refuse_several_tensors(bundles: Sequence[Bundle]) -> None:
+    """Errors: UsageError for a student whose samples a transfer or test set cannot hold."""
     for bundle in bundles:
-        if bundle.objective.relates_samples:
+        if bundle.more_inputs:
             raise UsageError(
-                f"{bundle.source}: objective {bundle.objective.name} is for `edgestill train --teacher` alone",
-                "export it with --objective lkd, kd, both or ce",
+                f"{bundle.source}: takes {len(bundle.samples)} tensors a sample ({', '.join(bundle.sample_names)}), "
+                "a task's transfer and test sets hold one",
+                "train it with `edgestill train`, or export a student that takes one tensor",
             )
 
 
@@ -239,12 +246,70 @@ def _check_objectives(bundles: Sequence[Bundle], whole: Bundle | None, exchange:
     teachable = [bundle for bundle in bundles if bundle.objective.needs_teacher]
     for bundle in [*teachable, *([] if whole is None else [whole])]:
         objective = bundle.objective
-        learns = {"latents": objective.takes_latents, "logits": objective.takes_logits}
-        if not learns.get(exchange, any(learns.values())):
+        exchanged = EXCHANGED_OUTPUTS[exchange]
+        if not set(objective.learns_from) & set(exchanged):
             raise UsageError(
                 f"{bundle.source}: objective {objective.name} does not learn from {exchange}",
-                "export it with --objective lkd for latents, kd for logits, both for either",
+                "export it with --objective lkd, crd or lpd for latents, kd for logits, both for either",
             )
+        heads = objective.teacher_latent_size
+        if heads is not None and heads != bundle.latent_size:
+            raise UsageError(
+                f"{bundle.source}: its heads take latents of {heads}, this task's are of {bundle.latent_size}",
+                f"export it with --teacher-latent-size {bundle.latent_size}",
+            )
+
+
+def _check_training(
+    bundles: Sequence[Bundle], whole: Bundle | None, drafted: Task, transfer: Transfer
+) -> None:
+    """Plans a device's round and step 5 as they will be planned, on samples and outputs that stand in for real ones.
+
+    Errors: UsageError where a student cannot train as the task asks it to.
+    """
+    samples = len(transfer)
+    for bundle in (bundle for bundle in bundles if bundle.objective.needs_teacher):
+        plan(
+            bundle,
+            _stand_in_samples(bundle, 1),
+            TrainSettings(
+                hyperparameters=taken_by(bundle, drafted.local.hyperparameters),
+                augmentations=drafted.local.augmentations,
+                transfer_fraction=drafted.local.transfer_fraction,
+            ),
+            transfer=TransferSet(transfer.images, _stand_in_outputs(bundle, samples, drafted.exchange)),
+        )
+    if whole is not None:
+        plan(
+            whole,
+            _stand_in_samples(whole, samples),
+            TrainSettings(hyperparameters=taken_by(whole, drafted.distil.hyperparameters)),
+            teacher=_stand_in_outputs(whole, samples, drafted.exchange),
+        )
+
+
+def _stand_in_samples(bundle: Bundle, samples: int) -> Dataset:
+    form = bundle.input
+    # one row of memory, however many samples
+    inputs = np.broadcast_to(np.zeros(1, form.dtype), (samples, *form.shape))
+    return Dataset(inputs, np.zeros(samples, np.int64), ())
+
+
+def _stand_in_outputs(bundle: Bundle, samples: int, exchange: str) -> TeacherOutputs:
+    widths = {"latents": bundle.latent_size, "logits": bundle.classes}
+    return TeacherOutputs(
+        **{name: np.zeros((samples, widths[name]), np.float32) for name in EXCHANGED_OUTPUTS[exchange]}
+    )
+
+
+def _warn_of_own_spaces(bundles: Sequence[Bundle], drafted: Task, warn: Warn) -> None:
+    """`crd` and `lpd` keep relations between samples, not coordinates: each student has a latent space of its own."""
+    own = [bundle for bundle in bundles if bundle.objective.relates_samples]
+    if own and drafted.exchange in ("latents", "both") and not drafted.aggregation.align:
+        warn(
+            f"latents of {_named(own)} are in a space of their own, for objective {own[0].objective.name} learns how "
+            "samples lie to one another, not where: their mean with others says little; take --align"
+        )
 
 
 def _warn_of_control_arms(bundles: Sequence[Bundle], exchange: str, warn: Warn) -> None:
@@ -266,15 +331,3 @@ def _warn_of_fewer(description: Mapping[str, Any], name: str, taken: Transfer, w
     wanted = description.get(f"{name}_count")
     if wanted is not None and wanted > len(taken):
         warn(f"--{name}-count {wanted}: {description[name]} has {len(taken)} samples, all of which are taken")
-
-
-def _check_transfer_fraction(bundles: Sequence[Bundle], fraction: float) -> None:
-    """Errors: UsageError where a student's batch would hold no transfer samples, or nothing else."""
-    for bundle in bundles:
-        count = round(bundle.batch * fraction)
-        if bundle.objective.needs_teacher and not 0 < count < bundle.batch:
-            raise UsageError(
-                f"local.transfer_fraction is {fraction}: {count} of the {bundle.batch} samples of a batch "
-                f"of {bundle.source}",
-                f"give {1 / bundle.batch:.3g} to {1 - 1 / bundle.batch:.3g}",
-            )

@@ -13,6 +13,7 @@ from edgestill.runtime.device.local_settings import LocalSettings
 from edgestill.runtime.device.local_training import EXCHANGED_OUTPUTS, EXCHANGES
 from edgestill.runtime.device.outputs import MOST_CLASS_COUNTS, PRECISIONS
 from edgestill.runtime.fields import Node, field_error
+from edgestill.runtime.training.hyperparameters import HYPERPARAMETERS, TrainingSettings, read_training
 
 MODES = ("global", "consensus")
 RULES = ("mean", "class_mean", "median", "trimmed_mean", "krum")
@@ -70,11 +71,9 @@ class Aggregation:
 
 
 @dataclass(frozen=True)
-class Distil:
+class Distil(TrainingSettings):
     """What step 5 trains the global student with, and how long it may take."""
 
-    epochs: int = 1
-    learning_rate: float = 0.01
     alpha: float = 1.0
     deadline_s: float = 600.0
 
@@ -243,12 +242,10 @@ def _parse_local(node: Node) -> LocalSettings:
 
 def _parse_distil(node: Node, labelled: bool) -> Distil:
     node.check_fields(Distil)
-    return Distil(
-        epochs=node.get("epochs", 1).integer(1, 10_000),
-        learning_rate=node.get("learning_rate", 0.01).number(0.0, 1e3),
-        alpha=node.get("alpha", 0.5 if labelled else 1.0).number(0.0, 1.0),
-        deadline_s=node.get("deadline_s", 600.0).number(0.001, 30 * _DAY_S),
-    )
+    given = read_training(node)
+    if given["alpha"] is None:
+        given["alpha"] = HYPERPARAMETERS["alpha"].default if labelled else 1.0
+    return Distil(**given, deadline_s=node.get("deadline_s", 600.0).number(0.001, 30 * _DAY_S))
 
 
 def _parse_shapes(node: Node) -> dict[str, tuple[int, ...]]:

@@ -1,1 +1,1 @@
-"""Uploads of outputs: what is refused, what is accepted, and how often."""
+"""Uploads of outputs: `checks` of one, `acceptance` into the store, `refusal_counts` of what was refused."""

@@ -15,10 +15,10 @@ from edgestill.coordinator.rounds.progress import Progress
 from edgestill.coordinator.rounds.round import Effect, Offer, Refusal, step
 from edgestill.coordinator.store.blobs import Blobs
 from edgestill.coordinator.store.database import Store
-from edgestill.coordinator.store.group_commit import Together
+from edgestill.coordinator.store.group_commit import GroupCommit
 from edgestill.coordinator.store.records import DeviceRecord, RoundRecord, UploadRecord
 from edgestill.coordinator.store.transaction import Transaction
-from edgestill.coordinator.uploads.admission import (
+from edgestill.coordinator.uploads.checks import (
     UploadTicket,
     check_digest,
     check_head,
@@ -50,7 +50,7 @@ class Uploads:
     ) -> None:
         self._store, self._blobs, self._progress, self._clock = store, blobs, progress, clock
         self._quota_bytes, self._max_body_bytes = quota_bytes, max_body_bytes
-        self._accept: Together[_Arrived, str | Problem] = Together(self._accept_all)
+        self._accept: GroupCommit[_Arrived, str | Problem] = GroupCommit(self._accept_all)
 
     def check(
         self,

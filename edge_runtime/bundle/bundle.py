@@ -92,6 +92,24 @@ class Bundle:
         return self.manifest.input
 
     @property
+    def more_inputs(self) -> tuple[InputSpec, ...]:
+        return self.manifest.more_inputs
+
+    @property
+    def samples(self) -> tuple[InputSpec, ...]:
+        """All tensors of a sample, in the order in which `encode` takes them."""
+        return (self.manifest.input, *self.manifest.more_inputs)
+
+    @property
+    def sample_names(self) -> tuple[str, ...]:
+        return tuple(spec.name for spec in self.samples)
+
+    @property
+    def noise_specs(self) -> tuple[TensorSpec, ...]:
+        """The uniform numbers that a step takes, for dropout and its like."""
+        return tuple(spec for spec in self.inputs("train_step") if spec.name.startswith("noise."))
+
+    @property
     def objective(self) -> Objective:
         return self.manifest.objective
 
@@ -181,10 +199,18 @@ class Bundle:
                 list(manifest.freeze),
                 [[s.name, list(s.shape), s.dtype, s.role, s.written] for s in manifest.state],
                 manifest.files[manifest.state_file].sha256,
+                *self._newer_specs(),
             ],
             sort_keys=True,
         )
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def _newer_specs(self) -> list[list[object]]:
+        """What format 1 could not say, so that the digests of older bundles stay as they were."""
+        named = [[s.name, list(s.shape), s.dtype, s.mean, s.std] for s in self.samples]
+        noise = [[spec.name, list(spec.shape)] for spec in self.noise_specs]
+        said = len(named) == 1 and self.input.name == "images"
+        return [*([] if said else [named]), *([noise] if noise else [])]
 
     def contains(self, path: str | Path) -> bool:
         """Whether a path lies in the bundle's folder, where nothing may be added."""

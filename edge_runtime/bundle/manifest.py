@@ -18,15 +18,27 @@ import numpy as np
 from edgestill.runtime.errors import BundleError
 
 FORMAT = "edgestill-bundle"
-FORMAT_VERSION = 1
-OBJECTIVES = ("ce", "kd", "lkd", "both", "crd", "lpd")
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+"""What version 1 can say, version 2 says alike."""
+OBJECTIVES = {
+    "ce": (),
+    "kd": ("logits",),
+    "lkd": ("latents",),
+    "both": ("latents", "logits"),
+    "crd": ("latents",),
+    "lpd": ("latents",),
+}
+"""Which of a teacher's outputs enter the loss of each."""
 KD_LOSSES = ("mse", "kl")
 OPTIMIZERS = ("sgd", "adamw")
 GRAPHS = ("train_step", "encode")
 ROLES = ("parameter", "statistic", "slot")
 DTYPES = {"float32": np.dtype("float32"), "uint8": np.dtype("uint8"), "int64": np.dtype("int64")}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_NOISE = re.compile(r"noise\.[0-9]{1,6}")
 _MAX_ELEMENTS = 2**31
+_MAX_RANK = 6
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,11 @@ class TensorSpec:
     @property
     def size_bytes(self) -> int:
         return math.prod(self.shape) * self.numpy_dtype.itemsize
+
+    def as_json(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        own = {"role": self.role, "written": self.written} if self.role else {"unit": self.unit}
+        return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype, **own}
 
 
 @dataclass(frozen=True)
@@ -71,12 +88,23 @@ class Student:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One sample: shape (C, H, W); the graph normalises uint8 samples by `mean` and `std` a channel."""
+    """One tensor of a sample: images (C, H, W), windows (channels, length), tokens (length,).
 
-    shape: tuple[int, int, int]
-    dtype: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    The graph normalises uint8 samples by `mean` and `std` along their first axis; others enter as they are.
+    """
+
+    shape: tuple[int, ...] = (3, 32, 32)
+    dtype: str = "uint8"
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    name: str = "images"
+
+    @property
+    def is_image(self) -> bool:
+        return len(self.shape) == 3
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)}"
 
 
 @dataclass(frozen=True)
@@ -95,11 +123,17 @@ class Objective:
 
     @property
     def takes_latents(self) -> bool:
-        return self.name in ("lkd", "both")
+        """Whether a step is given the teacher's latent of each sample, of the student's own size."""
+        return "latents" in self.learns_from and not self.relates_samples
 
     @property
     def takes_logits(self) -> bool:
-        return self.name in ("kd", "both")
+        return "logits" in self.learns_from
+
+    @property
+    def learns_from(self) -> tuple[str, ...]:
+        """Which of a teacher's outputs enter the loss."""
+        return OBJECTIVES[self.name]
 
     @property
     def relates_samples(self) -> bool:
@@ -109,8 +143,10 @@ class Objective:
 
 @dataclass(frozen=True)
 class Optimizer:
-    name: str
-    nesterov: bool
+    """`sgd` (momentum, Nesterov, weight decay) or `adamw` (Loshchilov and Hutter 2019)."""
+
+    name: str = "sgd"
+    nesterov: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,6 +163,7 @@ class Manifest:
     classes: int
     batch: int
     input: InputSpec
+    more_inputs: tuple[InputSpec, ...]
     objective: Objective
     optimizer: Optimizer
     freeze: tuple[str, ...]
@@ -154,9 +191,9 @@ def parse_manifest(text: bytes) -> Manifest:
             "give a folder that `edgestill export` wrote",
         )
     version = root.get("format_version").value
-    if version != FORMAT_VERSION:
+    if version not in READABLE_VERSIONS:
         raise BundleError(
-            f"manifest.json: format version {version!r}, this edgestill reads {FORMAT_VERSION}",
+            f"manifest.json: format version {version!r}, this edgestill reads {FORMAT_VERSION} and older",
             "install the edgestill that wrote the bundle, or export it again",
         )
     student, objective, optimizer = root.get("student"), root.get("objective"), root.get("optimizer")
@@ -170,8 +207,9 @@ def parse_manifest(text: bytes) -> Manifest:
         classes=root.get("classes").size(1),
         batch=root.get("batch").size(1),
         input=_parse_input(root.get("input")),
+        more_inputs=tuple(_parse_input(entry) for entry in root.get("more_inputs", []).items()),
         objective=Objective(
-            objective.get("name").one_of(OBJECTIVES),
+            objective.get("name").one_of(tuple(OBJECTIVES)),
             objective.get("kd_loss").one_of((None, *KD_LOSSES)),
             *(objective.optional_size(key) for key in ("negatives", "features", "teacher_latent_size")),
         ),
@@ -203,21 +241,22 @@ def parse_manifest(text: bytes) -> Manifest:
         },
     )
     _check_consistency(manifest)
+    _check_samples(manifest)
     return manifest
 
 
 def _parse_input(node: _Node) -> InputSpec:
     shape = tuple(entry.size(1) for entry in node.get("shape").items())
-    if len(shape) != 3:
-        raise BundleError(f"{node.where}.shape: {list(shape)} is not [channels, height, width]")
-    dtype = node.get("dtype").one_of(("uint8", "float32"))
+    if not 1 <= len(shape) <= _MAX_RANK:
+        raise BundleError(f"{node.where}.shape: {list(shape)} is not the shape of a sample")
+    dtype = node.get("dtype").one_of(tuple(DTYPES))
     mean, std = (
-        () if dtype == "float32" else tuple(entry.number() for entry in node.get(key).items())
+        () if dtype != "uint8" else tuple(entry.number() for entry in node.get(key).items())
         for key in ("mean", "std")
     )
     if dtype == "uint8" and (len(mean) != shape[0] or len(std) != shape[0]):
         raise BundleError(f"{node.where}: mean and std need {shape[0]} entries, one a channel")
-    return InputSpec(shape, dtype, mean, std)
+    return InputSpec(shape, dtype, mean, std, node.get("name", "images").text())
 
 
 def _parse_tensor(node: _Node, of_state: bool = False) -> TensorSpec:
@@ -277,6 +316,33 @@ def _check_consistency(manifest: Manifest) -> None:
         raise BundleError(
             "manifest.json: objective.negatives or .teacher_latent_size is missing for objective crd"
         )
+
+
+def _check_samples(manifest: Manifest) -> None:
+    """The tensors of a sample enter both graphs as the manifest describes them, and noise is numbered."""
+    samples = {spec.name: spec for spec in (manifest.input, *manifest.more_inputs)}
+    if len(samples) != 1 + len(manifest.more_inputs):
+        raise BundleError(
+            "manifest.json: input and more_inputs name a tensor twice", "export the bundle again"
+        )
+    for graph in GRAPHS:
+        found = {spec.name: (spec.shape, spec.dtype) for spec in manifest.inputs[graph]}
+        for name, spec in samples.items():
+            if found.get(name) != ((manifest.batch, *spec.shape), spec.dtype):
+                raise BundleError(
+                    f"manifest.json: inputs.{graph}: {name!r} is {found.get(name, 'missing')}, the samples are {spec}",
+                    "export the bundle again",
+                )
+    if [spec.name for spec in manifest.inputs["encode"]] != list(samples):
+        raise BundleError(
+            f"manifest.json: inputs.encode is not {', '.join(samples)}", "export the bundle again"
+        )
+    for spec in manifest.inputs["train_step"]:
+        if spec.name.startswith("noise.") and (not _NOISE.fullmatch(spec.name) or spec.dtype != "float32"):
+            raise BundleError(
+                f"manifest.json: inputs.train_step: {spec.name!r} is not noise.0, noise.1, … of float32",
+                "export the bundle again",
+            )
 
 
 def _check_names(where: str, names: tuple[str, ...], known: set[str]) -> None:

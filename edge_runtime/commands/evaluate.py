@@ -36,7 +36,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(arguments: argparse.Namespace) -> int:
     with Bundle.open(arguments.bundle) as bundle:
-        splits = load_splits(arguments.data, bundle.input, bundle.classes, arguments.resize)
+        splits = load_splits(
+            arguments.data, bundle.input, bundle.classes, arguments.resize, bundle.more_inputs
+        )
         dataset = splits.choose(arguments.split)
         state = None if arguments.state is None else load_state(arguments.state, bundle)
         engine = open_engine(bundle, arguments.engine, arguments.threads)

@@ -49,6 +49,7 @@ def examine(bundle: Bundle) -> dict[str, Any]:
                 "size_bytes": manifest.files[spec.file].size_bytes,
                 "operators": dict(spec.operators),
                 "operator_count": sum(spec.operators.values()),
+                "not_delegated": not_delegated(spec.operators),
                 "planned_memory_bytes": spec.planned_memory_bytes,
             }
             for graph, spec in graphs.items()
@@ -67,6 +68,11 @@ def examine(bundle: Bundle) -> dict[str, Any]:
         "classes": manifest.classes,
         "batch": manifest.batch,
         "input": {"shape": list(manifest.input.shape), "dtype": manifest.input.dtype},
+        "more_inputs": [
+            {"name": spec.name, "shape": list(spec.shape), "dtype": spec.dtype}
+            for spec in manifest.more_inputs
+        ],
+        "noise": [list(spec.shape) for spec in bundle.noise_specs],
         "objective": {
             key: value
             for key, value in asdict(manifest.objective).items()
@@ -85,19 +91,32 @@ def examine(bundle: Bundle) -> dict[str, Any]:
     }
 
 
+def not_delegated(operators: Mapping[str, int]) -> dict[str, int] | None:
+    """The operators of a graph beside the pieces that a delegate runs; None where the engine has no delegates.
+
+    A delegate NAME is counted as `NAME.delegate`, and what its pieces hold as `NAME.OPERATOR`.
+    """
+    delegates = tuple(name.removesuffix("delegate") for name in operators if name.endswith(".delegate"))
+    if not delegates:
+        return None
+    return {name: count for name, count in operators.items() if not name.startswith(delegates)}
+
+
 def describe(report: dict[str, Any]) -> str:
     """The report as lines for a person."""
-    student, shape = report["student"], "x".join(map(str, report["input"]["shape"]))
+    student = report["student"]
     options = ", ".join(f"{name} {value}" for name, value in student["options"].items())
     objective = " ".join(filter(None, [report["objective"]["name"], report["objective"]["kd_loss"]]))
     if negatives := report["objective"].get("negatives"):
         objective += f" with {negatives} negatives"
     nesterov = " with Nesterov momentum" if report["optimizer"]["nesterov"] else ""
-    flops = report["flops_per_step"]
+    flops, noise = report["flops_per_step"], sum(map(math.prod, report["noise"]))
     lines = [
         f"student     {student['name']}{f' ({options})' if options else ''}, "
         f"{student['parameters']:,} parameters",
-        f"input       {report['batch']} x {shape} {report['input']['dtype']}",
+        f"input       {report['batch']} x {_form(report['input'])}"
+        + "".join(f", {more['name']} {_form(more)}" for more in report["more_inputs"]),
+        *([f"noise       {noise:,} numbers a step"] if noise else []),
         f"output      latents of {report['latent_size']}, {report['classes']} classes",
         f"objective   {objective}, optimizer {report['optimizer']['name']}{nesterov}",
         f"frozen      {', '.join(report['freeze']) or 'nothing'}",
@@ -118,23 +137,31 @@ def describe(report: dict[str, Any]) -> str:
             lines.append(
                 f"  {name:<10} {graph['operator_count']} operators, {_megabytes(graph['size_bytes'])}{memory}"
             )
-            frequent = sorted(graph["operators"].items(), key=lambda item: (-item[1], item[0]))
-            lines.append(f"  {'':<10} {', '.join(f'{operator} {count}' for operator, count in frequent)}")
+            lines.append(f"  {'':<10} {_counted(graph['operators'])}")
+            if (rest := graph["not_delegated"]) is not None:
+                lines.append(f"  {'':<10} not delegated: {_counted(rest) or 'nothing'}")
     return "\n".join(lines)
+
+
+def _counted(operators: Mapping[str, int]) -> str:
+    """The most frequent first."""
+    frequent = sorted(operators.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{operator} {count}" for operator, count in frequent)
+
+
+def _form(spec: Mapping[str, Any]) -> str:
+    return f"{'x'.join(map(str, spec['shape']))} {spec['dtype']}"
 
 
 def _parity(record: Mapping[str, Any] | None) -> str:
     if record is None:
         return "not verified yet"
     verdict = "agrees with eager PyTorch" if record.get("ok") else "DIFFERS from eager PyTorch"
-    return (
-        f"{verdict} over {record.get('steps', '?')} steps "
-        f"(loss {_scientific(record.get('loss_max_abs'))}, state {_scientific(record.get('state_max_rel'))})"
-    )
-
-
-def _scientific(value: object) -> str:
-    return f"{value:.1e}" if isinstance(value, int | float) else "unknown"
+    multiple, worst = record.get("multiple"), record.get("worst", "unknown")
+    if not isinstance(multiple, int | float):  # of a bundle that an older edgestill verified
+        return f"{verdict} over {record.get('steps', '?')} steps, by an older measure: verify it again"
+    error = f"at most {multiple:.3g} times eager float32's error, {worst}"
+    return f"{verdict} over {record.get('steps', '?')} steps ({error})"
 
 
 def _megabytes(size_bytes: int) -> str:

@@ -254,7 +254,8 @@ def conditions_from(arguments: argparse.Namespace) -> Conditions | None:
 
 def load_private(arguments: argparse.Namespace, bundle: Bundle) -> tuple[Dataset, dict[str, Dataset]]:
     """This device's training samples, and its tests `t_priv` and `t_uni`. Errors: UsageError, DataError."""
-    splits = load_splits(arguments.data, bundle.input, bundle.classes, arguments.resize)
+    how = (bundle.input, bundle.classes, arguments.resize, bundle.more_inputs)
+    splits = load_splits(arguments.data, *how)
     private = splits.train
     if private.class_names and len(private.class_names) != bundle.classes:
         raise UsageError(
@@ -268,7 +269,7 @@ def load_private(arguments: argparse.Namespace, bundle: Bundle) -> tuple[Dataset
         private = share_of(private, number, devices, gamma, arguments.seed)
     held_out = splits.test
     if arguments.test is not None:
-        held_out = load_splits(arguments.test, bundle.input, bundle.classes, arguments.resize).choose(None)
+        held_out = load_splits(arguments.test, *how).choose(None)
     if held_out is not None:
         t_priv, t_uni = draw_tests(private.labels, held_out.labels, arguments.seed, device=number - 1)
         return private, {"t_priv": held_out.select(t_priv), "t_uni": held_out.select(t_uni)}

@@ -15,29 +15,25 @@ from typing import Any
 from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.console import add_json_option
 from edgestill.runtime.data.augmentation import AUGMENTATIONS
-from edgestill.runtime.data.dataset import Dataset, digest_of_arrays, load_splits, load_transfer_images
+from edgestill.runtime.data.dataset import Dataset, digest_of_arrays, load_splits, load_transfer_samples
 from edgestill.runtime.engines.registry import ENGINES, Engine, open_engine
 from edgestill.runtime.errors import UsageError
 from edgestill.runtime.machine import peak_rss_bytes
 from edgestill.runtime.training.batches import TransferSet
 from edgestill.runtime.training.checkpoint import load_state
 from edgestill.runtime.training.evaluation import Evaluation, evaluate
+from edgestill.runtime.training.hyperparameters import (
+    CHECKPOINT_EVERY,
+    EPOCHS,
+    HYPERPARAMETERS,
+    TRANSFER_FRACTION,
+)
+from edgestill.runtime.training.plan import Run, TrainSettings, plan
 from edgestill.runtime.training.schedule import SCHEDULES, Schedule
 from edgestill.runtime.training.teacher import Teacher
-from edgestill.runtime.training.trainer import Run, StepRecord, TrainSettings, plan_run, prepare, train
+from edgestill.runtime.training.trainer import StepRecord, prepare, train
 
-HYPERPARAMETERS = {
-    "lr": ("learning_rate", "learning rate (sgd 0.01, adamw 0.001)"),
-    "momentum": ("momentum", "for sgd (0.9)"),
-    "weight-decay": ("weight_decay", "L2 for sgd (0), decoupled for adamw (0.01)"),
-    "beta1": ("beta1", "for adamw (0.9)"),
-    "beta2": ("beta2", "for adamw (0.999)"),
-    "epsilon": ("epsilon", "for adamw (1e-8)"),
-    "alpha": ("alpha", "share of the distillation term (0.5)"),
-    "logit-share": ("logit_share", "share of the logits in the distillation term, for both (0.5)"),
-    "temperature": ("temperature", "for kd and both with the KL divergence (4), for crd (0.07)"),
-}
-"""By option: name in the step's hyperparameters, help."""
+_OPTIONS = {name: "lr" if name == "learning_rate" else name.replace("_", "-") for name in HYPERPARAMETERS}
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -58,7 +54,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="FILE",
         help="where the state is kept (.safetensors); an unfinished run in it goes on",
     )
-    parser.add_argument("--epochs", type=int, default=1, metavar="N", help="passes over the data (1)")
+    parser.add_argument("--epochs", type=int, default=int(EPOCHS.default), metavar="N", help=EPOCHS.help)
     parser.add_argument(
         "--engine", choices=tuple(ENGINES), help="default: the first that works here and is in the bundle"
     )
@@ -66,7 +62,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--threads", type=int, default=0, metavar="N", help="default: the engine's own choice"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of order, augmentation and --limit (0)"
+        "--seed", type=int, default=0, metavar="N", help="of order, augmentation, dropout and --limit (0)"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="train on N samples drawn by the seed")
     parser.add_argument(
@@ -78,8 +74,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--warmup-steps", type=int, default=0, metavar="N", help="steps that climb to the full rate (0)"
     )
-    for option, (name, help_text) in HYPERPARAMETERS.items():
-        parser.add_argument(f"--{option}", dest=name, type=float, metavar="X", help=help_text)
+    for name, row in HYPERPARAMETERS.items():
+        kind, metavar = (int, "N") if row.whole else (float, "X")
+        parser.add_argument(f"--{_OPTIONS[name]}", dest=name, type=kind, metavar=metavar, help=row.help)
     parser.add_argument(
         "--alpha-end", type=float, metavar="X", help="alpha of the last step, reached in a straight line"
     )
@@ -87,18 +84,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--transfer",
         metavar="NAME_OR_PATH",
-        help="unlabelled images to distill on besides the data, e.g. cifar100-transfer-mini",
+        help="unlabelled samples to distill on besides the data, e.g. cifar100-transfer-mini",
     )
-    parser.add_argument("--transfer-fraction", type=float, metavar="X", help="their share of a batch (0.5)")
-    parser.add_argument(
-        "--neighbours", type=int, metavar="K", help="for lpd: neighbours of a sample within its batch (5)"
-    )
-    parser.add_argument(
-        "--neighbour-scale",
-        type=float,
-        metavar="X",
-        help="for lpd: width of the neighbours' weights, in root mean squared distances between neighbours (1)",
-    )
+    parser.add_argument("--transfer-fraction", type=float, metavar="X", help=TRANSFER_FRACTION.help)
     parser.add_argument(
         "--init", type=Path, metavar="FILE", help="start from this state instead of the bundle's"
     )
@@ -106,9 +94,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--checkpoint-every",
         type=int,
-        default=50,
+        default=int(CHECKPOINT_EVERY.default),
         metavar="STEPS",
-        help="how often the state is written (50)",
+        help=CHECKPOINT_EVERY.help,
     )
     parser.add_argument("--resize", action="store_true", help="scale images of another size")
     add_json_option(parser, "JSON lines")
@@ -121,7 +109,9 @@ def run(arguments: argparse.Namespace) -> int:
     with ExitStack() as stack:
         bundle = stack.enter_context(Bundle.open(arguments.bundle))
         state_path = _usable_state_path(arguments.state, bundle)
-        splits = load_splits(arguments.data, bundle.input, bundle.classes, arguments.resize)
+        splits = load_splits(
+            arguments.data, bundle.input, bundle.classes, arguments.resize, bundle.more_inputs
+        )
         dataset = (
             splits.train if arguments.limit is None else splits.train.take(arguments.limit, arguments.seed)
         )
@@ -161,17 +151,16 @@ def settings_from(arguments: argparse.Namespace) -> TrainSettings:
         raise UsageError(f"--limit {arguments.limit}", "give one sample or more")
     if arguments.transfer_fraction is not None and arguments.transfer is None:
         raise UsageError("--transfer-fraction without --transfer", "give the transfer set, too")
-    given = {name: getattr(arguments, name) for name, _ in HYPERPARAMETERS.values()}
+    given = {name: getattr(arguments, name) for name in HYPERPARAMETERS}
+    fraction = arguments.transfer_fraction
     return TrainSettings(
         epochs=arguments.epochs,
         seed=arguments.seed,
         schedule=Schedule(arguments.schedule, arguments.warmup_steps),
         hyperparameters={name: value for name, value in given.items() if value is not None},
         augmentations=tuple(name for name in arguments.augment.split(",") if name),
-        transfer_fraction=0.5 if arguments.transfer_fraction is None else arguments.transfer_fraction,
+        transfer_fraction=TRANSFER_FRACTION.default if fraction is None else fraction,
         alpha_end=arguments.alpha_end,
-        neighbours=arguments.neighbours,
-        neighbour_scale=arguments.neighbour_scale,
     )
 
 
@@ -204,21 +193,32 @@ def _plan(
     if arguments.teacher is None:
         if arguments.transfer is not None:
             raise UsageError("--transfer without --teacher", "a transfer set needs a teacher's outputs on it")
-        return plan_run(bundle, dataset, settings, initial_state=initial_state)
+        return plan(bundle, dataset, settings, initial_state=initial_state)
     teacher = Teacher(arguments.teacher, bundle, arguments.engine, arguments.threads)
     try:
         cache = state_path.with_suffix(".teacher.safetensors")
-        outputs = teacher.outputs(dataset.images, digest_of_arrays(dataset.images), cache)
+        digest = digest_of_arrays(*dataset.samples)
+        outputs = teacher.outputs(dataset.images, digest, cache, dataset.more)
         transfer, origins = None, {"teacher": teacher.digest, "transfer": None}
         if arguments.transfer is not None:
-            images = load_transfer_images(arguments.transfer, bundle.input, arguments.resize)
-            origins["transfer"] = digest_of_arrays(images)
+            images, *others = load_transfer_samples(
+                arguments.transfer, bundle.input, arguments.resize, bundle.more_inputs
+            )
+            more = tuple(others)
+            origins["transfer"] = digest_of_arrays(images, *more)
             cache = state_path.with_suffix(".teacher-transfer.safetensors")
-            transfer = TransferSet(images, teacher.outputs(images, origins["transfer"], cache))
+            transfer = TransferSet(images, teacher.outputs(images, origins["transfer"], cache, more), more)
     finally:
         teacher.close()
-    return plan_run(bundle, dataset, settings, teacher=outputs, transfer=transfer,
-                    initial_state=initial_state, origins=origins)  # fmt: skip
+    return plan(
+        bundle,
+        dataset,
+        settings,
+        teacher=outputs,
+        transfer=transfer,
+        initial_state=initial_state,
+        origins=origins,
+    )
 
 
 def _usable_state_path(path: Path, bundle: Bundle) -> Path:

@@ -11,13 +11,27 @@ AUGMENTATIONS = ("flip", "crop")
 PADDING = 4
 
 
-def check_augmentation(names: tuple[str, ...], shape: tuple[int, int, int]) -> None:
-    """Errors: UsageError for an unknown name, or images too small for a crop."""
+def check_augmentation(names: tuple[str, ...], shape: tuple[int, ...], *others: tuple[int, ...]) -> None:
+    """`shape`: of the first tensor of a sample, which is augmented; `others`: of the further ones.
+
+    Errors: UsageError for an unknown name, samples that are no images, a second image, or images too small for a crop.
+    """
     for name in names:
         if name not in AUGMENTATIONS:
             raise UsageError(
                 f"no augmentation is called {name!r}", f"augmentations: {', '.join(AUGMENTATIONS)}"
             )
+    if names and len(shape) != 3:
+        raise UsageError(
+            f"--augment {','.join(names)} is for images (channels, height, width); the bundle takes "
+            f"samples of {'x'.join(map(str, shape))}",
+            "leave --augment out, or augment the data beforehand",
+        )
+    if names and any(len(other) == 3 for other in others):
+        raise UsageError(
+            f"--augment {','.join(names)} would change one image of a sample and not the other",
+            "leave --augment out, or augment the data beforehand",
+        )
     if "crop" in names and min(shape[1:]) <= PADDING:
         raise UsageError(
             f"--augment crop shifts by up to {PADDING} pixels; images of {shape[1]}x{shape[2]} are too small",

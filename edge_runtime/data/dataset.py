@@ -1,11 +1,12 @@
-"""Labelled images for a bundle: shipped sets, CIFAR archives, .npz files, folders of images a class."""
+"""Labelled samples for a bundle: shipped sets, CIFAR archives, .npz files, folders of images a class."""
 
 from __future__ import annotations
 
 import hashlib
 import zipfile
 import zlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -19,28 +20,36 @@ from edgestill.runtime.data.partition import dirichlet_partition
 from edgestill.runtime.errors import DataError, UsageError
 from edgestill.runtime.randomness import SUBSET, permutation
 
-__all__ = ["Dataset", "Splits", "dirichlet_partition", "load_splits", "load_transfer_images"]
+__all__ = ["Dataset", "Splits", "dirichlet_partition", "load_splits", "load_transfer_samples"]
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images [N, C, H, W], uint8 or float32, as the bundle takes them; labels int64 [N]; one name a class.
+    """Samples as the bundle takes them; labels int64 [N]; one name a class.
 
-    `users` [N] names whose sample each is, as text or integers; None where the data do not say.
+    `images` is the first tensor of the samples, of whatever kind: images [N, C, H, W], windows [N, channels, length],
+    tokens [N, length]; `more` are the further ones, each [N, …], where a sample has several. `users` [N] names whose
+    sample each is, as text or integers; None where the data do not say.
     """
 
     images: np.ndarray
     labels: np.ndarray
     class_names: tuple[str, ...]
     users: np.ndarray | None = None
+    more: tuple[np.ndarray, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of images and labels with their shapes."""
-        return digest_of_arrays(self.images, self.labels)
+        """SHA-256 of samples and labels with their shapes."""
+        return digest_of_arrays(*self.samples, self.labels)
+
+    @property
+    def samples(self) -> tuple[np.ndarray, ...]:
+        """All tensors of the samples, in the bundle's order."""
+        return (self.images, *self.more)
 
     def take(self, count: int, seed: int) -> Dataset:
         """At most `count` samples drawn by the seed, in their old order."""
@@ -51,7 +60,8 @@ class Dataset:
     def select(self, indices: np.ndarray) -> Dataset:
         """The samples with these indices."""
         users = None if self.users is None else self.users[indices]
-        return Dataset(self.images[indices], self.labels[indices], self.class_names, users)
+        more = tuple(array[indices] for array in self.more)
+        return Dataset(self.images[indices], self.labels[indices], self.class_names, users, more)
 
 
 @dataclass(frozen=True)
@@ -70,38 +80,86 @@ class Splits:
         return self.test
 
 
-def load_splits(source: str | Path, form: InputSpec, classes: int, resize: bool = False) -> Splits:
-    """Reads a data source in the form that a bundle takes.
+def load_splits(
+    source: str | Path,
+    form: InputSpec,
+    classes: int,
+    resize: bool = False,
+    more: tuple[InputSpec, ...] = (),
+) -> Splits:
+    """Reads a data source in the form that a bundle takes; `more`: its `more_inputs`.
 
     `resize` scales the images of a folder. Errors: DataError naming the file and what is wrong; UsageError.
     """
-    path, users = find_source(source), None
-    if find_cifar(path):
-        train, test, names = read_cifar(path)
-        parts = {"train": (train.images, train.labels), "test": (test.images, test.labels)}
-    elif is_image_folder(path):
-        parts, names = read_image_folder(path, form, resize)
-    else:
-        parts, names, users = _read_npz(path)
+    parts, names, users = _read(source, form, resize, more)
     sets = {}
-    for name, (images, labels) in parts.items():
+    for name, (arrays, labels) in parts.items():
         where = f"{source}: {name}"
-        images = fit_images(images, form, where)
-        of_users = None if name == "test" else _fit_users(users, len(images), where)
-        sets[name] = Dataset(images, _fit_labels(labels, len(images), classes, where), names, of_users)
+        found = fit_dataset(arrays, labels, (form, *more), classes, where)
+        of_users = None if name == "test" else _fit_users(users, len(found), where)
+        sets[name] = replace(found, class_names=names, users=of_users)
     return Splits(sets["train"], sets.get("test"))
 
 
-def load_transfer_images(source: str | Path, form: InputSpec, resize: bool = False) -> np.ndarray:
-    """The images of a transfer set, whose labels nobody looks at: of all splits that are not for testing."""
+def fit_dataset(
+    arrays: Sequence[np.ndarray], labels: np.ndarray, forms: tuple[InputSpec, ...], classes: int, where: str
+) -> Dataset:
+    """Labelled samples in the form that a bundle takes, of one array for each tensor. Errors: DataError."""
+    first, *more = fit_tensors(arrays, forms, where)
+    return Dataset(first, _fit_labels(labels, len(first), classes, where), (), None, tuple(more))
+
+
+def load_transfer_samples(
+    source: str | Path, form: InputSpec, resize: bool = False, more: tuple[InputSpec, ...] = ()
+) -> tuple[np.ndarray, ...]:
+    """The samples of a transfer set, whose labels nobody looks at: of all splits that are not for testing."""
+    parts, _, _ = _read(source, form, resize, more, labelled=False)
+    return fit_tensors(parts["train"][0], (form, *more), str(source))
+
+
+_Parts = dict[str, tuple[list[np.ndarray], np.ndarray]]
+"""By split: the arrays of the samples' tensors, and the labels."""
+
+
+def _read(
+    source: str | Path, form: InputSpec, resize: bool, more: tuple[InputSpec, ...], labelled: bool = True
+) -> tuple[_Parts, tuple[str, ...], np.ndarray | None]:
+    """Splits, class names and the users of `train`, as they are found."""
     path = find_source(source)
+    if not (find_cifar(path) or is_image_folder(path)):
+        return _read_npz(path, [spec.name for spec in more], labelled)
+    if more:
+        raise DataError(
+            f"{source}: holds images, the bundle takes {1 + len(more)} tensors a sample",
+            f"give an .npz with arrays x_train and {', '.join(f'x_train.{spec.name}' for spec in more)}",
+        )
     if find_cifar(path):
-        images: np.ndarray = read_cifar(path)[0].images
-    elif is_image_folder(path):
-        images = read_image_folder(path, form, resize)[0]["train"][0]
-    else:
-        images = _read_npz(path, labelled=False)[0]["train"][0]
-    return fit_images(images, form, str(source))
+        train, test, names = read_cifar(path)
+        return {"train": ([train.images], train.labels), "test": ([test.images], test.labels)}, names, None
+    found, names = read_image_folder(path, form, resize)
+    return {name: ([images], labels) for name, (images, labels) in found.items()}, names, None
+
+
+def fit_tensors(
+    arrays: Sequence[np.ndarray], forms: tuple[InputSpec, ...], where: str
+) -> tuple[np.ndarray, ...]:
+    """`fit_samples` for every tensor of the samples. Errors: DataError."""
+    if len(arrays) != len(forms):
+        raise DataError(
+            f"{where}: {len(arrays)} tensors, the bundle takes {len(forms)} "
+            f"({', '.join(form.name for form in forms)})",
+            "give one array for each of them",
+        )
+    fitted = []
+    for number, (array, form) in enumerate(zip(arrays, forms, strict=True)):
+        place = f"{where}: {form.name}" if number else where
+        fitted.append(fit_samples(array, form, place))
+        if len(array) != len(arrays[0]):
+            raise DataError(
+                f"{place}: {len(array)} samples, the first tensor has {len(arrays[0])}",
+                "give every sample all of its tensors",
+            )
+    return tuple(fitted)
 
 
 def digest_of_arrays(*arrays: np.ndarray) -> str:
@@ -113,42 +171,47 @@ def digest_of_arrays(*arrays: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def fit_images(images: np.ndarray, form: InputSpec, where: str) -> np.ndarray:
-    """The images as contiguous [N, C, H, W] of the bundle's dtype.
+def fit_samples(samples: np.ndarray, form: InputSpec, where: str) -> np.ndarray:
+    """One tensor of all samples, contiguous [N, …] in the bundle's shape and dtype.
 
-    uint8 may be N×H×W×C, N×C×H×W, or N×H×W with one channel; float may lack axes of length one.
-    Errors: DataError.
+    uint8 images may be N×H×W×C; axes of length one may be missing or in excess. Integers of any width may feed int64,
+    floats float32. Errors: DataError.
     """
-    channels, height, width = form.shape
-    expected = f"{channels}x{height}x{width} (channels, height, width) of {form.dtype}"
-    if images.ndim == 0 or len(images) == 0:
+    if samples.ndim == 0 or len(samples) == 0:
         raise DataError(f"{where}: no samples")
-    if form.dtype == "uint8":
-        if images.dtype != np.uint8:
-            raise DataError(
-                f"{where}: images are {images.dtype}, the bundle takes uint8 grey levels",
-                "give images 0-255 as uint8, or export with --input-dtype float32",
-            )
-        if images.shape[1:] == (height, width, channels):
-            return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-        if images.shape[1:] == form.shape or (channels == 1 and images.shape[1:] == (height, width)):
-            return np.ascontiguousarray(images.reshape(-1, *form.shape))
-    else:
-        if images.dtype.kind != "f":
-            raise DataError(
-                f"{where}: samples are {images.dtype}, the bundle takes float32",
-                "give float32 samples, or export with --input-dtype uint8",
-            )
-        if [n for n in images.shape[1:] if n != 1] == [n for n in form.shape if n != 1]:
-            samples = np.ascontiguousarray(images, dtype=np.float32).reshape(-1, *form.shape)
-            if not np.isfinite(samples).all():
-                raise DataError(f"{where}: samples hold NaN or infinity", "remove or fill those samples")
-            return samples
-    found = "x".join(map(str, images.shape[1:]))
-    raise DataError(
-        f"{where}: samples have shape {found}, the bundle takes {expected}",
-        "convert the data, or export the student with --input-shape",
-    )
+    kinds, what, instead = _KINDS[form.dtype]
+    if samples.dtype.kind not in kinds or (form.dtype == "uint8" and samples.dtype != np.uint8):
+        raise DataError(
+            f"{where}: samples are {samples.dtype}, the bundle takes {what}",
+            f"convert them, or export with {instead}",
+        )
+    shape = samples.shape[1:]
+    if form.is_image and form.dtype == "uint8" and shape == (*form.shape[1:], form.shape[0]):
+        return np.ascontiguousarray(samples.transpose(0, 3, 1, 2))
+    if [n for n in shape if n != 1] != [n for n in form.shape if n != 1]:
+        axes = " (channels, height, width)" if form.is_image else ""
+        raise DataError(
+            f"{where}: samples have shape {'x'.join(map(str, shape)) or 1}, "
+            f"the bundle takes {'x'.join(map(str, form.shape))}{axes} of {form.dtype}",
+            "convert the data, or export the student with --input-shape",
+        )
+    if form.dtype == "float32" and not np.isfinite(samples).all():
+        raise DataError(f"{where}: samples hold NaN or infinity", "remove or fill those samples")
+    if form.dtype == "int64" and not 0 <= int(samples.min()) <= int(samples.max()) < 2**63:
+        wrong = samples.min() if samples.min() < 0 else samples.max()
+        raise DataError(
+            f"{where}: token {wrong} is not from 0 up",
+            "number the tokens from 0, and pad with a number of the student's vocabulary",
+        )
+    return np.ascontiguousarray(samples, dtype=form.dtype).reshape(-1, *form.shape)
+
+
+_KINDS = {
+    "uint8": ("u", "uint8 grey levels 0-255", "--input-dtype float32"),
+    "float32": ("f", "float32", "--input-dtype uint8"),
+    "int64": ("iu", "int64, whole numbers", "--input-dtype float32"),
+}
+"""By the bundle's dtype: what kinds of NumPy dtypes feed it, in words, and another dtype to export with."""
 
 
 def _fit_labels(labels: np.ndarray, samples: int, classes: int, where: str) -> np.ndarray:
@@ -186,34 +249,39 @@ def find_source(source: str | Path) -> Path:
 
 
 def _read_npz(
-    path: Path, labelled: bool = True
-) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], tuple[str, ...], np.ndarray | None]:
-    """Splits as (images, labels), the class names and the users of `train`; a file without splits counts as `train`.
+    path: Path, more: list[str], labelled: bool
+) -> tuple[_Parts, tuple[str, ...], np.ndarray | None]:
+    """Splits, class names and the users of `train`; a file without splits counts as `train`.
 
-    Labels may be absent when not `labelled`; they are empty then.
+    `more`: names of the further tensors, which stand beside `x_train` as `x_train.NAME`. Labels may be absent when not
+    `labelled`; they are empty then.
     """
     if not zipfile.is_zipfile(path):
         raise DataError(
             f"{path}: not a readable .npz, which is a zip of arrays",
-            "save images and labels with numpy.savez",
+            "save samples and labels with numpy.savez",
         )
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files if name in _NPZ_NAMES}
+            arrays = {name: file[name] for name in file.files if name.partition(".")[0] in _NPZ_NAMES}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
         raise DataError(
             f"{path}: not a readable .npz: {error}", "give an .npz of plain arrays, without objects"
         ) from error
     suffix = "_train" if "x_train" in arrays else ""
-    keys = {"train": (f"x{suffix}", f"y{suffix}")}
-    if "x_test" in arrays:
-        keys["test"] = ("x_test", "y_test")
-    for key in (key for pair in keys.values() for key in (pair if labelled else pair[:1])):
-        if key not in arrays:
-            raise DataError(
-                f"{path}: no array {key!r}", "it needs x_train, y_train, x_test and y_test, or x and y"
-            )
-    parts = {split: (arrays[x], arrays.get(y, np.zeros(0, np.int64))) for split, (x, y) in keys.items()}
+    splits = {"train": suffix, **({"test": "_test"} if "x_test" in arrays else {})}
+    parts = {}
+    for split, ending in splits.items():
+        tensors = [f"x{ending}", *(f"x{ending}.{name}" for name in more)]
+        for key in (*tensors, *([f"y{ending}"] if labelled else [])):
+            if key not in arrays:
+                raise DataError(
+                    f"{path}: no array {key!r}",
+                    "it needs x_train, y_train, x_test and y_test, or x and y"
+                    + ("; beside each x the further tensors of its samples" if more else ""),
+                )
+        labels = arrays.get(f"y{ending}", np.zeros(0, np.int64))
+        parts[split] = ([arrays[key] for key in tensors], labels)
     named = arrays.get("classes", arrays.get("class_names", np.zeros(0)))
     names = tuple(str(name) for name in named) if named.ndim == 1 else ()
     return parts, names, arrays.get(f"users{suffix}")

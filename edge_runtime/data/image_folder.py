@@ -26,9 +26,9 @@ def read_image_folder(
 
     Errors: DataError naming a file that is unreadable, or of another size when `resize` is off.
     """
-    if form.dtype != "uint8" or form.shape[0] not in _MODES:
+    if form.dtype != "uint8" or not form.is_image or form.shape[0] not in _MODES:
         raise DataError(
-            f"{path}: images cannot feed a bundle that takes {form.shape[0]} channels of {form.dtype}",
+            f"{path}: images cannot feed a bundle that takes {form}",
             "give an .npz of the bundle's samples",
         )
     roots = {"train": path / "train", "test": path / "test"} if (path / "train").is_dir() else {"train": path}

@@ -8,24 +8,22 @@ from typing import Any
 
 from edgestill.runtime.data.augmentation import AUGMENTATIONS
 from edgestill.runtime.fields import Node
+from edgestill.runtime.training.hyperparameters import (
+    CHECKPOINT_EVERY,
+    TRANSFER_FRACTION,
+    TrainingSettings,
+    read_training,
+)
 
 
 @dataclass(frozen=True)
-class LocalSettings:
-    """A number that the bundle's step does not take (momentum for AdamW, temperature without KL divergence) is not
-    used. `checkpoint_every` counts steps."""
+class LocalSettings(TrainingSettings):
+    """`checkpoint_every` counts steps."""
 
-    epochs: int = 1
-    learning_rate: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    alpha: float = 0.5
-    temperature: float = 4.0
-    logit_share: float = 0.5
-    transfer_fraction: float = 0.5
+    transfer_fraction: float = TRANSFER_FRACTION.default
     augment: str = ""
     """Names of augmentations, separated by commas, as `edgestill train --augment` takes them."""
-    checkpoint_every: int = 50
+    checkpoint_every: int = int(CHECKPOINT_EVERY.default)
 
     @classmethod
     def from_json(cls, given: Mapping[str, Any]) -> LocalSettings:
@@ -34,27 +32,16 @@ class LocalSettings:
         Errors: UsageError naming the field, its value, and what is allowed.
         """
         default, node = cls(), Node(given, "local")
-
-        def whole(name: str, most: int) -> int:
-            return node.get(name, getattr(default, name)).integer(1, most)
-
-        def number(name: str, least: float, most: float, below: bool = False) -> float:
-            return node.get(name, getattr(default, name)).number(least, most, below)
-
         augment = node.get("augment", default.augment).text()
         if set(augment.split(",")) - {"", *AUGMENTATIONS}:
             raise node.get("augment").error(f"some of {', '.join(AUGMENTATIONS)}, separated by commas")
         return cls(
-            epochs=whole("epochs", 10_000),
-            learning_rate=number("learning_rate", 0.0, 1e3),
-            momentum=number("momentum", 0.0, 1.0, below=True),
-            weight_decay=number("weight_decay", 0.0, 1e3),
-            alpha=number("alpha", 0.0, 1.0),
-            temperature=number("temperature", 1e-3, 1e3),
-            logit_share=number("logit_share", 0.0, 1.0),
-            transfer_fraction=number("transfer_fraction", 0.0, 1.0, below=True),
+            **read_training(node),
+            transfer_fraction=TRANSFER_FRACTION.read(
+                node.get("transfer_fraction", default.transfer_fraction)
+            ),
             augment=augment,
-            checkpoint_every=whole("checkpoint_every", 1_000_000),
+            checkpoint_every=CHECKPOINT_EVERY.read(node.get("checkpoint_every", default.checkpoint_every)),
         )
 
     @property

@@ -11,23 +11,15 @@ import numpy as np
 
 from edgestill.runtime.bundle import wire
 from edgestill.runtime.bundle.bundle import Bundle
-from edgestill.runtime.data.augmentation import check_augmentation
 from edgestill.runtime.data.dataset import Dataset, digest_of_arrays
 from edgestill.runtime.device.local_settings import LocalSettings
 from edgestill.runtime.engines.registry import Engine
 from edgestill.runtime.errors import DataError, StateError, TrainingError, UsageError, WireError
-from edgestill.runtime.training.batches import BatchPlan, TransferSet
+from edgestill.runtime.training.batches import TransferSet
+from edgestill.runtime.training.hyperparameters import taken_by
+from edgestill.runtime.training.plan import Run, TrainSettings, plan
 from edgestill.runtime.training.teacher import TeacherOutputs, encode_all
-from edgestill.runtime.training.trainer import (
-    Run,
-    StepRecord,
-    TrainSettings,
-    check_seed,
-    prepare,
-    resolve_hyperparameters,
-    train,
-    transfer_count,
-)
+from edgestill.runtime.training.trainer import StepRecord, prepare, train
 
 EXCHANGED_OUTPUTS = {"latents": ("latents",), "logits": ("logits",), "both": ("latents", "logits")}
 EXCHANGES = (*EXCHANGED_OUTPUTS, "parameters")
@@ -36,7 +28,7 @@ _EXCHANGED_ROLES = ("parameter", "statistic")
 
 @dataclass(frozen=True)
 class Transfer:
-    """The transfer set: images [N, C, H, W] as the bundle takes them, perhaps labels int64 [N]."""
+    """The transfer set: samples [N, …] as the bundle takes them, in one tensor, perhaps labels int64 [N]."""
 
     images: np.ndarray
     labels: np.ndarray | None = None
@@ -55,9 +47,9 @@ class Transfer:
                 "make a transfer set with `edgestill task create`",
             )
         images, labels = arrays["images"], arrays.get("labels")
-        if images.ndim != 4 or images.dtype not in (np.uint8, np.float32) or len(images) == 0:
+        if images.ndim < 2 or images.dtype not in (np.uint8, np.float32, np.int64) or images.size == 0:
             raise DataError(
-                f"{path}: images are {images.dtype}{list(images.shape)}, not uint8 or float32 [N, C, H, W]"
+                f"{path}: images are {images.dtype}{list(images.shape)}, not uint8, float32 or int64 [N, …]"
             )
         if labels is not None and (labels.shape != (len(images),) or labels.dtype != np.int64):
             raise DataError(
@@ -178,48 +170,20 @@ def with_parameters(
     return bundle.check_state({**slots, **parameters}, source="received parameters")
 
 
-def teacher_outputs(
-    bundle: Bundle, samples: int, outputs: Mapping[str, np.ndarray]
-) -> tuple[TeacherOutputs, dict[str, float]]:
-    """Outputs on `samples` transfer samples as the bundle's step takes them, and the hyperparameters that follow.
-
-    Objective `both` learns from latents alone or logits alone where only they are there (logit share 0 or 1).
-    Errors: UsageError where the objective needs an output that is missing, or one has another shape.
-    """
-    shapes = {"latents": (samples, bundle.latent_size), "logits": (samples, bundle.classes)}
-    there = [name for name in shapes if name in outputs]
-    for name in there:
-        if outputs[name].shape != shapes[name]:
-            raise UsageError(
-                f"{bundle.source}: {name} of shape {list(outputs[name].shape)}, not {list(shapes[name])}",
-                "use students of the task's latent size and classes",
-            )
-    objective = bundle.objective
-    wanted = {"latents": objective.takes_latents, "logits": objective.takes_logits}
-    if not any(wanted[name] for name in there):
-        needs = " and ".join(name for name in shapes if wanted[name]) or "no outputs"
-        raise UsageError(
-            f"{bundle.source}: objective {objective.name} learns from {needs}, not from {' and '.join(there)}",
-            "export the student with --objective lkd for latents, kd for logits, both for either",
-        )
-    zeros = TeacherOutputs.zeros(samples, bundle.latent_size, bundle.classes)
-    found = TeacherOutputs(
-        *(np.ascontiguousarray(outputs.get(name, getattr(zeros, name)), np.float32) for name in shapes)
-    )
-    implied = (
-        {"logit_share": float(there == ["logits"])} if objective.name == "both" and len(there) == 1 else {}
-    )
-    return found, implied
-
-
 def check_transfer(bundle: Bundle, transfer: Transfer) -> None:
-    """Errors: DataError for images of another shape or dtype than the bundle takes."""
+    """Errors: DataError for samples of another shape or dtype than the bundle takes, or in several tensors."""
+    if bundle.more_inputs:
+        raise DataError(
+            f"a transfer set holds one tensor a sample, the bundle takes {len(bundle.samples)} "
+            f"({', '.join(bundle.sample_names)})",
+            "use students that take one tensor a sample",
+        )
     form = bundle.input
     found = (transfer.images.dtype, transfer.images.shape[1:])
     if len(transfer) == 0 or found != (np.dtype(form.dtype), form.shape):
         raise DataError(
-            f"the transfer set holds {len(transfer)} images of {found[0]}{list(found[1])}, "
-            f"the bundle takes {form.dtype}{list(form.shape)}",
+            f"the transfer set holds {len(transfer)} samples of {found[0]}{list(found[1])}, "
+            f"the bundle takes {form}",
             "use a transfer set and students of one task",
         )
 
@@ -233,12 +197,6 @@ def check_finite(state: Mapping[str, np.ndarray]) -> None:
             )
 
 
-def taken_hyperparameters(bundle: Bundle, given: Mapping[str, float]) -> dict[str, float]:
-    """Of the given hyperparameters those that the step takes, and the defaults of the rest. Errors: UsageError."""
-    taken = {spec.name for spec in bundle.inputs("train_step")}
-    return resolve_hyperparameters(bundle, {name: value for name, value in given.items() if name in taken})
-
-
 def _plan(
     bundle: Bundle,
     dataset: Dataset,
@@ -250,56 +208,41 @@ def _plan(
     described: bool,
 ) -> Run:
     """`described`: whether a file will hold the run; only then digests are worth their time."""
-    if settings.epochs < 1:
-        raise UsageError(f"{settings.epochs} epochs of local training", "give the task one epoch or more")
-    check_seed(seed)
-    check_augmentation(settings.augmentations, bundle.input.shape)
-    if len(dataset) == 0:
-        raise DataError("no private samples to train on", "give the device some data")
-    given = {name: getattr(settings, name) for name in _HYPERPARAMETERS}
-    transfer_set, count, origins = None, 0, {}
-    if global_outputs is None or not bundle.objective.needs_teacher:
+    given = taken_by(bundle, settings.hyperparameters)
+    transfer_set, origins = None, {}
+    if bundle.objective.needs_teacher and global_outputs is None:
         given["alpha"] = 0.0
-    else:
+    elif bundle.objective.needs_teacher:
         if transfer is None:
             raise UsageError("global outputs without a transfer set", "give the task's transfer set")
         check_transfer(bundle, transfer)
-        outputs, implied = teacher_outputs(bundle, len(transfer), global_outputs)
-        given |= implied
-        transfer_set = TransferSet(transfer.images, outputs)
-        count = transfer_count(bundle.batch, settings.transfer_fraction)
+        transfer_set = TransferSet(transfer.images, TeacherOutputs(**global_outputs))
         if described:
             origins = {
                 "transfer": digest_of_arrays(transfer.images),
-                "global_outputs": digest_of_arrays(outputs.latents, outputs.logits),
+                "global_outputs": digest_of_arrays(
+                    *(global_outputs[name] for name in sorted(global_outputs))
+                ),
             }
-    plan = BatchPlan(
-        dataset=dataset,
-        batch=bundle.batch,
-        seed=seed,
-        augmentations=settings.augmentations,
-        transfer=transfer_set,
-        transfer_count=count,
-        teacher_sizes=(bundle.latent_size, bundle.classes) if bundle.objective.needs_teacher else None,
-    )
-    return Run(
+    return plan(
         bundle,
-        plan,
-        TrainSettings(settings.epochs, seed, augmentations=settings.augmentations),
-        taken_hyperparameters(bundle, given),
-        bundle.check_state(state),
-        origins,
+        dataset,
+        TrainSettings(
+            settings.epochs,
+            seed,
+            hyperparameters=given,
+            augmentations=settings.augmentations,
+            transfer_fraction=settings.transfer_fraction,
+        ),
+        transfer=transfer_set,
+        initial_state=bundle.check_state(state),
+        origins=origins,
     )
-
-
-_HYPERPARAMETERS = ("learning_rate", "momentum", "weight_decay", "alpha", "temperature", "logit_share")
 
 
 def _prepare(engine: Engine, run: Run, state_path: Path | None) -> int:
     try:
         return prepare(engine, run, state_path)
-    except (
-        StateError,
-        WireError,
-    ):  # another training, or a damaged file: this one starts from its first step
+    # another training, or a damaged file: this one starts from its first step
+    except (StateError, WireError):
         return prepare(engine, run, state_path, restart=True)

@@ -1,39 +1,35 @@
-"""Trains with onnxruntime-training's own gradient kernels, in a subprocess of the environment that has them.
+"""Engine `onnxruntime-training`: that build's own gradient kernels, in a subprocess of the environment that has them.
 
-That build is installed under the same import name as onnxruntime, so the two never share an environment.
-State stays in the subprocess between steps; batches and metrics cross a pipe (frames: see
-onnxruntime_training_worker).
+It is installed under the same import name as onnxruntime, so the two never share an environment. Tensors lie in memory
+that both processes map; calls and errors cross a pipe (frames: see onnxruntime_training_worker).
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import select
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
+from edgestill.runtime.bundle.manifest import TensorSpec
 from edgestill.runtime.engines import onnxruntime_training_worker as worker
+from edgestill.runtime.engines.program import Arrays, Buffers, allocate
+from edgestill.runtime.engines.registry import ENGINES
 from edgestill.runtime.errors import EngineError
-
-if TYPE_CHECKING:
-    from edgestill.runtime.bundle.bundle import Bundle
 
 NAME = "onnxruntime-training"
 INTERPRETER_VARIABLE = "EDGESTILL_ORT_TRAINING_PYTHON"
 ENVIRONMENT_FOLDER = ".venv-ort-training"
-INSTALL_HINT = (
-    f"python3.11 -m venv {ENVIRONMENT_FOLDER} && "
-    f"{ENVIRONMENT_FOLDER}/bin/pip install onnxruntime-training==1.19.2 numpy; "
-    f"an environment elsewhere is named by {INTERPRETER_VARIABLE}"
-)
+INSTALL_HINT = ENGINES[NAME].hint
 CALL_TIMEOUT_S = 600.0
 _CLOSE_TIMEOUT_S = 5.0
 _STDERR_TAIL_BYTES = 4000
@@ -111,17 +107,25 @@ class WorkerProcess:
 
     Errors: EngineError from every method: the worker's own error with its type, or that it ended (with its
     exit code or signal and the end of its stderr), or that it was stopped because no answer came in time.
-    After any but the first the process is gone and with it the state that it held.
+    After any but the first the process is gone.
     """
 
-    def __init__(self, command: list[str], timeout_s: float = CALL_TIMEOUT_S) -> None:
+    def __init__(
+        self, command: list[str], timeout_s: float = CALL_TIMEOUT_S, inherited: Sequence[int] = ()
+    ) -> None:
+        """`inherited`: file descriptors that the worker keeps."""
         self._timeout_s = timeout_s
         self._call = "start"
         self._lost: str | None = None
         self._stderr = tempfile.TemporaryFile()
         try:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, bufsize=0
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._stderr,
+                bufsize=0,
+                pass_fds=tuple(inherited),
             )
         except OSError as error:
             self._stderr.close()
@@ -131,7 +135,7 @@ class WorkerProcess:
         os.set_blocking(self._write_fd, False)
         try:
             self._deadline_s = time.monotonic() + timeout_s
-            self.greeting, _ = self._read_reply()
+            self._read_reply()
         except BaseException:
             self.close()
             raise
@@ -140,10 +144,8 @@ class WorkerProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def call(
-        self, name: str, arrays: Mapping[str, np.ndarray] | None = None, **values: object
-    ) -> tuple[dict[str, object], dict[str, np.ndarray]]:
-        """Sends one call and waits for its reply: plain values, and arrays by name."""
+    def call(self, name: str, **values: object) -> dict[str, Any]:
+        """Sends one call and waits for its reply."""
         if self._lost:
             raise EngineError(
                 f"{NAME}: the worker is gone: {self._lost}", "open the engine again and load a checkpoint"
@@ -152,15 +154,14 @@ class WorkerProcess:
         # Broken unless the reply is read to its end: an interrupted exchange leaves half a frame in a pipe.
         self._lost = f"an earlier call ({name}) was interrupted"
         try:
-            for chunk in worker.frame_chunks({"call": name, **values}, arrays):
-                self._write(memoryview(chunk))
+            self._write(memoryview(worker.frame({"call": name, **values})))
         except BrokenPipeError:
             self._fail()
         reply = self._read_reply()
         self._lost = None
-        if not reply[0].pop("ok"):
+        if not reply.pop("ok"):
             raise EngineError(
-                f"{NAME}: {name} failed: {reply[0]['error']}", "run `edgestill verify` on the bundle"
+                f"{NAME}: {name} failed: {reply['error']}", "run `edgestill verify` on the bundle"
             )
         return reply
 
@@ -177,7 +178,7 @@ class WorkerProcess:
         for stream in (self._process.stdin, self._process.stdout, self._stderr):
             stream.close()
 
-    def _read_reply(self) -> tuple[dict[str, object], dict[str, np.ndarray]]:
+    def _read_reply(self) -> dict[str, Any]:
         try:
             return worker.read_frame(self._read_exactly)
         except EOFError:
@@ -228,59 +229,75 @@ class WorkerProcess:
         )
 
 
-class OnnxruntimeTrainingEngine:
-    """Engine (engines/protocol.py) over one worker process; outputs are copies."""
+class OnnxRuntimeTraining:
+    """One worker process, and the memory that it shares with this one: one file without a name, which only grows."""
 
-    name = NAME
+    def __init__(self, threads: int, timeout_s: float) -> None:
+        self._memory_fd = os.memfd_create("edgestill")
+        self._regions: list[tuple[int, int, int]] = []
+        """Of each piece of the memory: its address here, its size and where in the file it starts."""
+        # -I keeps this folder, whose modules are named after engines, and PYTHONPATH out of the worker's imports.
+        command = [
+            str(find_interpreter()), "-I", worker.__file__, str(threads), str(self._memory_fd),
+        ]  # fmt: skip
+        try:
+            self.process = WorkerProcess(command, timeout_s, inherited=(self._memory_fd,))
+        except BaseException:
+            os.close(self._memory_fd)
+            raise
 
-    def __init__(self, bundle: Bundle, process: WorkerProcess) -> None:
-        self._bundle = bundle
-        self._process = process
-        self._opened: set[str] = set()
+    def allocate(self, specs: Sequence[TensorSpec]) -> Buffers:
+        return allocate(specs, self._share)
 
-    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
-        self._process.call("load_state", state)
+    def load(self, path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> WorkerProgram:
+        program = self.process.call("open", path=str(path.resolve()))["program"]
+        return WorkerProgram(self, program)
 
-    def state(self) -> dict[str, np.ndarray]:
-        return _own(self._process.call("state")[1])
-
-    def train_step(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return self._run("train_step", inputs)
-
-    def encode(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        outputs = self._run("encode", {"images": images})
-        return outputs["latents"], outputs["logits"]
+    def place(self, name: str, array: np.ndarray) -> list[object]:
+        """The array as the worker finds it: name, dtype, shape and where in the shared memory."""
+        address = array.ctypes.data
+        for start, size_bytes, offset in self._regions:
+            if start <= address and address + array.nbytes <= start + size_bytes:
+                return [name, array.dtype.name, list(array.shape), offset + address - start]
+        raise EngineError(f"{NAME}: {name} does not lie in shared memory", "take arrays of `allocate`")
 
     def close(self) -> None:
-        self._process.close()
+        self.process.close()
+        fd, self._memory_fd = self._memory_fd, -1
+        if fd >= 0:
+            os.close(fd)
 
-    def _run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        # Opened when first needed: a run that never evaluates does not pay for the inference graph.
-        if graph not in self._opened:
-            path = self._bundle.file(self._bundle.graph(NAME, graph).file)
-            self._process.call("open", graph=graph, path=str(path.resolve()))
-            self._opened.add(graph)
-        return _own(self._process.call("run", inputs, graph=graph)[1])
+    def _share(self, size_bytes: int) -> np.ndarray:
+        """Zeroed bytes of memory that both processes have."""
+        offset = os.fstat(self._memory_fd).st_size
+        size_bytes = -(-size_bytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        os.ftruncate(self._memory_fd, offset + size_bytes)
+        block = np.frombuffer(mmap.mmap(self._memory_fd, size_bytes, offset=offset), np.uint8)
+        self.process.call("map", offset=offset, size_bytes=size_bytes)
+        self._regions.append((block.ctypes.data, size_bytes, offset))
+        return block
 
 
-def open(bundle: Bundle, threads: int = 0, timeout_s: float = CALL_TIMEOUT_S) -> OnnxruntimeTrainingEngine:
-    """Starts a worker for a bundle, with its initial state loaded; `threads` 0 means all cores.
+class WorkerProgram:
+    def __init__(self, runner: OnnxRuntimeTraining, program: int) -> None:
+        self._runner = runner
+        self._program = program
 
-    `timeout_s` bounds every single call, opening a graph included.
-    Errors: EngineError; BundleError where the bundle has no graphs for this engine.
+    def bind(self, inputs: Arrays, outputs: Arrays) -> Callable[[], None]:
+        places = [
+            [self._runner.place(name, array) for name, array in side.items()] for side in (inputs, outputs)
+        ]
+        call = self._runner.process.call
+        bound = call("bind", program=self._program, inputs=places[0], outputs=places[1])["bound"]
+        return partial(call, "run", bound=bound)
+
+    def close(self) -> None:
+        """Ends with the worker."""
+
+
+def open_runner(threads: int, timeout_s: float = CALL_TIMEOUT_S) -> OnnxRuntimeTraining:
+    """Starts a worker; `threads` 0 means all cores, `timeout_s` bounds every call, opening a graph included.
+
+    Errors: EngineError.
     """
-    bundle.graph(NAME, "train_step")
-    # -I keeps this folder, whose modules are named after engines, and PYTHONPATH out of the worker's imports.
-    command = [str(find_interpreter()), "-I", worker.__file__, str(threads)]
-    engine = OnnxruntimeTrainingEngine(bundle, WorkerProcess(command, timeout_s))
-    try:
-        engine.load_state(bundle.initial_state())
-    except BaseException:
-        engine.close()
-        raise
-    return engine
-
-
-def _own(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Copies, each aligned and with memory of its own: a reply's arrays share the frame's buffer."""
-    return {name: array.copy() for name, array in arrays.items()}
+    return OnnxRuntimeTraining(threads, timeout_s)

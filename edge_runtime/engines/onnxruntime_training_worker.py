@@ -1,105 +1,68 @@
-"""The process that holds a training session: run as a script by the interpreter that has
-onnxruntime-training.
+"""The process that holds training sessions: run as a script by the interpreter that has onnxruntime-training.
 
-That build installs into the same import package as onnxruntime, so it lives in an environment of its own,
-with numpy and nothing else. The parent imports this module only for the frames; onnxruntime is imported in
-`main` alone.
+That build installs into the same import package as onnxruntime, so it lives in an environment of its own, with numpy
+and nothing else. The parent imports this module only for the frames; onnxruntime is imported in `Worker` alone.
 
-A frame is 12 bytes `<IQ` (header size, body size), a JSON header, and the arrays' bytes one after another in
-C order. The header holds plain values, and under "arrays" a list of [name, dtype, shape] in the order of the
-bytes.
+A frame is 4 bytes `<I` (the size) and a JSON object. Tensors are in no frame: they lie in memory that both processes
+map, and a frame says where.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import signal
 import struct
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    import onnxruntime
-
-PREFIX = struct.Struct("<IQ")
-MAX_HEADER_BYTES = 16 * 2**20
-MAX_BODY_BYTES = 4 * 2**30
-_TYPES = {
-    "float32": "tensor(float)",
-    "float64": "tensor(double)",
-    "float16": "tensor(float16)",
-    "uint8": "tensor(uint8)",
-    "int8": "tensor(int8)",
-    "int32": "tensor(int32)",
-    "int64": "tensor(int64)",
-}
-"""The dtypes that a frame may hold, as onnxruntime names them."""
+PREFIX = struct.Struct("<I")
+MAX_FRAME_BYTES = 16 * 2**20
 
 
-def frame_chunks(
-    header: Mapping[str, object], arrays: Mapping[str, np.ndarray] | None = None
-) -> list[bytes | memoryview]:
-    """The frame as chunks to write one after another; arrays are not copied where they are contiguous."""
-    specs, views = [], []
-    for name, array in (arrays or {}).items():
-        data = np.ascontiguousarray(array)
-        specs.append([name, data.dtype.name, list(np.shape(array))])
-        views.append(memoryview(data.reshape(-1)).cast("B") if data.size else b"")
-    text = json.dumps({**header, "arrays": specs}, separators=(",", ":")).encode()
-    return [PREFIX.pack(len(text), sum(len(view) for view in views)) + text, *views]
+def frame(message: Mapping[str, object]) -> bytes:
+    text = json.dumps(message, separators=(",", ":")).encode()
+    return PREFIX.pack(len(text)) + text
 
 
-def read_frame(read_exactly: Callable[[int], bytearray]) -> tuple[dict[str, object], dict[str, np.ndarray]]:
+def read_frame(read_exactly: Callable[[int], bytearray]) -> dict[str, Any]:
     """One frame through `read_exactly(size_bytes)`. Errors: ValueError for bytes that are not a frame."""
-    header_bytes, body_bytes = PREFIX.unpack(read_exactly(PREFIX.size))
-    if header_bytes > MAX_HEADER_BYTES or body_bytes > MAX_BODY_BYTES:
-        raise ValueError(f"not a frame: header of {header_bytes} and body of {body_bytes} bytes")
-    header = json.loads(read_exactly(header_bytes))
-    body = memoryview(read_exactly(body_bytes))
-    arrays: dict[str, np.ndarray] = {}
-    offset = 0
-    for name, dtype_name, shape in header.pop("arrays"):
-        if dtype_name not in _TYPES:
-            raise ValueError(f"not a frame: array {name!r} has dtype {dtype_name!r}")
-        dtype, count = np.dtype(dtype_name), math.prod(shape)
-        arrays[name] = (
-            np.frombuffer(body, dtype, count, offset).reshape(shape) if count else np.empty(shape, dtype)
-        )
-        offset += count * dtype.itemsize
-    if offset != body_bytes:
-        raise ValueError(f"not a frame: its arrays take {offset} bytes, its body has {body_bytes}")
-    return header, arrays
+    (size_bytes,) = PREFIX.unpack(read_exactly(PREFIX.size))
+    if size_bytes > MAX_FRAME_BYTES:
+        raise ValueError(f"not a frame: {size_bytes} bytes")
+    message = json.loads(read_exactly(size_bytes))
+    if not isinstance(message, dict):
+        raise ValueError("not a frame: no JSON object")
+    return message
 
 
 class Worker:
-    """The sessions that were opened, and the state between steps.
+    """The sessions that were opened, and what they were bound to; it holds no state."""
 
-    State lies in two sets of arrays: a step reads one and writes the other, and they change places once it
-    has succeeded. Binding the outputs to arrays of our own, instead of letting the session allocate them,
-    saves 23 MB of a 131 MB peak (cnn3 32/64/128, batch 32).
-    """
-
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, memory_fd: int) -> None:
         import onnxruntime
 
         onnxruntime.set_default_logger_severity(3)
         self._onnxruntime = onnxruntime
         self._threads = threads
-        self._sessions: dict[str, onnxruntime.InferenceSession] = {}
-        self._state: dict[str, np.ndarray] = {}
-        self._spare: dict[str, np.ndarray] = {}
+        self._memory_fd = memory_fd
+        self._regions: list[tuple[int, np.ndarray]] = []
+        self._sessions: list[Any] = []
+        self._bound: list[tuple[Any, Any]] = []
 
-    @property
-    def version(self) -> str:
-        return str(self._onnxruntime.__version__)
+    def map(self, offset: int, size_bytes: int) -> dict[str, object]:
+        """Maps a further piece of the shared memory."""
+        block = mmap.mmap(self._memory_fd, size_bytes, offset=offset)
+        self._regions.append((offset, np.frombuffer(block, np.uint8)))
+        return {}
 
-    def open(self, graph: str, path: str) -> None:
-        """Loads a graph under a name."""
+    def open(self, path: str) -> dict[str, object]:
+        """Loads a graph; the reply names it."""
         options = self._onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = self._threads
@@ -107,84 +70,62 @@ class Worker:
         # Spinning threads gain about 15 % with two threads on an idle machine, and cost a factor of 2.5 where
         # anything else runs; a device has other things to run.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._sessions[graph] = self._onnxruntime.InferenceSession(
-            path, options, providers=["CPUExecutionProvider"]
+        self._sessions.append(
+            self._onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         )
+        return {"program": len(self._sessions) - 1}
 
-    def load_state(self, arrays: Mapping[str, np.ndarray]) -> None:
-        # Copies: a frame's arrays lie unaligned in one buffer.
-        self._state = {name: array.copy() for name, array in arrays.items()}
-        self._spare = {}
-
-    def state(self) -> dict[str, np.ndarray]:
-        """The state itself, not a copy: valid until the next run."""
-        return self._state
-
-    def run(self, graph: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Runs a graph on the state and `arrays`; outputs named `next.*` become the state, the others are
-        returned.
-
-        A run that fails leaves the state as it was. Errors: ValueError for an input that nobody has.
-        """
-        session = self._sessions[graph]
-        value = self._onnxruntime.OrtValue.ortvalue_from_numpy  # a view of the array, not a copy
+    def bind(self, program: int, inputs: Sequence[Any], outputs: Sequence[Any]) -> dict[str, object]:
+        """Binds a graph's tensors (name, dtype, shape, offset) to shared memory; the reply names the binding."""
+        session = self._sessions[program]
         binding = session.io_binding()
-        given = {name: array.copy() for name, array in arrays.items()}
-        for spec in session.get_inputs():
-            array = given.get(spec.name, self._state.get(spec.name))
-            if array is None:
-                raise ValueError(f"{graph} needs {spec.name}, which is neither in the state nor given")
-            if (list(array.shape), _TYPES[array.dtype.name]) != (spec.shape, spec.type):
-                raise ValueError(
-                    f"{graph}: {spec.name} is {array.dtype}{list(array.shape)}, not {spec.type}{spec.shape}"
-                )
-            binding.bind_ortvalue_input(spec.name, value(array))
-        written, results = {}, {}
-        for spec in session.get_outputs():
-            name = spec.name.removeprefix("next.")
-            target, reuse = (results, {}) if name == spec.name else (written, self._spare)
-            target[name] = reuse[name] if name in reuse else np.empty(spec.shape, np.float32)
-            binding.bind_ortvalue_output(spec.name, value(target[name]))
+        # A view of the array, not a copy. Outputs of our own, instead of the session's, save 23 MB of a 131 MB peak
+        # (cnn3 32/64/128, batch 32).
+        value = self._onnxruntime.OrtValue.ortvalue_from_numpy
+        for name, *place in inputs:
+            binding.bind_ortvalue_input(name, value(self._array(*place)))
+        for name, *place in outputs:
+            binding.bind_ortvalue_output(name, value(self._array(*place)))
+        self._bound.append((session, binding))
+        return {"bound": len(self._bound) - 1}
+
+    def run(self, bound: int) -> dict[str, object]:
+        session, binding = self._bound[bound]
         session.run_with_iobinding(binding)
-        self._spare = {name: self._state[name] for name in written}
-        self._state = {**self._state, **written}
-        return results
+        return {}
+
+    def _array(self, dtype: str, shape: Sequence[int], offset: int) -> np.ndarray:
+        size_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+        for start, block in self._regions:
+            if start <= offset and offset + size_bytes <= start + len(block):
+                return block[offset - start : offset - start + size_bytes].view(dtype).reshape(shape)
+        raise ValueError(f"offset {offset} is not in the shared memory")
 
 
-def answer(
-    worker: Worker, header: Mapping[str, object], arrays: Mapping[str, np.ndarray]
-) -> list[bytes | memoryview]:
-    """Carries out one call and gives the reply's chunks."""
-    call = header["call"]
-    if call == "open":
-        worker.open(str(header["graph"]), str(header["path"]))
-        return frame_chunks({"ok": True})
-    if call == "load_state":
-        worker.load_state(arrays)
-        return frame_chunks({"ok": True})
-    if call == "state":
-        return frame_chunks({"ok": True}, worker.state())
-    if call == "run":
-        return frame_chunks({"ok": True}, worker.run(str(header["graph"]), arrays))
-    raise ValueError(f"unknown call {call!r}")
+CALLS = ("map", "open", "bind", "run")
 
 
-def serve(
-    worker: Worker, read_exactly: Callable[[int], bytearray], write: Callable[[Iterable], None]
-) -> None:
-    """Answers calls until the parent closes its end; a failed call is answered with its error, and serving
-    goes on."""
-    write(frame_chunks({"ok": True, "version": worker.version}))
+def answer(worker: Worker, message: dict[str, Any]) -> dict[str, object]:
+    """Carries out one call and gives its reply."""
+    call = message.pop("call")
+    if call not in CALLS:
+        raise ValueError(f"unknown call {call!r}")
+    return {"ok": True, **getattr(worker, call)(**message)}
+
+
+def serve(worker: Worker, read_exactly: Callable[[int], bytearray], write: Callable[[bytes], None]) -> None:
+    """Answers calls until the parent closes its end; a failed call is answered with its error, and serving goes on."""
+    write(frame({"ok": True}))
     while True:
         try:
-            header, arrays = read_frame(read_exactly)
+            message = read_frame(read_exactly)
         except EOFError:
             return
         try:
-            reply = answer(worker, header, arrays)
+            reply = answer(worker, message)
         except Exception as error:  # whatever failed belongs to the parent
-            reply = frame_chunks({"ok": False, "error": f"{type(error).__name__}: {error}"})
-        write(reply)
+            reply = {"ok": False, "error": f"{type(error).__name__}: {error}"}
+        write(frame(reply))
 
 
 def main() -> int:
@@ -206,14 +147,13 @@ def main() -> int:
             done += count
         return data
 
-    def write(chunks: Iterable[bytes | memoryview]) -> None:
-        for chunk in chunks:
-            view = memoryview(chunk)
-            while view:
-                view = view[os.write(replies_fd, view) :]
+    def write(data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(replies_fd, view) :]
 
     try:
-        serve(Worker(int(sys.argv[1])), read_exactly, write)
+        serve(Worker(int(sys.argv[1]), int(sys.argv[2])), read_exactly, write)
     except BrokenPipeError:
         return 0
     return 0

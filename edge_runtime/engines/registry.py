@@ -1,8 +1,4 @@
-"""The engines, in order of preference: which of them work here, and one opened on a bundle.
-
-An engine is a module of this package with `check() -> str | None` (None when it works here, else why not),
-`INSTALL_HINT`, `version() -> str` and `open(bundle, threads) -> Engine`; it is imported only when asked for.
-"""
+"""The engines, one record each, in order of preference: which of them work here, and one opened on a bundle."""
 
 from __future__ import annotations
 
@@ -11,16 +7,65 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from edgestill.runtime.bundle.bundle import Bundle
-from edgestill.runtime.engines.protocol import Engine
+from edgestill.runtime.engines.engine import Engine
 from edgestill.runtime.errors import EngineError, UsageError
 
-__all__ = ["ENGINES", "Engine", "EngineStatus", "available_engines", "open_engine"]
+__all__ = ["ENGINES", "Engine", "EngineRecord", "EngineStatus", "available_engines", "open_engine"]
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """All that the product knows of an engine without importing it.
+
+    `runner` is a module with `check() -> str | None` (None when the engine works here, else why not),
+    `version() -> str` and `open_runner(threads) -> Runner` (program.py), `exporter` one with
+    `emit(spec, folder) -> records`. Each is imported when first needed; only the exporter may need torch.
+    """
+
+    name: str
+    exporter: str
+    runner: str
+    tolerance: float
+    """How many times eager float32's error its own may be for `edgestill verify`, a tensor and the median over steps;
+    measured were up to 3."""
+    extra: str | None
+    """The extra of the package `edgestill` that brings it, if one does."""
+    hint: str
+    """What to type to have it."""
+
 
 ENGINES = {
-    "onnxruntime": "edgestill.runtime.engines.onnxruntime",
-    "executorch": "edgestill.runtime.engines.executorch",
-    "onnxruntime-training": "edgestill.runtime.engines.onnxruntime_training",
+    record.name: record
+    for record in (
+        EngineRecord(
+            name="onnxruntime",
+            exporter="edgestill.export.targets.onnxruntime",
+            runner="edgestill.runtime.engines.onnxruntime",
+            tolerance=6.0,
+            extra="onnxruntime",
+            hint="pip install 'edgestill[onnxruntime]'",
+        ),
+        EngineRecord(
+            name="executorch",
+            exporter="edgestill.export.targets.executorch",
+            runner="edgestill.runtime.engines.executorch",
+            tolerance=6.0,
+            extra="executorch",
+            hint="pip install --no-deps executorch==1.5.1",
+        ),
+        EngineRecord(
+            name="onnxruntime-training",
+            exporter="edgestill.export.targets.onnxruntime_training",
+            runner="edgestill.runtime.engines.onnxruntime_training",
+            tolerance=12.0,
+            extra=None,
+            hint="python3.11 -m venv .venv-ort-training && "
+            ".venv-ort-training/bin/pip install onnxruntime-training==1.19.2 numpy; "
+            "an environment elsewhere is named by EDGESTILL_ORT_TRAINING_PYTHON",
+        ),
+    )
 }
+"""By name, in order of preference."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +86,15 @@ def available_engines() -> list[EngineStatus]:
 
 def engine_status(name: str) -> EngineStatus:
     """The status of one engine. Errors: EngineError for a name that no engine has."""
+    hint = _record(name).hint
     try:
         module = _load(name)
         reason = module.check()
     except ImportError as error:
-        return EngineStatus(name, False, None, str(error), None)
+        return EngineStatus(name, False, None, str(error), hint)
     if reason is not None:
-        return EngineStatus(name, False, None, reason, module.INSTALL_HINT)
-    version = module.version() if hasattr(module, "version") else None
-    return EngineStatus(name, True, version, None, None)
+        return EngineStatus(name, False, None, reason, hint)
+    return EngineStatus(name, True, module.version(), None, None)
 
 
 def open_engine(bundle: Bundle, name: str | None = None, threads: int = 0) -> Engine:
@@ -80,8 +125,12 @@ def open_engine(bundle: Bundle, name: str | None = None, threads: int = 0) -> En
 
 
 def _open(bundle: Bundle, name: str, threads: int) -> Engine:
-    engine: Engine = _load(name).open(bundle, threads)
-    return engine
+    runner = _load(name).open_runner(threads)
+    try:
+        return Engine(bundle, name, runner)
+    except BaseException:
+        runner.close()
+        raise
 
 
 def _require_in_bundle(bundle: Bundle, name: str) -> None:
@@ -94,7 +143,11 @@ def _require_in_bundle(bundle: Bundle, name: str) -> None:
         )
 
 
-def _load(name: str) -> ModuleType:
+def _record(name: str) -> EngineRecord:
     if name not in ENGINES:
         raise EngineError(f"no engine is called {name!r}", f"engines: {', '.join(ENGINES)}")
-    return importlib.import_module(ENGINES[name])
+    return ENGINES[name]
+
+
+def _load(name: str) -> ModuleType:
+    return importlib.import_module(_record(name).runner)

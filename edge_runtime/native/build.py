@@ -21,10 +21,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgestill.runtime.engines.registry import ENGINES
 from edgestill.runtime.errors import EdgestillError, EngineError
 
 EXECUTORCH_VERSION = "1.5.1"
-INSTALL_HINT = f"pip install --no-deps executorch=={EXECUTORCH_VERSION}"
+INSTALL_HINT = ENGINES["executorch"].hint
 COMPILER_HINT = "install a C++ compiler (Debian: apt install g++) or name one in the environment variable CXX"
 LIBRARIES = (
     "executorch",

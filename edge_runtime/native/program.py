@@ -16,9 +16,6 @@ from edgestill.runtime.native.build import ensure_library
 
 RUNNER_VERSION = 1
 MAX_RANK = 8
-ALIGNMENT_BYTES = 64
-# What must be readable after an input (runner.h).
-SLACK_BYTES = 16
 _DTYPES = {0: np.dtype(np.uint8), 4: np.dtype(np.int64), 6: np.dtype(np.float32)}
 _INPUT, _OUTPUT = 0, 1
 
@@ -121,7 +118,7 @@ class Program:
         self.arena_bytes = int(self._library.edgestill_arena_bytes(self._handle))
 
     def run(self, inputs: Pointers, outputs: Pointers) -> None:
-        """Executes once. The caller answers for shapes, dtypes and placement of the buffers (`allocate`).
+        """Executes once. The caller answers for shapes, dtypes and placement of the buffers (engines/program.py).
 
         Errors: EngineError; the outputs then hold anything.
         """
@@ -149,19 +146,6 @@ class Program:
             shape = tuple(tensor.shape[: tensor.rank])
             slots.append(Slot(shape, _DTYPES[tensor.dtype], bool(tensor.in_arena)))
         return tuple(slots)
-
-
-def allocate(specs: Sequence[tuple[tuple[int, ...], np.dtype]]) -> list[np.ndarray]:
-    """Zeroed arrays (shape, dtype) in one block of memory, placed as the runner needs them."""
-    sizes = [int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for shape, dtype in specs]
-    strides = [-(-(size + SLACK_BYTES) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for size in sizes]
-    block = np.zeros(sum(strides) + ALIGNMENT_BYTES, np.uint8)
-    position = -block.ctypes.data % ALIGNMENT_BYTES
-    arrays = []
-    for (shape, dtype), size, stride in zip(specs, sizes, strides, strict=True):
-        arrays.append(block[position : position + size].view(dtype).reshape(shape))
-        position += stride
-    return arrays
 
 
 def _reason(library: ctypes.CDLL) -> str:

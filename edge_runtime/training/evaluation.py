@@ -49,7 +49,7 @@ class Evaluation:
 
 def evaluate(engine: Engine, dataset: Dataset, batch: int, classes: int) -> Evaluation:
     """Classifies the whole dataset with the engine's present state."""
-    logits = encode_all(engine, dataset.images, batch).logits
+    logits = encode_all(engine, dataset.images, batch, dataset.more).logits
     return score(logits, dataset.labels, classes, dataset.class_names)
 
 

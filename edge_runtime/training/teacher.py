@@ -1,4 +1,4 @@
-"""A teacher's latents and logits on a device's own images, computed once and kept beside the state file."""
+"""A teacher's latents and logits on a device's own samples, computed once and kept beside the state file."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from edgestill.runtime.errors import BundleError, UsageError, WireError
 
 @dataclass(frozen=True)
 class TeacherOutputs:
-    """Latents [N, l] and logits [N, K], float32, one row a sample."""
+    """Latents [N, l] and logits [N, K], float32, one row a sample; None: not published, which `plan` fills."""
 
-    latents: np.ndarray
-    logits: np.ndarray
+    latents: np.ndarray | None = None
+    logits: np.ndarray | None = None
 
     def take(self, chosen: np.ndarray) -> TeacherOutputs:
         return TeacherOutputs(self.latents[chosen], self.logits[chosen])
@@ -45,12 +45,15 @@ def split_teacher_name(name: str) -> tuple[Path, Path | None]:
     return Path(bundle), Path(checkpoint)
 
 
-def encode_all(engine: Engine, images: np.ndarray, batch: int) -> TeacherOutputs:
-    """Latents and logits of all images; the last batch is filled up from the first images."""
+def encode_all(
+    engine: Engine, images: np.ndarray, batch: int, more: tuple[np.ndarray, ...] = ()
+) -> TeacherOutputs:
+    """Latents and logits of all samples (`images` and `more` as in `Dataset`); the last batch is filled up from the
+    first samples."""
     latents, logits = [], []
     for start in range(0, len(images), batch):
         chosen = np.arange(start, start + batch) % len(images)
-        some_latents, some_logits = engine.encode(np.ascontiguousarray(images[chosen]))
+        some_latents, some_logits = engine.encode(*(array[chosen] for array in (images, *more)))
         latents.append(some_latents)
         logits.append(some_logits)
     return TeacherOutputs(np.concatenate(latents)[: len(images)], np.concatenate(logits)[: len(images)])
@@ -81,8 +84,10 @@ class Teacher:
         names = np.frombuffer(self._bundle.model_digest.encode(), np.uint8)
         return digest_of_arrays(names, *self._state.values())
 
-    def outputs(self, images: np.ndarray, images_digest: str, cache: Path) -> TeacherOutputs:
-        """Outputs on images, from the cache if it is of this teacher and images, else computed and kept."""
+    def outputs(
+        self, images: np.ndarray, images_digest: str, cache: Path, more: tuple[np.ndarray, ...] = ()
+    ) -> TeacherOutputs:
+        """Outputs on samples, from the cache if it is of this teacher and samples, else computed and kept."""
         key = {"format": "edgestill-teacher-outputs", "teacher": self.digest, "images": images_digest}
         if cache.exists():
             try:
@@ -99,7 +104,7 @@ class Teacher:
         if self._engine is None:
             self._engine = open_engine(self._bundle, self._engine_name, self._threads)
             self._engine.load_state(self._state)
-        outputs = encode_all(self._engine, images, self._bundle.batch)
+        outputs = encode_all(self._engine, images, self._bundle.batch, more)
         wire.save(cache, {"latents": outputs.latents, "logits": outputs.logits}, key)
         return outputs
 
@@ -131,9 +136,10 @@ def _check_fits(teacher: Bundle, student: Bundle) -> None:
             f"{teacher.source}: {teacher.classes} classes, the student has {student.classes}",
             "use a teacher of the same task",
         )
-    if (teacher.input.shape, teacher.input.dtype) != (student.input.shape, student.input.dtype):
+    taken, expected = ([(s.shape, s.dtype) for s in bundle.samples] for bundle in (teacher, student))
+    if taken != expected:
         raise BundleError(
-            f"{teacher.source}: takes {teacher.input.dtype}{list(teacher.input.shape)}, "
-            f"the student {student.input.dtype}{list(student.input.shape)}",
-            "use a teacher that takes the same images",
+            f"{teacher.source}: takes {' and '.join(map(str, teacher.samples))}, "
+            f"the student {' and '.join(map(str, student.samples))}",
+            "use a teacher that takes the same samples",
         )

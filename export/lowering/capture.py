@@ -1,107 +1,120 @@
-"""From a PyTorch student to a list of layers: torch.export traces it, this module reads the trace or refuses it."""
+"""From a PyTorch student to a graph: torch.export traces it, each ATen operator is said in the Graph's (aten.py).
+
+The student is traced twice, as it trains and as it infers, so dropout, stochastic depth, batch statistics and whatever
+else differs between the modes is in the right graph. What would be altered on the way is refused.
+"""
 
 from __future__ import annotations
 
-import math
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from edgestill.export.lowering.aten import ATEN, Context, Refusal
+from edgestill.export.lowering.graph import Graph, LoweringError, Value
 from edgestill.runtime.errors import EdgestillError
 
 aten = torch.ops.aten
 
 
-class LoweringError(EdgestillError):
-    """A student holds something that cannot be lowered to forward operators."""
+@dataclass(frozen=True)
+class SampleSpec:
+    """One tensor of a batch as the student takes it: shape with the batch."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # float32 or int64
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One operation of the student. Names are those of the trace; shapes include the batch, channels first."""
+class Captured:
+    """A student's forward pass in one mode.
 
-    kind: str
-    inputs: tuple[str, ...]
-    output: str
-    path: str  # of the module in the student, "perception.0.0"
-    input_shape: tuple[int, ...]
-    output_shape: tuple[int, ...]
-    parameters: dict[str, str] = field(default_factory=dict)  # "weight" → its name in the state
-    attributes: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class CapturedStudent:
-    layers: tuple[Layer, ...]
-    images: str
-    latents: str
-    logits: str
-    latent_size: int
-    classes: int
-
-
-class _Outputs(nn.Module):
-    def __init__(self, student: nn.Module):
-        super().__init__()
-        self.perception = student.perception
-        self.representation = student.representation
-        self.output = student.output
-
-    def forward(self, images):
-        latents = self.representation(self.perception(images))
-        return latents, self.output(latents)
-
-
-def capture_student(student: nn.Module, batch: int, input_shape: tuple[int, ...]) -> CapturedStudent:
-    """Reads the student's layers.
-
-    `student` has the modules `perception`, `representation` (to latents [B, l]) and `output` (to logits [B, K]).
-    Raises LoweringError naming the module's path, the operator and what to use instead.
+    The graph's inputs are the samples and the state that it reads, by their PyTorch names, and uniform numbers
+    `noise.0`, `noise.1`, …; its outputs `latents` [B, l], `logits` [B, K] and `next.NAME` of the buffers written.
     """
-    for part in ("perception", "representation", "output"):
-        if not isinstance(getattr(student, part, None), nn.Module):
+
+    graph: Graph
+    noise: tuple[tuple[int, ...], ...] = field(default=())
+
+    @property
+    def latents(self) -> Value:
+        return self.graph.outputs["latents"]
+
+    @property
+    def logits(self) -> Value:
+        return self.graph.outputs["logits"]
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        return tuple(n.removeprefix("next.") for n in self.graph.outputs if n.startswith("next."))
+
+
+def capture(parts: nn.Module, samples: Sequence[SampleSpec], training: bool, prefix: str = "") -> Captured:
+    """The graph of `parts`, a module from samples to (latents, logits), in training or in inference mode.
+
+    `prefix` is cut from the names of the state. Errors: LoweringError that names every blocker: its place in the
+    student, the operator and a way out.
+    """
+    for name, parameter in parts.named_parameters():
+        if parameter.dtype != torch.float32:
             raise LoweringError(
-                f"the student {type(student).__name__} has no module `{part}`",
-                hint="give it `perception`, `representation` (ending in the latent) and `output` (latent to logits)",
+                f"the student's {name.removeprefix(prefix)} is {parameter.dtype}",
+                hint="make the student float32: student.float()",
             )
-    for path, module in student.named_modules():
-        _check_module(path, module)
-    outputs = _Outputs(student).eval()
-    images = torch.zeros(batch, *input_shape)
+    parts.train(training)
+    examples = tuple(torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in samples)
+    buffers = {name: tensor.clone() for name, tensor in parts.named_buffers()}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PyTorch's tracing warns of PyTorch's own code
-            program = torch.export.export(outputs, (images,)).run_decompositions({})
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")  # PyTorch's tracing warns of PyTorch's own code
+            program = torch.export.export(parts, examples)
+            _detach_results_without_gradient(program)
+            kept = {k: rule for k, rule in _decompositions().items() if k not in ATEN}
+            program = program.run_decompositions(kept)
+    except EdgestillError:
+        raise
     except Exception as error:
+        shapes = ", ".join(f"{spec.name} {list(spec.shape)} of {spec.dtype}" for spec in samples)
         raise LoweringError(
-            f"PyTorch cannot trace the student on images of shape {tuple(images.shape)}: {_first_line(error)}",
-            hint="check --input-shape, put nn.Flatten() before the first nn.Linear, and keep Python branches on "
+            f"PyTorch cannot trace the student on {shapes}: {_first_line(error)}",
+            hint=_ONE_VALUE
+            if "more than 1 value per channel" in str(error)
+            else "check --input-shape, put nn.Flatten() before the first nn.Linear, and keep Python branches on "
             "tensor values out of forward()",
         ) from error
-    return _read(program)
+    finally:
+        for name, tensor in parts.named_buffers():
+            if name in buffers and tensor.shape == buffers[name].shape:
+                tensor.data.copy_(buffers[name])
+    return _Reader(program, parts, samples, prefix).read()
 
 
-def _check_module(path: str, module: nn.Module) -> None:
-    if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-        raise LoweringError(
-            f"{path}: {type(module).__name__}(p={module.p}) draws random numbers in the graph",
-            hint="remove it or set p=0; use --weight-decay or augmentation to regularise",
-        )
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        if not module.track_running_stats or module.momentum is None or not module.affine:
-            raise LoweringError(
-                f"{path}: {type(module).__name__} needs track_running_stats=True, affine=True and a fixed momentum",
-                hint="use nn.BatchNorm2d(channels), or nn.GroupNorm(groups, channels) for no running statistics",
-            )
-    if isinstance(module, nn.modules.conv._ConvNd) and module.padding_mode != "zeros":
-        raise LoweringError(
-            f"{path}: padding_mode={module.padding_mode!r} is not supported", hint="use padding_mode='zeros'"
-        )
+def _decompositions() -> dict[Any, Any]:
+    return dict(torch.export.default_decompositions().items())
+
+
+def _detach_results_without_gradient(program: torch.export.ExportedProgram) -> None:
+    """Marks what a `torch.no_grad()` block computes, before decompositions forget where it began."""
+    graph = program.graph_module.graph
+    for node in list(graph.nodes):
+        if node.op != "call_function" or "wrap_with_set_grad_enabled" not in str(node.target):
+            continue
+        if node.args[0] is not False:
+            continue
+        for result in [user for user in node.users if user.target is operator.getitem]:
+            if not isinstance(result.meta.get("val"), torch.Tensor):
+                continue
+            with graph.inserting_after(result):
+                detached = graph.call_function(aten.detach.default, (result,))
+            detached.meta = dict(result.meta)
+            result.replace_all_uses_with(detached, delete_user_cb=lambda user, own=detached: user is not own)
+    program.graph_module.recompile()
 
 
 def _first_line(error: Exception) -> str:
@@ -109,72 +122,158 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _read(program: torch.export.ExportedProgram) -> CapturedStudent:
-    signature = program.graph_signature
-    state = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    if signature.inputs_to_lifted_tensor_constants:
-        raise LoweringError(
-            "the student's forward() makes tensors of its own",
-            hint="register them as parameters of a supported module",
-        )
-    alias: dict[str, str] = {}
-    layers: list[Layer] = []
-    for node in program.graph.nodes:
-        if node.op != "call_function":
-            continue
-        target = node.target
-        if target is operator.getitem or target in _NOTHING:
-            if target is operator.getitem and node.args[1] != 0:
-                raise _refusal(node, str(node.args[0].target))
-            alias[node.name] = alias.get(node.args[0].name, node.args[0].name)
-            continue
-        reader = _READERS.get(target)
-        if reader is None:
-            raise _refusal(node, str(target))
-        kind, tensors, attributes = reader(node, _Arguments(node))
-        parameters = {
-            key: state[value.name]
-            for key, value in tensors.items()
-            if value is not None and value.name in state
-        }
-        if any(value is not None and value.name not in state for value in tensors.values()):
-            raise _refusal(node, f"{target} with a weight that is computed")
-        sources = [arg for arg in node.args[: 2 if kind == "add" else 1] if isinstance(arg, torch.fx.Node)]
-        if any(source.name in state for source in sources) or (kind == "add" and len(sources) != 2):
-            raise _refusal(node, f"{target} of a parameter or a number")
-        layers.append(
-            Layer(
-                kind,
-                tuple(alias.get(s.name, s.name) for s in sources),
-                node.name,
-                _path(node),
-                tuple(_shape(sources[0])),
-                tuple(_shape(node)),
-                parameters,
-                attributes,
-            )
-        )
-    statistics = [layer.parameters["running_mean"] for layer in layers if layer.kind == "batch_norm"]
-    for name in {name for name in statistics if statistics.count(name) > 1}:
-        raise LoweringError(
-            f"{name.rpartition('.')[0]}: one BatchNorm2d normalises two activations",
-            hint="give each activation a BatchNorm2d of its own",
-        )
-    latents, logits = (alias.get(spec.arg.name, spec.arg.name) for spec in signature.output_specs)
-    shapes = {layer.output: layer.output_shape for layer in layers}
-    for name, value in (("latents of `representation`", latents), ("logits of `output`", logits)):
-        if len(shapes.get(value, ())) != 2:
+class _Reader:
+    def __init__(
+        self,
+        program: torch.export.ExportedProgram,
+        parts: nn.Module,
+        samples: Sequence[SampleSpec],
+        prefix: str,
+    ):
+        self.program, self.samples, self.prefix = program, samples, prefix
+        self.parameters = dict.fromkeys(name for name, _ in parts.named_parameters())
+        self.tensors = dict(parts.state_dict(keep_vars=True)) | dict(parts.named_buffers())
+        self.names = {id(tensor): name for name, tensor in [*parts.named_buffers(), *parts.named_parameters()]}
+        self.context = Context(Graph())
+        self.known: dict[torch.fx.Node, Any] = {}
+        self.refusals: dict[str, LoweringError] = {}
+        self.counts: list[str] = []
+
+    def read(self) -> Captured:
+        self._inputs()
+        for node in self.program.graph.nodes:
+            if node.op == "call_function":
+                self.known[node] = self._computed(node)
+        if self.refusals:
+            raise _joined(list(self.refusals.values()))
+        graph = self.context.graph
+        self._outputs()
+        graph.prune({value.name for value in graph.inputs})
+        for value in graph.inputs:
+            if value.name in self.counts:
+                raise LoweringError(
+                    f"the student's outputs depend on its buffer {value.name}, which changes and is not float32",
+                    hint="make it a float32 buffer: those are state",
+                )
+        noise = {value.name: value.shape for value in graph.inputs if value.name.startswith("noise.")}
+        return Captured(graph, tuple(noise[f"noise.{i}"] for i in range(len(noise))))
+
+    def _inputs(self) -> None:
+        signature = self.program.graph_signature
+        graph = self.context.graph
+        state = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        written = set(signature.buffers_to_mutate.values())
+        given = iter(self.samples)
+        for node in self.program.graph.nodes:
+            if node.op != "placeholder":
+                continue
+            if node.name in state:
+                tensor = self.tensors[state[node.name]]
+                name = self.names.get(id(tensor), state[node.name])  # of tied weights, the first
+                own = name.removeprefix(self.prefix)
+                if name in self.parameters or is_state(tensor, name in written):
+                    given_before = [value for value in graph.inputs if value.name == own]
+                    self.known[node] = (given_before or [graph.input(own, tuple(tensor.shape))])[0]
+                elif name in written:  # a count, which only the student may need
+                    self.known[node] = graph.input(own, tuple(tensor.shape), "int64")
+                    self.counts.append(own)
+                else:
+                    self.known[node] = tensor.detach()
+            elif node.name in signature.inputs_to_lifted_tensor_constants:
+                self.known[node] = self.program.constants[signature.inputs_to_lifted_tensor_constants[node.name]]
+            elif node.name in signature.inputs_to_lifted_custom_objs:
+                what = signature.inputs_to_lifted_custom_objs[node.name]
+                raise LoweringError(
+                    f"the student computes with {what}, which is no tensor",
+                    hint="a random generator of its own: leave it out, the runtime draws from seed and step",
+                )
+            elif node.name in signature.user_inputs:
+                spec = next(given)
+                self.known[node] = graph.input(spec.name, spec.shape, spec.dtype)
+            else:  # a token of an operator with effects, which is refused itself
+                self.known[node] = None
+
+    def _computed(self, node: torch.fx.Node) -> Any:
+        self.context.graph.path = _path(node).removeprefix(self.prefix)
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), self.known.get)
+        if any(self.known.get(value, self) is None for value in node.all_input_nodes):
+            if not self.refusals:
+                self._refuse(node, f"{node.target} of what is no tensor")
+            return None  # what it needs was refused
+        if node.target is operator.getitem:
+            if (part := args[0][args[1]]) is None and node.users:
+                self._refuse(node.args[0], f"what {node.args[0].target} gives besides its first value,")
+            return part
+        try:
+            return self.context.compute(node, args, kwargs)
+        except Refusal as error:
+            what, hint = f"{error}", error.hint
+        except LoweringError:
+            raise
+        except Exception as error:  # a rule met arguments that nobody thought of
+            what, hint = f"{node.target} ({type(error).__name__}: {_first_line(error)})", None
+        self._refuse(node, what, hint)
+        return self._stand_in(node.meta.get("val"))
+
+    def _refuse(self, node: torch.fx.Node, what: str, hint: str | None = None) -> None:
+        module = _module(node)
+        where = f"{_path(node).removeprefix(self.prefix)}{f' ({module})' if module else ''}"
+        error = LoweringError(f"{where}: {what} cannot be lowered to a training graph", hint or _HINT)
+        self.refusals.setdefault(f"{where} {what}", error)
+
+    def _stand_in(self, result: Any) -> Any:
+        """Values in place of a refused operator's, so that what comes after it is looked at, too."""
+        if isinstance(result, list | tuple):
+            return [self._stand_in(one) for one in result]
+        if not isinstance(result, torch.Tensor) or not all(isinstance(size, int) for size in result.shape):
+            return None
+        dtype = "float32" if result.is_floating_point() or result.dtype == torch.bool else "int64"
+        return self.context.graph.input(f"refused.{len(self.context.graph.inputs)}", tuple(result.shape), dtype)
+
+    def _outputs(self) -> None:
+        graph = self.context.graph
+        signature = self.program.graph_signature
+        results = {}
+        for spec, node in zip(signature.output_specs, self.program.graph.output_node().args[0], strict=True):
+            value = self.known[node] if isinstance(node, torch.fx.Node) else node
+            results[spec.arg.name, spec.kind.name] = value
+            target = spec.target
+            if spec.kind.name == "BUFFER_MUTATION" and self.tensors[target].dtype == torch.float32:
+                graph.output("next." + target.removeprefix(self.prefix), self.context.value(value))
+        own = [v for (_, kind), v in results.items() if kind == "USER_OUTPUT"]
+        specs = [spec for spec in signature.output_specs if spec.kind.name == "USER_OUTPUT"]
+        if len(own) != len(specs):  # the latents are the logits
+            own = [results[spec.arg.name, spec.kind.name] for spec in specs]
+        if len(own) != 2:
             raise LoweringError(
-                f"the {name} have shape {shapes.get(value)}, not [batch, size]",
-                hint="put nn.Flatten() before the first nn.Linear of `representation`",
+                f"the student gives {len(own)} tensors for latents and logits",
+                hint="`representation` and `output` return one tensor each",
             )
-    (images,) = signature.user_inputs
-    return CapturedStudent(tuple(layers), images, latents, logits, shapes[latents][1], shapes[logits][1])
+        batch = self.samples[0].shape[0]
+        for name, value in zip(("latents", "logits"), own, strict=True):
+            value = self.context.value(value)
+            if value.rank != 2 or value.shape[0] != batch:
+                part = "representation" if name == "latents" else "output"
+                raise LoweringError(
+                    f"the {name} of `{part}` have shape {list(value.shape)}, not [{batch}, size]",
+                    hint="put nn.Flatten() before the first nn.Linear of `representation`",
+                )
+            graph.output(name, value)
 
 
-def _shape(node: torch.fx.Node) -> torch.Size:
-    value = node.meta["val"]
-    return (value[0] if isinstance(value, tuple | list) else value).shape
+def is_state(buffer: torch.Tensor, written: bool) -> bool:
+    """Whether a buffer is state: float32 numbers that the step writes, or finite ones that it reads."""
+    return buffer.dtype == torch.float32 and (written or bool(torch.isfinite(buffer).all()))
+
+
+def _joined(errors: list[LoweringError]) -> LoweringError:
+    if len(errors) == 1:
+        return errors[0]
+    lines = [f"{error.message} (hint: {error.hint})" for error in errors]
+    return LoweringError(
+        f"{len(errors)} things in the student cannot be lowered:\n  " + "\n  ".join(lines),
+        hint="each line names a place and a way out",
+    )
 
 
 def _path(node: torch.fx.Node) -> str:
@@ -182,194 +281,13 @@ def _path(node: torch.fx.Node) -> str:
     return (stack[-1][0] if stack else "") or "forward()"
 
 
-def _refusal(node: torch.fx.Node, what: str) -> LoweringError:
+def _module(node: torch.fx.Node) -> str:
     stack = list((node.meta.get("nn_module_stack") or {}).values())
-    name = stack[-1][1].rsplit(".", 1)[-1] if stack else ""
-    return LoweringError(
-        f"{_path(node)} ({name}): the operator {what} cannot be lowered to a training graph",
-        hint=_INSTEAD.get(name)
-        or "supported: Conv2d, Linear, BatchNorm2d, GroupNorm, ReLU, ReLU6, Hardswish, MaxPool2d, "
-        "AvgPool2d, AdaptiveAvgPool2d, Flatten and the addition of two activations",
-    )
+    return stack[-1][1].rsplit(".", 1)[-1] if stack and stack[-1][0] else ""
 
 
-_INSTEAD = {
-    "GELU": "use nn.Hardswish or nn.ReLU",
-    "SiLU": "use nn.Hardswish",
-    "Sigmoid": "use nn.ReLU6 or nn.Hardswish",
-    "Tanh": "use nn.ReLU6",
-    "LeakyReLU": "use nn.ReLU",
-    "PReLU": "use nn.ReLU",
-    "ELU": "use nn.ReLU",
-    "LayerNorm": "use nn.GroupNorm(1, channels)",
-    "InstanceNorm2d": "use nn.GroupNorm(channels, channels)",
-    "Conv1d": "use nn.Conv2d with a kernel of (1, k) on windows of shape channels,1,length",
-    "Conv3d": "use nn.Conv2d",
-    "ConvTranspose2d": "use nn.Conv2d",
-    "BatchNorm1d": "use nn.BatchNorm2d before nn.Flatten",
-    "Softmax": "return logits: the objectives apply softmax",
-}
-
-_NOTHING = {aten.clone.default, aten.alias.default, aten.contiguous.default, aten.detach.default}
-
-
-class _Arguments:
-    """A node's arguments by the names of the operator's schema, defaults filled in."""
-
-    def __init__(self, node: torch.fx.Node):
-        schema = node.target._schema.arguments
-        given = {argument.name: value for argument, value in zip(schema, node.args, strict=False)}
-        self.values = {a.name: given.get(a.name, node.kwargs.get(a.name, a.default_value)) for a in schema}
-
-    def __getitem__(self, name: str) -> Any:
-        return self.values[name]
-
-    def pair(self, name: str) -> tuple[int, int]:
-        value = self.values[name]
-        value = [value] if isinstance(value, int) else list(value)
-        return (value[0], value[-1])
-
-
-Read = tuple[str, dict[str, Any], dict[str, Any]]
-
-
-def _conv2d(node: torch.fx.Node, a: _Arguments) -> Read:
-    weight = a["weight"].meta["val"].shape
-    dilation = a.pair("dilation")
-    if a["padding"] == "valid":
-        padding = (0, 0)
-    elif a["padding"] == "same":
-        total = [d * (k - 1) for d, k in zip(dilation, weight[2:], strict=True)]
-        if any(t % 2 for t in total):
-            raise _refusal(node, "convolution with padding='same' and an even kernel")
-        padding = (total[0] // 2, total[1] // 2)
-    else:
-        padding = a.pair("padding")
-    attributes = {
-        "kernel": tuple(weight[2:]),
-        "stride": a.pair("stride"),
-        "padding": padding,
-        "dilation": dilation,
-        "groups": a["groups"],
-    }
-    return "conv2d", {"weight": a["weight"], "bias": a["bias"]}, attributes
-
-
-def _linear(node: torch.fx.Node, a: _Arguments) -> Read:
-    if len(_shape(node)) != 2:
-        raise _refusal(node, f"aten.linear on a tensor of shape {tuple(_shape(node.args[0]))}")
-    return "linear", {"weight": a["weight"], "bias": a["bias"]}, {}
-
-
-def _batch_norm(node: torch.fx.Node, a: _Arguments) -> Read:
-    if len(_shape(node.args[0])) != 4:
-        raise _refusal(node, f"batch normalization of shape {tuple(_shape(node.args[0]))}")
-    tensors = {key: a[key] for key in ("weight", "bias", "running_mean", "running_var")}
-    return "batch_norm", tensors, {"momentum": a["momentum"], "eps": a["eps"]}
-
-
-def _group_norm(node: torch.fx.Node, a: _Arguments) -> Read:
-    if a["weight"] is None or len(_shape(node.args[0])) != 4:
-        raise _refusal(node, "group normalization without weight and bias, or not on images")
-    return (
-        "group_norm",
-        {"weight": a["weight"], "bias": a["bias"]},
-        {"groups": a["num_groups"], "eps": a["eps"]},
-    )
-
-
-def _hardtanh(node: torch.fx.Node, a: _Arguments) -> Read:
-    return "clipped_relu", {}, {"low": float(a["min_val"]), "high": float(a["max_val"])}
-
-
-def _max_pool(node: torch.fx.Node, a: _Arguments) -> Read:
-    kernel = a.pair("kernel_size")
-    stride = a.pair("stride") if a["stride"] else kernel
-    if a["ceil_mode"]:
-        _refuse_partial_windows(node, a, kernel, stride)
-    return (
-        "max_pool2d",
-        {},
-        {"kernel": kernel, "stride": stride, "padding": a.pair("padding"), "dilation": a.pair("dilation")},
-    )
-
-
-def _avg_pool(node: torch.fx.Node, a: _Arguments) -> Read:
-    kernel = a.pair("kernel_size")
-    stride = a.pair("stride") if a["stride"] else kernel
-    if a["ceil_mode"]:
-        _refuse_partial_windows(node, a, kernel, stride)
-    if a["divisor_override"] or (not a["count_include_pad"] and any(a.pair("padding"))):
-        raise _refusal(node, "average pooling with count_include_pad=False or a divisor of its own")
-    return "avg_pool2d", {}, {"kernel": kernel, "stride": stride, "padding": a.pair("padding")}
-
-
-def _refuse_partial_windows(
-    node: torch.fx.Node, a: _Arguments, kernel: tuple[int, int], stride: tuple[int, int]
-) -> None:
-    size, padding = _shape(node.args[0])[2:], a.pair("padding")
-    dilation = a.pair("dilation") if "dilation" in a.values else (1, 1)
-    for i in range(2):
-        if (size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) % stride[i]:
-            raise _refusal(
-                node, f"pooling with ceil_mode=True over a size of {size[i]} that leaves a partial window"
-            )
-
-
-def _adaptive_avg_pool(node: torch.fx.Node, a: _Arguments) -> Read:
-    size, wanted = _shape(node.args[0])[2:], _shape(node)[2:]
-    if any(s % w for s, w in zip(size, wanted, strict=True)):
-        raise _refusal(
-            node, f"adaptive average pooling from {tuple(size)} to {tuple(wanted)}, which does not divide it,"
-        )
-    kernel = (size[0] // wanted[0], size[1] // wanted[1])
-    return "avg_pool2d", {}, {"kernel": kernel, "stride": kernel, "padding": (0, 0)}
-
-
-def _mean(node: torch.fx.Node, a: _Arguments) -> Read:
-    size = _shape(node.args[0])
-    if len(size) != 4 or sorted(d % 4 for d in a["dim"]) != [2, 3]:
-        raise _refusal(node, f"mean over the dimensions {a['dim']}")
-    return (
-        ("avg_pool2d" if a["keepdim"] else "global_mean"),
-        {},
-        {"kernel": tuple(size[2:]), "stride": tuple(size[2:]), "padding": (0, 0)},
-    )
-
-
-def _reshape(node: torch.fx.Node, a: _Arguments) -> Read:
-    before, after = _shape(node.args[0]), _shape(node)
-    if len(after) != 2 or after[0] != before[0] or after[1] != math.prod(before[1:]):
-        raise _refusal(node, f"reshape from {tuple(before)} to {tuple(after)}")
-    return "flatten", {}, {}
-
-
-def _add(node: torch.fx.Node, a: _Arguments) -> Read:
-    if (
-        a["alpha"] != 1
-        or not isinstance(a["other"], torch.fx.Node)
-        or _shape(node.args[0]) != _shape(a["other"])
-    ):
-        raise _refusal(node, "addition with a number, a factor or broadcasting")
-    return "add", {}, {}
-
-
-_READERS: dict[Any, Callable[[torch.fx.Node, _Arguments], Read]] = {
-    aten.conv2d.default: _conv2d,
-    aten.conv2d.padding: _conv2d,
-    aten.linear.default: _linear,
-    aten._native_batch_norm_legit_no_training.default: _batch_norm,
-    aten.group_norm.default: _group_norm,
-    aten.relu.default: lambda node, a: ("relu", {}, {}),
-    aten.hardtanh.default: _hardtanh,
-    aten.relu6.default: lambda node, a: ("clipped_relu", {}, {"low": 0.0, "high": 6.0}),
-    aten.hardswish.default: lambda node, a: ("hardswish", {}, {}),
-    aten.max_pool2d.default: _max_pool,
-    aten.avg_pool2d.default: _avg_pool,
-    aten.adaptive_avg_pool2d.default: _adaptive_avg_pool,
-    aten.mean.dim: _mean,
-    aten.view.default: _reshape,
-    aten.reshape.default: _reshape,
-    aten.flatten.using_ints: _reshape,
-    aten.add.Tensor: _add,
-}
+_ONE_VALUE = "a BatchNorm over one value has no variance: export with a larger --batch, or use nn.GroupNorm"
+_HINT = (
+    "write it with other operators (docs/lowering.md lists what can be lowered), compute it before the student, or "
+    "leave it out"
+)

@@ -1,12 +1,14 @@
-"""A small graph of forward operators: built by the formulations, written out by the emitters.
+"""A graph of forward operators: what capture makes, gradients extend, rewrites change and emitters write.
 
-Shapes are static. Equal nodes are shared as they are built, and `prune` drops what no output needs, so a formulation
-may compute every gradient it knows and leave it to the graph to keep only those that are asked for.
+Shapes are static. Building simplifies: equal nodes are shared, constants are folded, identities vanish, turns join
+(simplify.py). So rules and rewrites may say things in the plainest way, and `prune` drops what no output needs.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +16,16 @@ import numpy as np
 import torch
 
 from edgestill.export.lowering.operators import DTYPES, OPERATORS
+from edgestill.export.lowering.simplify import simplified
+from edgestill.runtime.errors import EdgestillError
 
+FOLDED_ELEMENTS = 2**22
+_SPECS: dict[tuple, list[tuple[tuple[int, ...], str]]] = {}  # what `_infer` said before, which takes a millisecond
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class LoweringError(EdgestillError):
+    """A student holds something that cannot be lowered to forward operators."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,10 +37,20 @@ class Value:
     shape: tuple[int, ...]
     dtype: str
     constant: np.ndarray | None = None
+    node: Node | None = None
 
     @property
     def size(self) -> int:
-        return int(np.prod(self.shape))
+        return math.prod(self.shape)
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+    @property
+    def operator(self) -> str | None:
+        """Of the node that computes it; None for inputs and constants."""
+        return None if self.node is None else self.node.operator
 
     def __add__(self, other: Value | float) -> Value:
         return self.graph.apply("add", self, other)
@@ -59,30 +79,54 @@ class Value:
     __radd__ = __add__
     __rmul__ = __mul__
 
+    def apply(self, operator: str, *others: Value | float, **attributes: Any) -> Value:
+        """One operator with this value as its first input."""
+        return self.graph.apply(operator, self, *others, **attributes)
+
     def reshape(self, *shape: int) -> Value:
         if -1 in shape:
-            known = -int(np.prod(shape))
+            known = -math.prod(shape)
             shape = tuple(self.size // known if size == -1 else size for size in shape)
-        return self if shape == self.shape else self.graph.apply("reshape", self, shape=shape)
+        return self.graph.apply("reshape", self, shape=tuple(map(int, shape)))
 
     def transpose(self, *permutation: int) -> Value:
-        if permutation == tuple(range(len(self.shape))):
-            return self
-        return self.graph.apply("transpose", self, permutation=permutation)
+        return self.graph.apply("transpose", self, permutation=tuple(permutation))
 
-    def narrow(self, axis: int, start: int, stop: int) -> Value:
+    def swap(self) -> Value:
+        """The last two axes exchanged."""
+        last = self.rank - 1
+        return self.transpose(*range(last - 1), last, last - 1)
+
+    def narrow(self, axis: int, start: int, stop: int, step: int = 1) -> Value:
         """The part start … stop − 1 of an axis."""
-        if start == 0 and stop == self.shape[axis]:
-            return self
-        return self.graph.apply("slice", self, axis=axis, start=start, stop=stop)
+        return self.graph.apply("slice", self, axis=axis, start=start, stop=stop, step=step)
+
+    def sum(self, *axes: int) -> Value:
+        """Over the axes, which stay with size 1."""
+        return self.graph.apply("reduce_sum", self, axes=tuple(sorted(axes)))
+
+    def mean(self, *axes: int) -> Value:
+        return self.graph.apply("reduce_mean", self, axes=tuple(sorted(axes)))
+
+    def expand(self, *shape: int) -> Value:
+        return self.graph.apply("expand", self, shape=tuple(shape))
+
+    def pad(self, begins: Sequence[int], ends: Sequence[int], value: float = 0.0) -> Value:
+        """`begins` and `ends` an axis; negative ones cut."""
+        x = self
+        for axis, (begin, end) in enumerate(zip(begins, ends, strict=True)):
+            x = x.narrow(axis, max(-begin, 0), x.shape[axis] - max(-end, 0))
+        begins, ends = (tuple(max(size, 0) for size in sizes) for sizes in (begins, ends))
+        return x.graph.apply("pad", x, begins=begins, ends=ends, value=float(value))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Node:
     operator: str
     inputs: tuple[Value, ...]
-    attributes: dict[str, Any]
+    attributes: Mapping[str, Any]
     outputs: tuple[Value, ...]
+    path: str = ""  # of the module in the student that it comes from
 
 
 @dataclass
@@ -90,50 +134,73 @@ class Graph:
     inputs: list[Value] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     outputs: dict[str, Value] = field(default_factory=dict)
+    path: str = ""  # what new nodes are marked with
     _seen: dict[tuple, Any] = field(default_factory=dict)
+    _named: int = 0
 
     def input(self, name: str, shape: tuple[int, ...], dtype: str = "float32") -> Value:
         value = Value(self, name, tuple(shape), dtype)
         self.inputs.append(value)
         return value
 
-    def constant(self, data: np.ndarray | float) -> Value:
-        data = np.asarray(data, np.float32)
-        key = ("constant", data.shape, data.tobytes())
+    def constant(self, data: np.ndarray | float | torch.Tensor) -> Value:
+        """float32, or int64 for whole numbers and truth values of arrays."""
+        data = np.asarray(data)
+        data = data.astype(np.int64 if data.dtype.kind in "iu" else np.float32, order="C")
+        key = ("constant", data.dtype.str, data.shape, data.tobytes())
         if key not in self._seen:
-            self._seen[key] = Value(self, f"constant_{len(self._seen)}", data.shape, "float32", data)
+            dtype = "int64" if data.dtype == np.int64 else "float32"
+            self._seen[key] = Value(self, self._name("constant"), data.shape, dtype, data)
         return self._seen[key]
 
     def apply(self, operator: str, *inputs: Value | float, **attributes: Any) -> Value:
-        """The value of one operator; numbers become constants of the rank of the other operand."""
-        (value,) = self.apply_many(operator, *inputs, **attributes)
-        return value
+        """The first value of an operator; numbers become constants of the rank of the other operand."""
+        return self.apply_many(operator, *inputs, **attributes)[0]
 
     def apply_many(self, operator: str, *inputs: Value | float, **attributes: Any) -> tuple[Value, ...]:
         """All values of an operator that has several."""
         if operator not in OPERATORS:
-            raise ValueError(f"{operator!r} is not in the set of operators that an artifact may contain")
-        if operator == "pad" and min(*attributes["begins"], *attributes["ends"]) < 0:
-            raise ValueError(f"pad by {attributes}: engines refuse a negative size")
-        rank = max((len(value.shape) for value in inputs if isinstance(value, Value)), default=0)
+            raise ValueError(f"{operator!r} is not in the set of operators that a graph may contain")
+        known = [value for value in inputs if isinstance(value, Value)]
+        rank = max((value.rank for value in known), default=0)
+        kind = np.int64 if known and all(value.dtype == "int64" for value in known) else np.float32
         values = tuple(
-            value if isinstance(value, Value) else self.constant(np.full((1,) * rank, value))
+            value if isinstance(value, Value) else self.constant(np.full((1,) * rank, value, kind))
             for value in inputs
         )
+        if (simpler := simplified(self, operator, values, attributes)) is not None:
+            return simpler if isinstance(simpler, tuple) else (simpler,)
         key = (operator, tuple(value.name for value in values), repr(sorted(attributes.items())))
         if key not in self._seen:
-            outputs = tuple(
-                Value(self, f"{operator}_{len(self._seen)}" + (f"_{i}" if i else ""), shape, dtype)
-                for i, (shape, dtype) in enumerate(_infer(operator, values, attributes))
-            )
-            self.nodes.append(Node(operator, values, attributes, outputs))
-            self._seen[key] = outputs
+            self._seen[key] = self._add(operator, values, attributes)
         return self._seen[key]
+
+    def _add(self, operator: str, values: tuple[Value, ...], attributes: dict[str, Any]) -> tuple[Value, ...]:
+        key = (operator, tuple((v.shape, v.dtype) for v in values), repr(sorted(attributes.items())))
+        if (specs := _SPECS.get(key)) is None:
+            specs = _SPECS[key] = _infer(operator, values, attributes)
+        if operator != "stop_gradient" and all(value.constant is not None for value in values):
+            if sum(math.prod(shape) for shape, _ in specs) <= FOLDED_ELEMENTS:
+                results = run_operator(
+                    operator, [torch.from_numpy(value.constant) for value in values], attributes
+                )
+                return tuple(self.constant(result.numpy()) for result in results)
+        outputs: list[Value] = []
+        node, own = Node(operator, values, attributes, (), self.path), self._name(operator)
+        for i, (shape, dtype) in enumerate(specs):
+            outputs.append(Value(self, own + (f"_{i}" if i else ""), shape, dtype, None, node))
+        object.__setattr__(node, "outputs", tuple(outputs))  # node and values refer to each other
+        self.nodes.append(node)
+        return node.outputs
+
+    def _name(self, kind: str) -> str:
+        self._named += 1
+        return f"{kind}_{self._named - 1}"
 
     def output(self, name: str, value: Value) -> None:
         self.outputs[name] = value
 
-    def prune(self, optional_inputs: set[str]) -> None:
+    def prune(self, optional_inputs: set[str] = frozenset()) -> None:
         """Drops the nodes that no output needs, and those of `optional_inputs` that nothing reads any more."""
         needed = {value.name for value in self.outputs.values()}
         kept = []
@@ -142,7 +209,21 @@ class Graph:
                 kept.append(node)
                 needed.update(value.name for value in node.inputs)
         self.nodes = kept[::-1]
+        still = {id(node) for node in kept}
+        self._seen = {  # what is dropped is made anew where it is asked for again
+            key: made
+            for key, made in self._seen.items()
+            if isinstance(made, Value) or made[0].node is None or id(made[0].node) in still
+        }
         self.inputs = [v for v in self.inputs if v.name in needed or v.name not in optional_inputs]
+
+    def readers(self) -> dict[str, list[Node]]:
+        """The nodes that read each value, by its name."""
+        found: dict[str, list[Node]] = {}
+        for node in self.nodes:
+            for value in dict.fromkeys(node.inputs):
+                found.setdefault(value.name, []).append(node)
+        return found
 
     def peak_live_bytes(self) -> int:
         """The most that intermediate values take at once in this order of nodes, without inputs, outputs and reuse
@@ -166,13 +247,38 @@ class Graph:
         return dict(sorted(Counter(node.operator for node in self.nodes).items()))
 
 
+def run_operator(
+    operator: str, tensors: Sequence[torch.Tensor], attributes: Mapping[str, Any]
+) -> tuple[torch.Tensor, ...]:
+    """An operator's meaning on tensors."""
+    results = OPERATORS[operator](*tensors, **attributes)
+    return results if isinstance(results, tuple) else (results,)
+
+
+def run_graph(graph: Graph, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The graph's outputs in PyTorch, for comparison; float64 inputs make it compute in float64."""
+    double = any(tensor.dtype == torch.float64 for tensor in inputs.values())
+    values = dict(inputs)
+
+    def of(value: Value) -> torch.Tensor:
+        if value.constant is None:
+            return values[value.name]
+        tensor = torch.from_numpy(value.constant)
+        return tensor.double() if double and tensor.is_floating_point() else tensor
+
+    for node in graph.nodes:
+        results = run_operator(node.operator, [of(value) for value in node.inputs], node.attributes)
+        if double:
+            results = tuple(t.double() if t.is_floating_point() else t for t in results)
+        values.update((value.name, result) for value, result in zip(node.outputs, results, strict=True))
+    return {name: of(value) for name, value in graph.outputs.items()}
+
+
 def _infer(
     operator: str, values: tuple[Value, ...], attributes: dict[str, Any]
 ) -> list[tuple[tuple[int, ...], str]]:
     """Shapes and dtypes of an operator's values, from running it on tensors without data."""
-    if operator == "one_hot":  # its meaning counts on real memory
-        return [((values[0].size, attributes["classes"]), "float32")]
     meta = [torch.empty(value.shape, dtype=DTYPES[value.dtype], device="meta") for value in values]
-    results = OPERATORS[operator](*meta, **attributes)
-    results = results if isinstance(results, tuple) else (results,)
-    return [(tuple(result.shape), _NAMES[result.dtype]) for result in results]
+    return [
+        (tuple(result.shape), _NAMES[result.dtype]) for result in run_operator(operator, meta, attributes)
+    ]

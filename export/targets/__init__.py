@@ -5,14 +5,10 @@ from __future__ import annotations
 import importlib
 import logging
 
+from edgestill.runtime.engines.registry import ENGINES as RECORDS
 from edgestill.runtime.errors import EdgestillError, UsageError
 
-ENGINES = ("onnxruntime", "executorch", "onnxruntime-training")
-_MODULES = {
-    "onnxruntime": "edgestill.export.targets.onnx",
-    "executorch": "edgestill.export.targets.executorch",
-    "onnxruntime-training": "edgestill.export.targets.onnxruntime_training",
-}
+ENGINES = tuple(RECORDS)
 
 
 class TargetError(EdgestillError):
@@ -21,12 +17,12 @@ class TargetError(EdgestillError):
 
 def open_target(engine: str):
     """The module of an engine. Errors: UsageError for an unknown engine, TargetError for one not installed here."""
-    if engine not in _MODULES:
+    if engine not in RECORDS:
         raise UsageError(f"no engine is called {engine!r}", hint=f"use some of {', '.join(ENGINES)}")
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)  # packages that are imported on the way complain about one another
     try:
-        return importlib.import_module(_MODULES[engine])
+        return importlib.import_module(RECORDS[engine].exporter)
     except ImportError as error:
         raise TargetError(
             f"cannot export for {engine}: {error}", hint="pip install 'edgestill[export]'"

@@ -6,26 +6,38 @@ import logging
 import warnings
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import torch
+from executorch.backends.xnnpack import xnnpack_preprocess
+from executorch.backends.xnnpack._passes import DimOrderOpsRevertPass, FuseActivationPass, XNNPACKPassManager
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
 from executorch.exir.lowered_backend_module import executorch_call_delegate
 from executorch.exir.passes import MemoryPlanningPass
 
-from edgestill.export.lowering.channels_last import CHANNELS_LAST
 from edgestill.export.lowering.graph import Graph
+from edgestill.export.lowering.layout import cancel_turns
 from edgestill.export.lowering.operators import DTYPES
-from edgestill.export.lowering.torch_emitter import GraphModule
-from edgestill.export.step import StepSpec, build_encode, build_train_step
+from edgestill.export.lowering.rewrite import rewrite_fully
+from edgestill.export.step.graphs import build_encode, build_train_step
+from edgestill.export.step.spec import StepSpec
+from edgestill.export.targets.executorch_rewrites import PLAIN, WINDOWED
+from edgestill.export.targets.torch_emitter import GraphModule
 
 
 def emit(spec: StepSpec, folder: Path) -> dict[str, dict]:
     """Writes `train_step.pte` and `encode.pte` into `folder`; returns what the manifest says of each graph."""
     return {
-        "train_step": _emit_graph(build_train_step(spec, CHANNELS_LAST), folder / "train_step.pte"),
-        "encode": _emit_graph(build_encode(spec, CHANNELS_LAST), folder / "encode.pte"),
+        "train_step": _emit_graph(lower(build_train_step(spec)), folder / "train_step.pte"),
+        "encode": _emit_graph(lower(build_encode(spec)), folder / "encode.pte"),
     }
+
+
+def lower(graph: Graph) -> Graph:
+    """The graph in operators that XNNPACK takes where it can be said in them, channels last."""
+    graph = cancel_turns(rewrite_fully(graph, WINDOWED))
+    return cancel_turns(rewrite_fully(graph, PLAIN))
 
 
 def _emit_graph(graph: Graph, path: Path) -> dict:
@@ -35,11 +47,12 @@ def _emit_graph(graph: Graph, path: Path) -> dict:
         warnings.simplefilter("ignore")  # the exporter warns of its own deprecations
         logging.disable(logging.WARNING)
         try:
-            lowered = to_edge_transform_and_lower(
+            edge = to_edge(
                 torch.export.export(module, example),
-                partitioner=[XnnpackPartitioner()],
                 compile_config=EdgeCompileConfig(_check_ir_validity=False),
             )
+            with mock.patch.object(xnnpack_preprocess, "XNNPACKPassManager", _NeededPasses):
+                lowered = edge.to_backend(XnnpackPartitioner())
             operators = _operators(lowered.exported_program().graph_module)
             program = lowered.to_executorch(
                 ExecutorchBackendConfig(
@@ -58,6 +71,14 @@ def _emit_graph(graph: Graph, path: Path) -> dict:
         "operators": operators,
         "planned_memory_bytes": sum(plan.non_const_buffer_sizes),
     }
+
+
+class _NeededPasses(XNNPACKPassManager):
+    """Of XNNPACK's seventeen passes those that find something in our graphs: each traces the whole step again, which
+    takes two thirds of an export."""
+
+    def __init__(self, program: torch.export.ExportedProgram, passes: object = None):
+        super().__init__(program, [DimOrderOpsRevertPass, FuseActivationPass])
 
 
 def _operators(module: torch.fx.GraphModule) -> dict[str, int]:

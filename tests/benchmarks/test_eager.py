@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch import nn
 
 from edgestill.benchmarks.eager import EagerStep
 from edgestill.benchmarks.workload import hyperparameters, make_batches
-from edgestill.export.reference import load_student_state, set_training
+from edgestill.export.parts import Parts, frozen_names, resting_norms
 from edgestill.runtime.errors import UsageError
 from tests.support import bench_fakes
 
@@ -33,17 +32,14 @@ class LocalStudent(nn.Module):
         self.output = nn.Linear(5, 4)
 
 
-def make(frozen: tuple[str, ...] = (), **options: Any) -> tuple[LocalStudent, dict[str, Any]]:
+def make(frozen: tuple[str, ...] = (), **options: Any) -> tuple[Parts, dict[str, Any]]:
     torch.manual_seed(0)
     student = LocalStudent()
     manifest = bench_fakes.manifest(**options)
-    tensors = [*student.named_parameters(), *student.named_buffers()]
-    manifest["state"]["tensors"] = [
-        {"name": name, "written": not name.startswith(frozen) if frozen else True} for name, _ in tensors
-    ]
-    specs = [SimpleNamespace(**tensor) for tensor in manifest["state"]["tensors"]]
-    set_training(student, SimpleNamespace(state_specs=specs))
-    return student, manifest
+    names = frozen_names(student, frozen) if frozen else frozenset()
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(name not in names)
+    return Parts(student, resting_norms(student, names)).train(), manifest
 
 
 def distillation(
@@ -70,8 +66,7 @@ def train_by_definition(
     """Steps as docs/bundle.md writes them: float64, torch.autograd.grad, optimizers from their formulas."""
     student.double().train()
     values = hyperparameters(manifest)
-    written = {spec["name"] for spec in manifest["state"]["tensors"] if spec["written"]}
-    parameters = [p for name, p in student.named_parameters() if name in written]
+    parameters = list(student.parameters())
     first = [torch.zeros_like(p) for p in parameters]
     second = [torch.zeros_like(p) for p in parameters]
     mean, std = (
@@ -149,7 +144,7 @@ def test_what_it_cannot_compute_is_refused(name: str) -> None:
 
 
 def test_frozen_parameters_and_statistics_stay() -> None:
-    student, manifest = make(frozen=("perception.0.",))
+    student, manifest = make(frozen=("perception:1",))
     before = copy.deepcopy(student.state_dict())
     step = EagerStep(student, manifest)
     for batch in make_batches(manifest, 0):
@@ -166,16 +161,3 @@ def test_frozen_parameters_and_statistics_stay() -> None:
         "representation.1.weight",
         "output.bias",
     } <= changed
-
-
-def test_state_is_loaded_by_pytorch_names() -> None:
-    source, target = LocalStudent(), LocalStudent()
-    state = {
-        name: tensor.numpy() for name, tensor in source.state_dict().items() if "num_batches" not in name
-    }
-    load_student_state(target, state)
-    for name, tensor in target.state_dict().items():
-        assert torch.equal(tensor, source.state_dict()[name]), name
-    del state["output.bias"]
-    with pytest.raises(KeyError, match=r"output\.bias"):
-        load_student_state(target, state)

@@ -69,7 +69,7 @@ def test_cells_are_distinct_and_their_settings_make_sense(quick: bool) -> None:
     for cell in final:
         assert (
             cell.settings["objective"] == "ce"
-            or cell.settings["objective"] == SimulationSettings(exchange=cell.settings["exchange"]).objective
+            or cell.settings["objective"] == SimulationSettings(exchange=cell.settings["exchange"]).exported_objective
         )
 
 

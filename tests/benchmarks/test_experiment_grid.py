@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -156,10 +157,9 @@ def test_ctrl_c_ends_workers_at_once_and_without_a_word(tmp_path, context):
         f"t.run_cells(t.cells_of(1, 2, 3), t.linger, t.Context('', '', Path({str(context.cache)!r})), "
         f"Path({str(tmp_path / 'x.jsonl')!r}), workers=2)"
     )
-    search = os.pathsep.join(filter(None, sys.path))
     process = subprocess.Popen(
         [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": search},
+        cwd=Path(__file__).parents[2],
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,

@@ -20,12 +20,12 @@ from edgestill.benchmarks.experiments.teachers import (
     stock_outputs,
     transfer_set,
 )
-from edgestill.export.reference import load_student_state, rebuild_student
+from edgestill.export.parity.reference import load_student_state, rebuild_student
 from edgestill.runtime.bundle import wire
 from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.bundle.manifest import Objective
 from edgestill.runtime.cli import main
-from edgestill.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from edgestill.runtime.engines.engine import Engine
 from edgestill.runtime.errors import UsageError
 from edgestill.runtime.training.teacher import TeacherOutputs
 
@@ -87,19 +87,19 @@ class Watch:
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     watch = Watch()
-    train_step, encode = OnnxRuntimeEngine.train_step, OnnxRuntimeEngine.encode
+    train_step, encode = Engine.train_step, Engine.encode
 
-    def watched_step(engine: OnnxRuntimeEngine, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def watched_step(engine: Engine, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         watch.note(watch.trained, inputs["images"])
         watch.labels += inputs["labels"].tolist()
         return train_step(engine, inputs)
 
-    def watched_encode(engine: OnnxRuntimeEngine, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def watched_encode(engine: Engine, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         watch.note(watch.encoded, images)
         return encode(engine, images)
 
-    monkeypatch.setattr(OnnxRuntimeEngine, "train_step", watched_step)
-    monkeypatch.setattr(OnnxRuntimeEngine, "encode", watched_encode)
+    monkeypatch.setattr(Engine, "train_step", watched_step)
+    monkeypatch.setattr(Engine, "encode", watched_encode)
     return watch
 
 

@@ -300,7 +300,7 @@ def test_a_real_run_in_miniature(tmp_path):
 
     import torch
 
-    from edgestill.export.student import StudentOptions, build_student
+    from edgestill.export.students import StudentOptions, build_student
 
     student = build_student("cnn3", StudentOptions(latent_size=8, widths=(4, 4, 4)))
     arrays = load(tmp_path / "states" / "lkd-seed0.safetensors").arrays

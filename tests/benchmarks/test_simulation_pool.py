@@ -11,7 +11,6 @@ from pathlib import Path
 
 from edgestill.benchmarks.simulation.pool import ONE_THREAD, worker_processes
 
-ROOT = Path(__file__).parents[2]
 PARENT = """
 import os, time
 from edgestill.benchmarks.simulation.pool import worker_processes
@@ -34,7 +33,6 @@ def test_a_killed_parent_takes_its_busy_workers_along(tmp_path: Path) -> None:
         [sys.executable, str(script)],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert parent.stdout is not None
     worker = Path("/proc") / parent.stdout.readline().strip()

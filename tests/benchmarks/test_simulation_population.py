@@ -116,7 +116,7 @@ def test_seeded_entropy_repeats_from_run_to_run_but_not_within_one() -> None:
 
 
 def test_widths_are_those_of_the_exporter() -> None:
-    from edgestill.export.student import ARCHITECTURES, StudentOptions, build_student
+    from edgestill.export.students import ARCHITECTURES, StudentOptions, build_student
 
     for name, widths in WIDTHS.items():
         words = narrow(name, 4)

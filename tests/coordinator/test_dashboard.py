@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from edgestill.coordinator.dashboard import routes, views
-from edgestill.coordinator.dashboard.news import RETRY_MS, SUBSCRIBERS_AT_MOST
+from edgestill.coordinator.dashboard.events import RETRY_MS, SUBSCRIBERS_AT_MOST
 from edgestill.coordinator.dashboard.pages import DEVICES_A_PAGE, ROUNDS_SHOWN
 from edgestill.coordinator.dashboard.routes import make_dashboard_router
 from edgestill.coordinator.problems import Problem

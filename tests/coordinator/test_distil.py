@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from edgestill.coordinator.distillation.global_student import DistilResult, distil, evaluate_global
+from edgestill.coordinator.task.task import Distil
 from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.device.local_training import Transfer
 from edgestill.runtime.engines.registry import open_engine
@@ -25,7 +27,7 @@ from tests.support.handmade_bundle import (
 )
 
 SAMPLES = 20
-SETTINGS = {"epochs": 2, "learning_rate": 0.02, "alpha": 1.0, "deadline_s": 600}
+SETTINGS = Distil(epochs=2, learning_rate=0.02, alpha=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,7 @@ def aggregated() -> dict[str, np.ndarray]:
 def distilled(
     bundle: Bundle, transfer: Transfer, aggregated: Mapping[str, np.ndarray], **given
 ) -> DistilResult:
-    settings = SETTINGS | given.pop("settings", {})
+    settings = replace(SETTINGS, **given.pop("settings", {}))
     state = given.pop("state", bundle.initial_state())
     engine = open_engine(bundle, threads=1)
     return distil(bundle, engine, state, transfer, aggregated, settings, given.pop("seed", 3), **given)
@@ -70,7 +72,7 @@ def test_distillation_follows_numpy(
     engine.train_step = lambda inputs: (seen.append({n: a.copy() for n, a in inputs.items()}), step(inputs))[
         1
     ]
-    settings = SETTINGS | {"alpha": alpha}
+    settings = replace(SETTINGS, alpha=alpha)
     result = distil(bundle, engine, bundle.initial_state(), given, aggregated, settings, 3)
     rows = {image.tobytes(): row for row, image in enumerate(transfer.images)}
     state, losses, visited = bundle.initial_state(), [], []
@@ -144,7 +146,7 @@ def test_what_does_not_fit_is_refused(
     plain = Bundle.open(write_handmade_bundle(tmp_path / "ce", objective="ce"))
     small = Transfer(np.zeros((SAMPLES, 1, SIZE, SIZE), np.uint8))
     for arguments, changes, error, message in (
-        ((plain, transfer, aggregated), {}, UsageError, "ce learns from no outputs"),
+        ((plain, transfer, aggregated), {}, UsageError, "objective ce takes no teacher"),
         (
             (bundle, transfer, {"logits": aggregated["latents"][:, :CLASSES]}),
             {},
@@ -161,7 +163,12 @@ def test_what_does_not_fit_is_refused(
             "alpha 2.0 is out of range",
         ),
         ((bundle, transfer, aggregated), {"state": {}}, StateError, "global student's state"),
-        ((bundle, transfer, aggregated), {"settings": {"learning_rate": 1e30}}, TrainingError, "loss|finite"),
+        (
+            (bundle, transfer, aggregated),
+            {"settings": {"learning_rate": 1000.0, "epochs": 50}},
+            TrainingError,
+            "loss|finite",
+        ),
     ):
         with pytest.raises(error, match=message):
             distilled(*arguments, **changes)

@@ -19,7 +19,7 @@ from tests.support.coordinator_site import (
     SAMPLES,
     Site,
     content_digest,
-    finish_step5,
+    finish_job,
     make_site,
     outputs,
     problem_of,
@@ -51,7 +51,7 @@ def test_two_rounds_over_http(site: Site) -> None:
     report = {"step_ms": 3.5, "samples": 10, "before": {"t_uni": 0.1}, "unheard_of": 1}
     assert site.client.put(path, json=report, headers=one.headers).status_code == 204
     assert two.upload("birds.1", outputs(2)).status_code == 201
-    finish_step5(site)
+    finish_job(site)
 
     work = two.work().json()
     assert work["round"] == "birds.2" and work["size_bytes"] > 0
@@ -63,7 +63,7 @@ def test_two_rounds_over_http(site: Site) -> None:
     for device, seed in ((one, 4), (two, 5)):
         assert device.work().status_code == 200
         assert device.upload("birds.2", outputs(seed)).status_code == 201
-    finish_step5(site)
+    finish_job(site)
     assert problem_of(one.work()) == "task_finished"
     reports = [one_round.reports for one_round in site.service.rounds("birds") if one_round.number == 1]
     assert reports[0][one.name]["step_ms"] == 3.5 and "unheard_of" not in reports[0][one.name]
@@ -74,7 +74,7 @@ def test_published_outputs_are_the_mean_of_what_was_accepted(site: Site) -> None
     arrays = [np.full((SAMPLES, LATENT_SIZE), value, np.float32) for value in (1.0, 4.0)]
     assert one.upload("birds.1", outputs(samples=10, latents=arrays[0])).status_code == 201
     assert two.upload("birds.1", outputs(samples=20, latents=arrays[1])).status_code == 201
-    finish_step5(site)
+    finish_job(site)
     work = one.work().json()
     blob = one.get(f"/v1/blobs/{work['global_outputs']}").content
     found, _ = unpack(

@@ -1,4 +1,4 @@
-"""Devices that wait for work: five hundred at once, those that hang up, and the clockwork that wakes them."""
+"""Devices that wait for work: five hundred at once, those that hang up, and the loop that wakes them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests.support.coordinator_site import finish_step5, make_site, outputs, start_round
+from tests.support.coordinator_site import finish_job, make_site, outputs, start_round
 
 pytestmark = pytest.mark.unit
 
@@ -35,7 +35,7 @@ def test_five_hundred_wait_without_threads_and_are_woken(tmp_path: Path) -> None
             while context.metrics.waiting._value.get() < 500:
                 await asyncio.sleep(0.01)
             assert threading.active_count() - before <= 4 + 1
-            await context.call(finish_step5, site)  # opens the next round
+            await context.call(finish_job, site)  # opens the next round
             context.waiting.wake("crows")  # another task's news wakes nobody
             await asyncio.sleep(0.05)
             assert not any(one.done() for one in asking)
@@ -79,13 +79,13 @@ def test_who_hangs_up_is_not_selected(tmp_path: Path) -> None:
 
     asyncio.run(session())
     assert other.upload("birds.1", outputs(1)).status_code == 201
-    finish_step5(site)
+    finish_job(site)
     context.waiting.wake("birds")
     assert site.service.rounds("birds")[-1].selected == ()
     assert context.metrics.waiting._value.get() == 0
 
 
-def test_the_clockwork_opens_rounds_and_wakes_who_waits(tmp_path: Path) -> None:
+def test_the_loop_opens_rounds_and_wakes_who_waits(tmp_path: Path) -> None:
     from starlette.testclient import TestClient
 
     from edgestill.coordinator.http.app import make_app

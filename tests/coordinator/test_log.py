@@ -30,7 +30,7 @@ def test_a_federation_in_its_log(site: Site, tmp_path: Path, caplog: pytest.LogC
     (job,) = site.service.tick()
     site.service.tick()
     site.clock.now_s += 3
-    site.service.run_step5(job, tmp_path)
+    site.service.run_job(job, tmp_path)
     site.service.tick()
     site.clock.now_s += 60
     site.service.tick()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
 import subprocess
 import sys
@@ -23,7 +22,6 @@ from tests.support.coordinator_backends import postgresql_server, postgresql_url
 from tests.support.coordinator_round import INFO, describe_task, make_upload
 
 pytestmark = pytest.mark.contract
-ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 60.0
 
 
@@ -32,7 +30,7 @@ def serving(words: list[str]) -> Iterator[httpx2.Client]:
     """`edgestill serve` on a free port, and a client of it."""
     process = subprocess.Popen(
         [sys.executable, "-m", "edgestill.runtime.cli", "serve", "--port", "0", "--json", *words], text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
         line = process.stdout.readline()

@@ -30,7 +30,7 @@ def test_a_device_that_has_uploaded_hears_of_the_others(site: Site) -> None:
     aggregating = one.get("/v1/standing").json()
     assert (aggregating["phase"], aggregating["uploads"]) == ("aggregating", 2)
     for job in site.service.tick():
-        site.service.run_step5(job, site.folder)
+        site.service.run_job(job, site.folder)
     ended = one.get("/v1/standing").json()
     assert (ended["round"], ended["phase"], ended["seconds_left"]) == ("birds.1", "completed", None)
 

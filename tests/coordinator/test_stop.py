@@ -86,7 +86,7 @@ def test_a_step_5_that_runs_publishes_nothing_more(place_of_two: Place) -> None:
     submit(site.one, site.task, site.device, "birds.1")
     (job,) = site.one.tick()
     assert site.two.stop_task("birds")
-    site.one.run_step5(job, site.folder)
+    site.one.run_job(job, site.folder)
     (only,) = site.one.rounds("birds")
     assert (only.phase, only.reason, only.published) == (ABANDONED, "stopped by the operator", None)
     assert site.one.tick() == []

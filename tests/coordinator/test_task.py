@@ -57,19 +57,14 @@ def test_own_students_take_part(name: str) -> None:
 def test_the_defaults_are_those_of_the_contract() -> None:
     task = parse_task(LEAST)
     assert (task.exchange, task.mode, task.precision) == ("latents", "consensus", "fp16")
+    numbers = dict.fromkeys(
+        ("learning_rate", "momentum", "weight_decay", "alpha", "temperature", "logit_share", "neighbours",
+         "neighbour_scale")
+    )  # fmt: skip
     assert task.as_json()["local"] == {
-        "epochs": 1,
-        "learning_rate": 0.01,
-        "momentum": 0.9,
-        "weight_decay": 0.0,
-        "alpha": 0.5,
-        "temperature": 4.0,
-        "logit_share": 0.5,
-        "transfer_fraction": 0.5,
-        "augment": "",
-        "checkpoint_every": 50,
-    }
-    assert task.as_json()["distil"] == {"epochs": 1, "learning_rate": 0.01, "alpha": 1.0, "deadline_s": 600.0}
+        "epochs": 1, **numbers, "transfer_fraction": 0.5, "augment": "", "checkpoint_every": 50,
+    }  # fmt: skip
+    assert task.as_json()["distil"] == {"epochs": 1, **numbers, "alpha": 1.0, "deadline_s": 600.0}
     assert task.as_json()["aggregation"] == {
         "rule": "mean",
         "clip": None,

@@ -17,7 +17,7 @@ from edgestill.coordinator.problems import Problem
 from edgestill.coordinator.service import Service
 from edgestill.coordinator.store.blobs import FileBlobs, ObjectBlobs
 from edgestill.coordinator.store.database import Store, StoreError
-from edgestill.coordinator.store.group_commit import Together
+from edgestill.coordinator.store.group_commit import GroupCommit
 from edgestill.coordinator.store.records import DeviceRecord
 from edgestill.coordinator.task.task import Task
 from edgestill.runtime.device.outputs import MOST_CLASS_COUNTS, pack, unpack
@@ -60,7 +60,7 @@ def test_calls_that_wait_are_run_together_and_each_gets_its_own_result() -> None
         assert go_on.wait(10)
         return [item * item for item in items]
 
-    together: Together[int, int] = Together(run)
+    together: GroupCommit[int, int] = GroupCommit(run)
 
     def call(item: int) -> None:
         results[item] = together(item)
@@ -82,7 +82,7 @@ def test_what_a_run_raises_all_of_its_callers_get_and_no_one_else() -> None:
             raise ValueError("bad")
         return items
 
-    together: Together[str, str] = Together(run)
+    together: GroupCommit[str, str] = GroupCommit(run)
     with pytest.raises(ValueError, match="bad"):
         together("bad")
     assert together("good") == "good"
@@ -96,7 +96,7 @@ def test_every_caller_gets_an_error_of_its_own() -> None:
         go_on.wait(30)
         raise StoreError(f"no room for {len(items)}", "make room")
 
-    together: Together[int, int] = Together(run)
+    together: GroupCommit[int, int] = GroupCommit(run)
     caught: list[StoreError] = []
 
     def call(item: int) -> None:
@@ -191,7 +191,7 @@ class Federation:
             digests.append(make_upload(self.task, round_name, device.name).digest)
             assert submit(self.service, self.task, device, round_name) == "created"
         (job,) = self.service.tick()
-        self.service.run_step5(job, self.folder)
+        self.service.run_job(job, self.folder)
         return digests
 
     def send(self, round_name: str, device: DeviceRecord, body: bytes) -> str:

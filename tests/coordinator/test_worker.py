@@ -13,18 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from edgestill.coordinator.distillation.worker import run_in_process, run_in_thread, step_runner
+from edgestill.coordinator.distillation.worker import run_in_process, run_in_thread, runner_for
 from edgestill.coordinator.http.app import make_app
 from tests.support.coordinator_site import Site, make_site, outputs
 
 pytestmark = pytest.mark.contract
 WORKER = (sys.executable, "-m", "edgestill.coordinator.distillation.worker")
-
-
-@pytest.fixture(autouse=True)
-def findable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers find the packages from wherever the tests run."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
 
 
 @pytest.fixture
@@ -40,7 +34,7 @@ def site(tmp_path: Path) -> Site:
     return site
 
 
-def run_step(site: Site, command: tuple[str, ...]) -> None:
+def run_job(site: Site, command: tuple[str, ...]) -> None:
     (job,) = site.service.tick()
     asyncio.run(run_in_process(site.app.state.context, job, command))
 
@@ -52,7 +46,7 @@ def first_round(site: Site):
 def test_a_worker_publishes_what_a_thread_would(
     site: Site, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run_step(site, WORKER)
+    run_job(site, WORKER)
     assert "INFO coordinator: round birds.1 is completed" in capfd.readouterr().err
     site.service.tick()
     published = first_round(site)
@@ -67,7 +61,7 @@ def test_a_worker_publishes_what_a_thread_would(
         assert device.work().status_code == 200
         assert device.upload("birds.1", outputs(seed)).status_code == 201
     (job,) = twin.service.tick()
-    assert step_runner(twin.settings) is run_in_thread, "no other process sees a store in memory"
+    assert runner_for(twin.settings) is run_in_thread, "no other process sees a store in memory"
     asyncio.run(run_in_thread(twin.app.state.context, job))
     assert first_round(twin).published == published.published
 
@@ -84,7 +78,7 @@ def test_a_worker_publishes_what_a_thread_would(
     ],
 )
 def test_a_worker_that_fails_ends_the_round(site: Site, script: str, reason: str) -> None:
-    run_step(site, (sys.executable, "-c", script))
+    run_job(site, (sys.executable, "-c", script))
     site.service.tick()
     ended = first_round(site)
     assert ended.phase == "abandoned" and reason in ended.reason
@@ -130,7 +124,7 @@ def test_a_worker_ends_with_its_coordinator() -> None:
     assert worker.wait(timeout=60) == 3
 
 
-def test_the_clockwork_runs_the_worker_and_opens_the_next_round(site: Site) -> None:
+def test_the_loop_runs_the_worker_and_opens_the_next_round(site: Site) -> None:
     from starlette.testclient import TestClient
 
     site.service.clock = time.time

@@ -15,11 +15,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from edgestill.export.exporter import ExportOptions, export_bundle, prepare_step
-from edgestill.export.objectives import Objective
-from edgestill.export.optimizers import Optimizer
-from edgestill.export.step import InputOptions
+from edgestill.export.step.graphs import build_train_step, count_flops
 from edgestill.export.targets import TargetError
 from edgestill.runtime.bundle.bundle import Bundle
+from edgestill.runtime.bundle.manifest import InputSpec, Objective, Optimizer
 from edgestill.runtime.cli import main
 from edgestill.runtime.engines.registry import open_engine
 from edgestill.runtime.errors import UsageError
@@ -30,7 +29,7 @@ SMALL = ExportOptions(
     latent_size=6,
     classes=3,
     batch=4,
-    input=InputOptions((3, 16, 16)),
+    input=InputSpec((3, 16, 16)),
     engines=("onnxruntime",),
 )
 
@@ -60,7 +59,7 @@ def test_a_bundle_is_what_its_manifest_says(tmp_path: Path) -> None:
         assert (bundle.batch, bundle.latent_size, bundle.classes) == (4, 6, 3)
         assert (bundle.objective.name, bundle.objective.kd_loss) == ("kd", "kl")
         assert bundle.optimizer.name == "adamw" and bundle.manifest.freeze == ("perception:1",)
-        assert manifest["flops_per_step"] == spec.flops() and manifest["parity"] == {}
+        assert manifest["flops_per_step"] == count_flops(build_train_step(spec)) and manifest["parity"] == {}
         # another implementation reads the state; it is what PyTorch built from the seed, and zero slots
         state, own = load_file(folder / "state.safetensors"), student.state_dict()
         assert state.keys() == {s.name for s in bundle.state_specs}
@@ -114,8 +113,8 @@ def test_every_input_of_the_step_stands_in_the_manifest_as_documented(tmp_path: 
         for optimizer, numbers in (("sgd", sgd), ("adamw", adamw)):
             options = replace(SMALL, objective=objective, optimizer=Optimizer(optimizer))
             given = prepare_step(options, options.build()).step_inputs()
-            assert [(spec["name"], spec["shape"]) for spec in given] == expected + numbers
-            assert all(spec["unit"] for spec in given)
+            assert [(spec.name, list(spec.shape)) for spec in given] == expected + numbers
+            assert all(spec.unit for spec in given)
 
 
 def test_the_same_options_give_the_same_bytes(tmp_path: Path) -> None:
@@ -130,7 +129,7 @@ def test_the_floating_point_operations_of_w1() -> None:
     spec = prepare(ExportOptions())[0]
     convolutions = [(32, 3, 32), (64, 32, 16), (128, 64, 8)]
     forward = [o * i * 9 * size * size for o, i, size in convolutions] + [128 * 16 * 128, 128 * 10]
-    assert spec.flops() == 2 * 32 * (3 * sum(forward) - forward[0]) == 1_975_762_944
+    assert count_flops(build_train_step(spec)) == 2 * 32 * (3 * sum(forward) - forward[0]) == 1_975_762_944
 
 
 def test_a_zipped_bundle_holds_the_same_files(tmp_path: Path) -> None:
@@ -201,7 +200,7 @@ def test_nothing_is_left_when_a_target_fails(tmp_path: Path, monkeypatch: pytest
 
     export_bundle(SMALL, tmp_path / "bundle")
     before = files_of(tmp_path)
-    monkeypatch.setattr("edgestill.export.targets.onnx.emit", fail)
+    monkeypatch.setattr("edgestill.export.targets.onnxruntime.emit", fail)
     for name in ("bundle", "new", "new.zip"):
         with pytest.raises(TargetError, match="gave up"):
             export_bundle(SMALL, tmp_path / name, overwrite=True)
@@ -252,7 +251,11 @@ def test_export_prints_one_object_or_what_to_do_next(
         (["--kd-loss", "kl"], 2, "--kd-loss is for --objective kd"),
         (["--negatives", "9"], 2, "--negatives is for --objective crd, not lkd"),
         (["--optimizer", "adamw", "--nesterov"], 2, "--nesterov is for --optimizer sgd"),
-        (["--input-shape", "3,32"], 2, "--input-shape needs channels,height,width"),
+        (["--input-shape", "3,32"], 2, "cannot take inputs of (3, 32)"),
+        (["--input-shape", "3,0,16"], 2, "need sizes of at least 1"),
+        (["--also-input", "tokens:int64"], 2, "invalid"),
+        (["--split", "head"], 2, "--split names 'head'"),
+        (["--seed", "-1"], 2, "--seed -1 is out of range"),
         (["--input-shape", "3,x,32"], 2, "invalid"),
         (["--latent-size", "0"], 2, "--latent-size must be at least 1"),
         (["--widths", "4,6"], 2, "cnn3 has 3 blocks"),
@@ -276,14 +279,17 @@ def test_a_student_that_cannot_be_lowered_is_a_failure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "student.py").write_text(
-        "from torch import nn\nfrom edgestill.export.student import Student\n"
+        "import torch\nfrom torch import nn\nfrom edgestill.export.students import Student\n"
+        "class Sorted(nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        return x.sort(1).values\n"
         "def build():\n"
-        "    head = nn.Sequential(nn.GELU(), nn.Flatten(), nn.Linear(4 * 14 * 14, 6))\n"
+        "    head = nn.Sequential(Sorted(), nn.Flatten(), nn.Linear(4 * 14 * 14, 6))\n"
         "    return Student(nn.Conv2d(3, 4, 3), head, nn.Linear(6, 3))\n"
     )
     output, student = tmp_path / "bundle", f"{tmp_path / 'student.py'}:build"
     base = [part for part in COMMAND if part not in ("--widths", "4,6,8")]
     assert main([*base, "--student", student, "--output", str(output), "--engines", "onnxruntime"]) == 1
     err = capsys.readouterr().err
-    assert "representation.0 (GELU): the operator aten.gelu.default" in err
-    assert "hint: use nn.Hardswish or nn.ReLU" in err and not output.exists()
+    assert "representation.0 (Sorted): the operator aten.sort" in err
+    assert "hint: write it with other operators" in err and not output.exists()

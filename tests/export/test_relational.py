@@ -7,24 +7,21 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgestill.export.exporter import ExportOptions
-from edgestill.export.lowering.graph import Graph
-from edgestill.export.objectives import FEATURES, NEGATIVES, Objective
-from edgestill.export.relational import Relational, contrastive, initial_heads, locality
-from edgestill.export.step import InputOptions
+from edgestill.export.lowering.gradient import gradients
+from edgestill.export.lowering.graph import Graph, run_graph
+from edgestill.export.step.graphs import build_train_step, count_flops
+from edgestill.export.step.objectives import FEATURES, NEGATIVES
+from edgestill.export.step.relational import contrastive, initial_heads, locality
+from edgestill.export.targets import onnxruntime
+from edgestill.runtime.bundle.manifest import InputSpec, Objective
 from edgestill.runtime.errors import UsageError
-from tests.support.export_oracle import (
-    LAYOUTS,
-    NUMBERS,
-    Arrays,
-    assert_step_equals_eager,
-    make_inputs,
-    prepare,
-    run_graph,
-)
+from tests.support.export_oracle import NUMBERS, Arrays, assert_step_equals_eager, make_inputs, prepare
+from tests.support.lowering import run_onnx
 
 FEATURE_COUNT, LATENT, TEACHER_LATENT = 6, 5, 4
 
@@ -98,20 +95,21 @@ def arrays_of(name: str, seed: int, batch: int, negatives: int, temperature: flo
     }  # fmt: skip
 
 
-def run(name: str, layout: str, arrays: Arrays) -> Arrays:
-    """Rows, and gradients by the name of what they are of."""
+def run(name: str, arrays: Arrays, engine: bool = False) -> Arrays:
+    """Rows, and gradients of their sum by `share`, by the name of what they are of: in float64, or by ONNX Runtime."""
     graph = Graph()
     given = {key: graph.input(key, array.shape) for key, array in arrays.items()}
-    compare: Callable[..., Relational] = contrastive if name == "crd" else locality
-    found = compare(LAYOUTS[layout], given, given["latents"], given["share"])
-    graph.output("rows", found.rows)
-    for key, value in ({"latents": found.d_latents} | found.d_parameters).items():
+    rows = contrastive(given, given["latents"]) if name == "crd" else locality(given, given["latents"])
+    wanted = [value for key, value in given.items() if key == "latents" or key.startswith("crd.")]
+    found = gradients(graph, (rows * given["share"]).sum(0, 1), wanted)
+    graph.output("rows", rows)
+    for key, value in found.items():
         graph.output(f"d.{key}", value)
-    graph.prune(set(arrays))
-    return run_graph(graph, layout, arrays)
+    inputs = {key: torch.from_numpy(array).double() for key, array in arrays.items()}
+    results = run_onnx(onnxruntime.lower(graph), inputs) if engine else run_graph(graph, inputs)
+    return {key: tensor.numpy() for key, tensor in results.items()}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["crd", "lpd"])
 @settings(max_examples=8, deadline=None)
 @given(
@@ -121,11 +119,11 @@ def run(name: str, layout: str, arrays: Arrays) -> Arrays:
     temperature=st.sampled_from((0.07, 0.2, 1.0, 4.0)),
 )
 def test_losses_and_gradients_are_those_of_finite_differences(
-    layout: str, name: str, seed: int, batch: int, negatives: int, temperature: float
+    name: str, seed: int, batch: int, negatives: int, temperature: float
 ) -> None:
     arrays = arrays_of(name, seed, batch, negatives, temperature)
     loss = contrastive_loss if name == "crd" else locality_loss
-    found = run(name, layout, arrays)
+    found = run(name, arrays)
     total = float((found.pop("rows").astype(np.float64) * arrays["share"]).sum())
     assert total == pytest.approx(loss(arrays), rel=1e-4, abs=1e-5)
     heads = {f"d.{key}" for key in arrays if key.startswith("crd.")}
@@ -136,11 +134,10 @@ def test_losses_and_gradients_are_those_of_finite_differences(
         np.testing.assert_allclose(gradient, expected, rtol=0, atol=2e-4 * scale, err_msg=key)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_cold_critic_neither_overflows_nor_loses_its_gradient(layout: str) -> None:
+def test_a_cold_critic_neither_overflows_nor_loses_its_gradient() -> None:
     """At temperature 0.003 scores reach ±333, whose exponents float32 does not hold."""
     arrays = arrays_of("crd", 3, 4, 8, 0.003)
-    found = run("crd", layout, arrays)
+    found = run("crd", arrays, engine=True)
     assert all(np.isfinite(array).all() for array in found.values())
     assert found["rows"].max() > 100 and np.abs(found["d.latents"]).max() > 1
 
@@ -156,45 +153,43 @@ def test_the_loss_of_indifferent_features_is_that_of_guessing() -> None:
     arrays["crd.student_head.bias"] = first
     arrays["crd.teacher_head.bias"] = level * first + np.sqrt(1 - level**2, dtype=np.float32) * second
     expected = sum(np.log(n + 1) + n * np.log(1 + 1 / n) for n in (9, 3))
-    for layout in LAYOUTS:
-        np.testing.assert_allclose(run("crd", layout, arrays)["rows"], expected, rtol=1e-5)
+    np.testing.assert_allclose(run("crd", arrays)["rows"], expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_latents_far_from_zero_keep_their_distances(layout: str) -> None:
+def test_latents_far_from_zero_keep_their_distances() -> None:
     arrays = arrays_of("lpd", 1, 5, 1, 1.0)
     arrays["latents"] += 100  # spread 1
-    rows = run("lpd", layout, arrays)["rows"]
+    rows = run("lpd", arrays, engine=True)["rows"]
     assert float((rows * arrays["share"]).sum()) == pytest.approx(locality_loss(arrays), rel=1e-4)
 
 
 # the whole step
 
 OPTIONS = ExportOptions(
-    student="cnn3", widths=(3, 4, 5), latent_size=6, classes=3, batch=4, input=InputOptions((3, 16, 16)), seed=3
+    student="cnn3", widths=(3, 4, 5), latent_size=6, classes=3, batch=4, input=InputSpec((3, 16, 16)), seed=3
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_step_at_the_usual_temperature_equals_eager_pytorch(layout: str) -> None:
+def test_a_step_at_the_usual_temperature_equals_eager_pytorch() -> None:
     objective = Objective("crd", negatives=20, features=8, teacher_latent_size=5)
-    spec, student = prepare(replace(OPTIONS, objective=objective, freeze=("perception",)))
+    options = replace(OPTIONS, objective=objective, freeze=("perception",))
+    spec, student = prepare(options)
     inputs = make_inputs(spec, 1, NUMBERS | {"temperature": 0.07, "alpha": 0.44})
-    assert_step_equals_eager(spec, student, layout, inputs)
+    assert_step_equals_eager(spec, options, student, inputs)
 
 
 def test_sizes_not_given_have_defaults_and_heads_are_state() -> None:
     spec, student = prepare(replace(OPTIONS, objective=Objective("crd")))
     assert spec.objective == Objective("crd", None, NEGATIVES, FEATURES, 6)
-    specs = {given["name"]: given for given in spec.state_specs()}
+    specs = {given.name: given for given in spec.state_specs()}
     own = {name for name in student.state_dict() if not name.endswith("num_batches_tracked")}
     heads = {name for name in specs if not name.startswith("optimizer.")} - own
     assert heads == {
         f"crd.{side}_head.{part}" for side in ("student", "teacher") for part in ("weight", "bias")
     }
     for name in heads:
-        assert specs[name]["role"] == "parameter" and specs[name]["written"]
-        assert specs[f"optimizer.momentum.{name}"]["shape"] == specs[name]["shape"]
+        assert specs[name].role == "parameter" and specs[name].written
+        assert specs[f"optimizer.momentum.{name}"].shape == specs[name].shape
     heads_of = spec.initial_state()
     assert heads_of["crd.student_head.weight"].shape == (FEATURES, 6)
     assert np.abs(heads_of["crd.teacher_head.weight"]).max() <= 6**-0.5  # as PyTorch draws them
@@ -202,13 +197,14 @@ def test_sizes_not_given_have_defaults_and_heads_are_state() -> None:
     assert (heads_of["crd.student_head.weight"] != other["crd.student_head.weight"]).any()
 
 
-def test_the_heads_count_as_linear_layers() -> None:
+def test_the_heads_and_scores_count_as_products() -> None:
     def flops(**changed: object) -> int:
-        return prepare(replace(OPTIONS, **changed))[0].flops()
+        return count_flops(build_train_step(prepare(replace(OPTIONS, **changed))[0]))
 
     crd = Objective("crd", negatives=20, features=8, teacher_latent_size=5)
-    # forward and weight gradients of both, input gradients of the student's
-    assert flops(objective=crd) - flops() == 2 * 8 * (3 * 4 * 6 + 2 * (4 + 20) * 5)
+    # forward and weight gradients of both, input gradients of the student's; products of features with both gradients
+    heads, scores = 3 * 4 * 6 + 2 * (4 + 20) * 5, 3 * (4 * 20 + 4 * 4)
+    assert flops(objective=crd) - flops() == 2 * 8 * (heads + scores)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from edgestill.export.exporter import ExportOptions, export_bundle
-from edgestill.export.objectives import Objective
-from edgestill.export.optimizers import Optimizer
 from edgestill.export.reseed import reseed_bundle
+from edgestill.runtime.bundle.manifest import Objective, Optimizer
 from edgestill.runtime.errors import UsageError
 
 SMALL = {"widths": (4, 4, 4), "latent_size": 8, "batch": 4, "engines": ("onnxruntime",)}

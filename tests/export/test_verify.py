@@ -1,7 +1,8 @@
-"""`edgestill verify`: passes what is right, records it, and finds what is wrong or tampered with."""
+"""`edgestill verify`: passes what is right on every seed, records it, and finds what is wrong or tampered with."""
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -11,24 +12,39 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import numpy_helper
 
 from edgestill.export.exporter import ExportOptions, export_bundle, publish, write_manifest
-from edgestill.export.objectives import Objective
-from edgestill.export.optimizers import Optimizer
-from edgestill.export.step import InputOptions
-from edgestill.export.verify import verify_bundle
+from edgestill.export.parity.reference import ReferenceStep, rebuild_student
+from edgestill.export.parity.verify import _samples, compare, draw_batches, verify_bundle
 from edgestill.runtime.bundle.bundle import Bundle
+from edgestill.runtime.bundle.manifest import InputSpec, Objective, Optimizer
 from edgestill.runtime.cli import main
+from edgestill.runtime.engines.registry import ENGINES
 from edgestill.runtime.errors import EngineError, UsageError
 
 SMALL = ExportOptions(widths=(4, 8, 8), latent_size=8, batch=8, engines=("onnxruntime",))
+BIASED = replace(
+    SMALL, student="tests.support.parity_students:biased", widths=None, input=InputSpec((3, 12, 12)), latent_size=6
+)
 STEP = "onnxruntime/train_step.onnx"
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_bundle(SMALL, tmp_path_factory.mktemp("export") / "bundle")
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return Bundle.open(export_bundle(BIASED, tmp_path_factory.mktemp("export") / "biased"))
+
+
+@pytest.fixture(scope="module")
+def biased_adamw(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    options = replace(BIASED, optimizer=Optimizer("adamw"))
+    return Bundle.open(export_bundle(options, tmp_path_factory.mktemp("export") / "adamw"))
 
 
 @pytest.fixture
@@ -49,19 +65,20 @@ def test_a_right_bundle_passes_on_real_images(folder: Path, capsys: pytest.Captu
     assert list(report) == ["engines"] and list(report["engines"]) == ["onnxruntime"]
     entry = report["engines"]["onnxruntime"]
     assert entry["ok"] is True and entry["steps"] == 20
-    assert 0 <= entry["loss_max_abs"] <= 1e-4 and 0 < entry["state_max_rel"] <= 1e-4
+    assert 0 <= entry["loss_max_abs"] <= 1e-4 and 0 < entry["state_max_rel"] and 0 < entry["multiple"] <= 6
     assert entry["same_class"] >= 0.99 and entry["latents_max_abs"] < 1e-3
+    assert len(entry["losses"]) == 20 and entry["drift"] < 0.01 * entry["losses"][0]
     with Bundle.open(folder) as bundle:  # whose digests still fit
-        assert entry["tensors"].keys() == {spec.name for spec in bundle.state_specs}
+        assert {spec.name for spec in bundle.state_specs} < entry["tensors"].keys()
     assert json.loads((folder / "manifest.json").read_text())["parity"] == report["engines"]
 
 
 def test_the_table_for_people(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert verify(folder) == 0
     out, err = capsys.readouterr()
-    assert "onnxruntime: largest difference from eager PyTorch over 5 steps" in out
+    assert "onnxruntime: largest difference from float64 over 5 steps" in out
     assert "ok   onnxruntime" in out and "optimizer.momentum.output.weight" in out
-    assert "eager PyTorch: 5 steps" in err
+    assert "onnxruntime beside eager PyTorch: 5 steps" in err
 
 
 def test_an_engine_that_cannot_be_opened_keeps_no_other_from_its_report(
@@ -72,7 +89,7 @@ def test_an_engine_that_cannot_be_opened_keeps_no_other_from_its_report(
 
     assert verify(folder) == 0
     before = json.loads((folder / "manifest.json").read_text())["parity"]
-    monkeypatch.setattr("edgestill.export.verify.open_engine", refuse)
+    monkeypatch.setattr("edgestill.export.parity.verify.open_engine", refuse)
     capsys.readouterr()
     assert verify(folder, "--json") == 1
     entry = json.loads(capsys.readouterr().out)["engines"]["onnxruntime"]
@@ -90,7 +107,31 @@ def test_a_zipped_bundle_is_verified_and_packed_again(folder: Path, tmp_path: Pa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "packed.zip", "scratch"]
 
 
+# what is right
+
+
+def judge(bundle: Bundle, engine: Callable, seed: int, steps: int = 5) -> dict:
+    random = np.random.default_rng(seed)
+    student = rebuild_student(bundle)
+    batches = draw_batches(bundle, *_samples(bundle, student, None, random, print), random)
+    engines = {"onnxruntime": engine(bundle, copy.deepcopy(student))}
+    return compare(bundle, engines, student, batches, steps)["onnxruntime"]
+
+
+def in_another_layout(bundle: Bundle, student: torch.nn.Module) -> ReferenceStep:
+    return ReferenceStep(bundle, student.to(memory_format=torch.channels_last))
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("seed", range(6))
+def test_what_only_rounding_tells_apart_passes(seed: int, biased: Bundle, biased_adamw: Bundle) -> None:
+    for bundle in (biased, biased_adamw):
+        record = judge(bundle, in_another_layout, seed)
+        assert record["ok"], (record["worst"], record["multiple"])
+
+
 VARIANTS = {
+    "adamw-biased-dropout": {**vars(BIASED), "optimizer": Optimizer("adamw")},
     "kl-adamw-frozen": {
         "objective": Objective("kd", "kl"), "optimizer": Optimizer("adamw"), "freeze": ("perception:1",)
     },
@@ -103,11 +144,15 @@ VARIANTS = {
     },
     "lpd": {"objective": Objective("lpd")},
     "ce-resnet8": {"objective": Objective("ce"), "student": "resnet8", "widths": (4, 6, 8)},
-    "mobilenet-windows": {
-        "student": "mobilenet-tiny", "widths": (4, 6, 8), "input": InputOptions((9, 1, 128), "float32"),
-        "classes": 6,
+    "gru-windows": {
+        "student": "gru", "widths": (4, 6), "input": InputSpec((3, 16), "float32", name="windows"), "classes": 6,
     },
-    "grey-odd-size": {"input": InputOptions((1, 21, 19)), "classes": 3},
+    "split-two-inputs": {
+        "student": "tests.support.parity_students:TwoInputs", "widths": None, "split": ("head",),
+        "input": InputSpec((2, 9), "float32", name="window"),
+        "more_inputs": (InputSpec((5,), "int64", name="tokens"),),
+    },
+    "grey-odd-size": {"input": InputSpec((1, 21, 19)), "classes": 3},
 }  # fmt: skip
 
 
@@ -115,8 +160,9 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_option_is_verified(name: str, tmp_path: Path) -> None:
     path = export_bundle(replace(SMALL, **VARIANTS[name]), tmp_path / "bundle")
-    entry = verify_bundle(path, steps=6, threads=1)["onnxruntime"]
-    assert entry["ok"], {key: value for key, value in entry.items() if key != "tensors"}
+    for seed in range(3):
+        entry = verify_bundle(path, steps=5, threads=1, seed=seed)["onnxruntime"]
+        assert entry["ok"], {key: value for key, value in entry.items() if key != "tensors"}
 
 
 def test_a_users_own_student_is_found_again_or_named(
@@ -144,6 +190,71 @@ def test_a_users_own_student_is_found_again_or_named(
 
 
 # what is wrong
+
+
+class Faulty(ReferenceStep):
+    """Eager float32 with a wrong gradient of one parameter, or the gradients of two mixed up."""
+
+    def __init__(self, bundle: Bundle, student: torch.nn.Module, fault: Callable, *names: str) -> None:
+        self.fault, self.names = fault, names
+        super().__init__(bundle, student)
+
+    def _update(self, numbers) -> None:
+        self.fault(*(self.parameters[name].grad for name in self.names))
+        super()._update(numbers)
+
+
+def scale(gradient: torch.Tensor) -> None:
+    gradient *= 1.05
+
+
+def forget_a_row(gradient: torch.Tensor) -> None:
+    gradient[0] = 0
+
+
+def swap(one: torch.Tensor, other: torch.Tensor) -> None:
+    kept = one.clone()
+    one.copy_(other)
+    other.copy_(kept)
+
+
+TRAINED = [
+    f"perception.{place}" for place in ("0.0.weight", "0.1.weight", "0.1.bias", "1.0.weight", "1.1.weight", "1.1.bias")
+] + [f"{layer}.{part}" for layer in ("representation.2", "output") for part in ("weight", "bias")]
+"""All but the biases that BatchNorm takes away, whose gradient is nothing but rounding."""
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("fault", [scale, forget_a_row], ids=lambda fault: fault.__name__)
+def test_a_wrong_gradient_of_any_tensor_is_found(
+    fault: Callable, biased: Bundle, biased_adamw: Bundle
+) -> None:
+    with_update = {name for name, p in rebuild_student(biased).named_parameters()}
+    assert with_update - set(TRAINED) == {"perception.0.0.bias", "perception.1.0.bias"}
+    for i, name in enumerate(TRAINED):
+        for bundle in (biased, biased_adamw):
+            record = judge(bundle, lambda b, s, name=name: Faulty(b, s, fault, name), seed=i, steps=3)
+            assert not record["ok"] and name in record["worst"], (name, record["worst"], record["multiple"])
+            assert record["multiple"] > 10 * ENGINES["onnxruntime"].tolerance
+
+
+@pytest.mark.unit
+def test_mixed_up_gradients_are_found(biased: Bundle) -> None:
+    for names in (("perception.0.1.weight", "perception.0.1.bias"), ("perception.1.1.weight", "perception.1.1.bias")):
+        record = judge(biased, lambda b, s, names=names: Faulty(b, s, swap, *names), seed=0, steps=3)
+        assert not record["ok"] and record["worst"].endswith(names), record["worst"]
+
+
+@pytest.mark.unit
+def test_a_step_that_diverges_in_pytorch_itself_is_no_fault_of_an_engine(biased: Bundle) -> None:
+    student = rebuild_student(biased)
+    random = np.random.default_rng(0)
+    batches = (
+        batch | {"learning_rate": np.full(1, 1e30, np.float32)}
+        for batch in draw_batches(biased, *_samples(biased, student, None, random, print), random)
+    )
+    with pytest.raises(UsageError, match="NaN or infinity in step"):
+        compare(biased, {"onnxruntime": ReferenceStep(biased, student)}, copy.deepcopy(student), batches, 5)
 
 
 def change_initializer(model: onnx.ModelProto) -> None:
@@ -276,7 +387,7 @@ def test_a_tampered_bundle_is_refused(
         (["--steps", "0"], 2, "--steps must be at least 1"),
         (["--engines", "executorch"], 2, "no graphs for 'executorch'"),
         (["--data", "nowhere.npz"], 2, "no data called 'nowhere.npz'"),
-        (["--student", "cnn4"], 2, "cnn4 has 4 blocks"),
+        (["--student", "resnet8"], 2, "resnet8 is not the student"),
     ],
 )
 def test_wrong_arguments(

@@ -17,8 +17,9 @@ from edgestill.runtime.data.dataset import load_splits
 from edgestill.runtime.engines.registry import engine_status, open_engine
 from edgestill.runtime.errors import Interrupted
 from edgestill.runtime.training.evaluation import evaluate
+from edgestill.runtime.training.plan import Run, TrainSettings, plan
 from edgestill.runtime.training.schedule import Schedule
-from edgestill.runtime.training.trainer import Run, TrainSettings, plan_run, prepare, train
+from edgestill.runtime.training.trainer import prepare, train
 
 pytestmark = pytest.mark.contract
 ROOT = Path(__file__).parents[2]
@@ -43,7 +44,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
 def run(bundle: Bundle) -> Run:
     data = load_splits("cifar10-mini", bundle.input, bundle.classes).train.take(160, seed=0)
     settings = TrainSettings(epochs=2, seed=1, schedule=Schedule("cosine", 2), augmentations=("flip", "crop"))
-    return plan_run(bundle, data, settings)
+    return plan(bundle, data, settings)
 
 
 def go_on(run: Run, engine_name: str, path: Path, stop_after: int | None = None) -> list[float]:

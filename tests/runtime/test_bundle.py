@@ -25,6 +25,8 @@ from tests.support.handmade_bundle import (
     write_manifest,
 )
 
+NOISE = {"name": "noise.0", "shape": [2], "dtype": "float32", "unit": "uniform"}
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -51,6 +53,16 @@ def test_a_good_bundle_opens_with_its_specs(folder: Path) -> None:
     assert graph.operators["Gemm"] == 4 and graph.inputs[-1] == "weight_decay"
     assert [spec.name for spec in bundle.state_specs] == list(bundle.initial_state())
     assert bundle.objective.needs_teacher
+
+
+def test_both_formats_are_read_and_the_digest_of_the_older_one_stays(folder: Path, tmp_path: Path) -> None:
+    older = Bundle.open(folder)
+    assert json.loads((folder / "manifest.json").read_text())["format_version"] == 1
+    change_manifest(folder, lambda m: m.update(format_version=2, more_inputs=[]))
+    assert Bundle.open(folder).model_digest == older.model_digest
+    newer = Bundle.open(write_handmade_bundle(tmp_path / "newer", dropout=True))
+    assert [spec.name for spec in newer.noise_specs] == ["noise.0"] and newer.sample_names == ("images",)
+    assert newer.model_digest != older.model_digest
 
 
 def test_changed_bytes_are_refused(folder: Path) -> None:
@@ -113,7 +125,19 @@ def test_links_out_of_the_bundle_are_refused(folder: Path) -> None:
     ("change", "message"),
     [
         (lambda m: m.update(format="zip"), "format is 'zip'"),
-        (lambda m: m.update(format_version=2), "format version 2"),
+        (lambda m: m.update(format_version=3), "format version 3"),
+        (lambda m: m.update(format_version="2"), "format version '2'"),
+        (lambda m: m["input"].update(shape=[3, 6, 7]), "the samples are uint8[3, 6, 7]"),
+        (lambda m: m["input"].update(shape=[]), "is not the shape of a sample"),
+        (lambda m: m["input"].update(name="sound"), "'sound' is missing"),
+        (lambda m: m.update(more_inputs=[m["input"]]), "name a tensor twice"),
+        (
+            lambda m: m.update(more_inputs=[{"name": "labels", "shape": [], "dtype": "int64"}]),
+            "shape of a sample",
+        ),
+        (lambda m: m["inputs"]["encode"].append(m["inputs"]["train_step"][1]), "inputs.encode is not images"),
+        (lambda m: m["inputs"]["train_step"].append(NOISE | {"name": "noise.x"}), "'noise.x' is not noise.0"),
+        (lambda m: m["inputs"]["train_step"].append(NOISE | {"dtype": "uint8"}), "'noise.0' is not noise.0"),
         (lambda m: m.pop("batch"), "'batch' is missing"),
         (lambda m: m.update(batch=0), "batch: 0 is not a size"),
         (lambda m: m.update(batch=True), "batch: True is not a int"),

@@ -67,6 +67,31 @@ def test_inspect_says_what_training_needs(tmp_path: Path, capsys: pytest.Capture
     assert needed == 2 * sum(array.nbytes for array in state.values())
 
 
+def test_inspect_says_what_no_delegate_runs_and_how_near_the_engine_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_handmade_bundle(tmp_path / "b")
+    path = tmp_path / "b" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    (engine,) = manifest["graphs"]
+    delegated = {"xnnpack.delegate": 2, "xnnpack.add": 9, "amax": 1, "full": 3}
+    manifest["graphs"][engine]["train_step"]["operators"] = delegated
+    manifest["graphs"][engine]["encode"]["operators"] = {"xnnpack.delegate": 1}
+    manifest["parity"] = {engine: {"ok": True, "steps": 20, "multiple": 0.43, "worst": "encode.logits"}}
+    path.write_text(json.dumps(manifest))
+    assert cli.main(["inspect", str(tmp_path / "b")]) == 0
+    text = capsys.readouterr().out
+    assert "not delegated: full 3, amax 1\n" in text and "not delegated: nothing" in text
+    assert "20 steps (at most 0.43 times eager float32's error, encode.logits)" in text
+    manifest["graphs"][engine]["train_step"]["operators"] = {"Add": 9}
+    manifest["parity"] = {engine: {"ok": True, "steps": 20, "loss_max_abs": 1e-6}}
+    path.write_text(json.dumps(manifest))
+    assert cli.main(["inspect", str(tmp_path / "b"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["engines"][engine]["train_step"]["not_delegated"] is None
+    assert cli.main(["inspect", str(tmp_path / "b")]) == 0
+    assert "verify it again" in capsys.readouterr().out
+
+
 def test_hints_name_extras_that_there_are() -> None:
     sources = [
         path

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from edgestill.runtime.bundle.manifest import InputSpec
-from edgestill.runtime.data.dataset import Dataset, dirichlet_partition, load_splits, load_transfer_images
+from edgestill.runtime.data.dataset import Dataset, dirichlet_partition, load_splits, load_transfer_samples
 from edgestill.runtime.errors import DataError, EdgestillError, UsageError
 
 CIFAR = InputSpec((3, 32, 32), "uint8", (0.5,) * 3, (0.25,) * 3)
@@ -39,7 +39,7 @@ def test_the_shipped_data_are_balanced_and_small() -> None:
     for part, count in ((splits.train, 2400), (splits.test, 600)):
         assert part.images.shape == (count, 3, 32, 32)
         assert np.bincount(part.labels).tolist() == [count // 10] * 10
-    assert load_transfer_images("cifar100-transfer-mini", CIFAR).shape == (1000, 3, 32, 32)
+    assert load_transfer_samples("cifar100-transfer-mini", CIFAR)[0].shape == (1000, 3, 32, 32)
     # real images: neighbouring pixels are alike
     pixels = splits.train.images.astype(float)
     assert np.abs(np.diff(pixels, axis=3)).mean() < 0.25 * pixels.std()
@@ -61,7 +61,7 @@ def test_npz_images_become_channels_first(tmp_path: Path) -> None:
 
 def test_a_transfer_set_needs_no_labels(tmp_path: Path) -> None:
     x = images(6)
-    read = load_transfer_images(save(tmp_path / "d.npz", x=x), SMALL)
+    read = load_transfer_samples(save(tmp_path / "d.npz", x=x), SMALL)[0]
     np.testing.assert_array_equal(read, np.moveaxis(x, 3, 1))
 
 

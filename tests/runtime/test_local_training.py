@@ -13,11 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgestill.export.exporter import ExportOptions, export_bundle
-from edgestill.export.objectives import Objective
-from edgestill.export.optimizers import Optimizer
-from edgestill.export.step import InputOptions
 from edgestill.runtime.bundle import wire
-from edgestill.runtime.bundle.bundle import Bundle
+from edgestill.runtime.bundle.bundle import Bundle, InputSpec, Objective, Optimizer
 from edgestill.runtime.data.dataset import Dataset
 from edgestill.runtime.device.local_settings import LocalSettings
 from edgestill.runtime.device.local_training import (
@@ -56,7 +53,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
     folder = tmp_path_factory.mktemp("exported")
     options = ExportOptions(
         latent_size=LATENT, classes=CLASSES, batch=BATCH, widths=(3, 3, 3),
-        input=InputOptions((CHANNELS, 16, 16)), engines=("onnxruntime",),
+        input=InputSpec((CHANNELS, 16, 16)), engines=("onnxruntime",),
     )  # fmt: skip
     kinds = {
         "lkd": replace(options, objective=Objective("lkd")),
@@ -364,7 +361,7 @@ def test_what_does_not_fit_together_is_refused(handmade: Bundle, exported: dict[
     ):
         with pytest.raises(error, match=message):
             trained(handmade, private(21), *arguments)
-    with pytest.raises(DataError, match="no private samples"):
+    with pytest.raises(DataError, match="no samples to train on"):
         trained(handmade, private(0))
     with pytest.raises(UsageError, match="kd learns from logits"):
         trained(exported["kd"], private(9, 16), Transfer(images(7, 16)), {"latents": outputs["latents"]})
@@ -378,5 +375,6 @@ def test_a_training_that_diverges_leaves_nothing_behind(
 ) -> None:
     path = tmp_path / "state.safetensors" if with_file else None
     with pytest.raises(TrainingError):
-        trained(handmade, private(21), settings=replace(SETTINGS, learning_rate=1e30), state_path=path)
+        diverging = replace(SETTINGS, learning_rate=1000, epochs=100, checkpoint_every=10_000)
+        trained(handmade, private(21), settings=diverging, state_path=path)
     assert list(tmp_path.iterdir()) == []

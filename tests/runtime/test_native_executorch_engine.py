@@ -13,9 +13,7 @@ import numpy as np
 import pytest
 
 from edgestill.runtime.bundle.bundle import Bundle
-from edgestill.runtime.engines import executorch as engine_module
-from edgestill.runtime.engines.executorch import ExecuTorchEngine
-from edgestill.runtime.engines.registry import open_engine
+from edgestill.runtime.engines.registry import Engine, open_engine
 from edgestill.runtime.errors import EngineError
 from tests.support.handmade_bundle import (
     BATCH,
@@ -29,7 +27,6 @@ from tests.support.handmade_bundle import (
 from tests.support.handmade_executorch import write_executorch_bundle
 
 pytestmark = pytest.mark.contract
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def random_inputs(seed: int) -> dict[str, np.ndarray]:
@@ -54,8 +51,8 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture
-def engine(bundle: Bundle) -> Iterator[ExecuTorchEngine]:
-    opened = engine_module.open(bundle, threads=1)
+def engine(bundle: Bundle) -> Iterator[Engine]:
+    opened = open_engine(bundle, "executorch", threads=1)
     yield opened
     opened.close()
 
@@ -66,7 +63,7 @@ def assert_close(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray])
         np.testing.assert_allclose(actual[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-def test_steps_follow_numpy(engine: ExecuTorchEngine, bundle: Bundle) -> None:
+def test_steps_follow_numpy(engine: Engine, bundle: Bundle) -> None:
     expected = bundle.initial_state()
     for seed in range(7):
         inputs = random_inputs(seed)
@@ -77,7 +74,7 @@ def test_steps_follow_numpy(engine: ExecuTorchEngine, bundle: Bundle) -> None:
         assert_close(engine.state(), expected)
 
 
-def test_encode_sees_the_state_after_any_number_of_steps(engine: ExecuTorchEngine) -> None:
+def test_encode_sees_the_state_after_any_number_of_steps(engine: Engine) -> None:
     images = random_inputs(99)["images"]
     for seed in range(3):
         latents, logits = engine.encode(images)
@@ -86,7 +83,7 @@ def test_encode_sees_the_state_after_any_number_of_steps(engine: ExecuTorchEngin
         np.testing.assert_allclose(logits, metrics["logits"], rtol=1e-5, atol=1e-5)
 
 
-def test_results_are_copies_that_later_steps_leave_alone(engine: ExecuTorchEngine) -> None:
+def test_results_are_copies_that_later_steps_leave_alone(engine: Engine) -> None:
     metrics, state = engine.train_step(random_inputs(0)), engine.state()
     before = {name: array.copy() for name, array in (metrics | state).items()}
     engine.train_step(random_inputs(1))
@@ -96,7 +93,7 @@ def test_results_are_copies_that_later_steps_leave_alone(engine: ExecuTorchEngin
 
 
 @pytest.mark.parametrize("steps_before", [0, 1])
-def test_a_loaded_state_continues_bit_for_bit(engine: ExecuTorchEngine, steps_before: int) -> None:
+def test_a_loaded_state_continues_bit_for_bit(engine: Engine, steps_before: int) -> None:
     engine.train_step(random_inputs(0))
     saved = engine.state()
     expected = [engine.train_step(random_inputs(seed))["loss"] for seed in (1, 2)]
@@ -111,7 +108,7 @@ def test_a_loaded_state_continues_bit_for_bit(engine: ExecuTorchEngine, steps_be
         np.testing.assert_array_equal(value, final[name])
 
 
-def test_state_moves_between_engines(engine: ExecuTorchEngine, bundle: Bundle) -> None:
+def test_state_moves_between_engines(engine: Engine, bundle: Bundle) -> None:
     other = open_engine(bundle, "onnxruntime", threads=1)
     engine.train_step(random_inputs(0))
     other.load_state(engine.state())
@@ -130,7 +127,7 @@ def test_state_moves_between_engines(engine: ExecuTorchEngine, bundle: Bundle) -
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(
-    engine: ExecuTorchEngine, change: dict[str, np.ndarray | None], complaint: str
+    engine: Engine, change: dict[str, np.ndarray | None], complaint: str
 ) -> None:
     before = engine.state()
     inputs = {name: value for name, value in {**random_inputs(0), **change}.items() if value is not None}
@@ -142,7 +139,7 @@ def test_inputs_that_do_not_fit_are_refused(
 
 
 def test_a_closed_engine_says_so(bundle: Bundle) -> None:
-    engine = engine_module.open(bundle, threads=1)
+    engine = open_engine(bundle, "executorch", threads=1)
     engine.close()
     engine.close()
     with pytest.raises(EngineError, match="closed"):
@@ -150,11 +147,12 @@ def test_a_closed_engine_says_so(bundle: Bundle) -> None:
 
 
 def test_another_number_of_threads_is_refused_while_an_engine_is_open(bundle: Bundle) -> None:
-    first = engine_module.open(bundle, threads=1)
+    first = open_engine(bundle, "executorch", threads=1)
+    first.train_step(random_inputs(0))
     with pytest.raises(EngineError, match="already runs a program with 1 thread"):
-        engine_module.open(bundle, threads=2)
+        open_engine(bundle, "executorch", threads=2)
     first.close()
-    second = engine_module.open(bundle, threads=2)
+    second = open_engine(bundle, "executorch", threads=2)
     second.train_step(random_inputs(0))
     second.close()
 
@@ -167,8 +165,10 @@ def test_a_graph_that_differs_from_the_manifest_is_refused(bundle: Bundle, tmp_p
     names[0], names[1] = names[1], names[0]
     manifest["files"] = file_records(folder)
     write_manifest(folder, manifest)
+    engine = open_engine(Bundle.open(folder), "executorch", threads=1)
     with pytest.raises(EngineError, match=r"train_step\.pte: input 0 is .*representation\.bias"):
-        engine_module.open(Bundle.open(folder), threads=1)
+        engine.train_step(random_inputs(0))
+    engine.close()
 
 
 # A fresh process, because imported modules and threads are a matter of the process.
@@ -188,9 +188,10 @@ importlib.util.find_spec = lambda name, package=None: (
 import numpy as np
 from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.engines import executorch
+from edgestill.runtime.engines.registry import open_engine
 
 folder, threads, inputs = sys.argv[1], int(sys.argv[2]), dict(np.load(sys.argv[3]))
-engine = executorch.open(Bundle.open(folder), threads)
+engine = open_engine(Bundle.open(folder), "executorch", threads)
 losses = [float(engine.train_step(inputs)["loss"][0]) for _ in range(3)]
 engine.encode(inputs["images"])
 count = len(os.listdir("/proc/self/task"))
@@ -200,7 +201,7 @@ print(json.dumps({"losses": losses, "threads": count, "reason": executorch.check
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_process_without_torch_trains_with_exactly_the_threads_asked_for(
-    bundle: Bundle, engine: ExecuTorchEngine, tmp_path: Path, threads: int
+    bundle: Bundle, engine: Engine, tmp_path: Path, threads: int
 ) -> None:
     inputs = random_inputs(5)
     np.savez(tmp_path / "inputs.npz", **inputs)
@@ -209,7 +210,7 @@ def test_a_process_without_torch_trains_with_exactly_the_threads_asked_for(
         capture_output=True,
         text=True,
         timeout=60,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"},
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
     )
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout)

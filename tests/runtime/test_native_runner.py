@@ -12,18 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgestill.runtime.bundle.manifest import TensorSpec
 from edgestill.runtime.engines import executorch as engine_module
+from edgestill.runtime.engines.program import ALIGNMENT_BYTES, SLACK_BYTES, allocate
 from edgestill.runtime.errors import EngineError
 from edgestill.runtime.native import build
-from edgestill.runtime.native.program import (
-    ALIGNMENT_BYTES,
-    SLACK_BYTES,
-    Pointers,
-    Program,
-    allocate,
-    set_threads,
-    threads,
-)
+from edgestill.runtime.native.program import Pointers, Program, Slot, set_threads, threads
 from tests.support.handmade_executorch import lower
 
 
@@ -53,9 +47,13 @@ def portable(portable_file: Path) -> Iterator[Program]:
     program.close()
 
 
+def buffers_of(slots: tuple[Slot, ...]) -> list[np.ndarray]:
+    specs = [TensorSpec(str(number), slot.shape, slot.dtype.name) for number, slot in enumerate(slots)]
+    return [*allocate(specs).values()]
+
+
 def test_portable_kernels_and_outputs_that_are_no_tensor_of_their_own(portable: Program) -> None:
-    inputs = allocate([(slot.shape, slot.dtype) for slot in portable.inputs])
-    outputs = allocate([(slot.shape, slot.dtype) for slot in portable.outputs])
+    inputs, outputs = buffers_of(portable.inputs), buffers_of(portable.outputs)
     random = np.random.default_rng(0)
     for _ in range(3):
         inputs[0][...] = random.integers(0, 256, inputs[0].shape)
@@ -79,8 +77,7 @@ def test_shapes_and_dtypes_are_those_of_the_export(portable: Program) -> None:
 
 
 def test_a_failing_run_says_why_and_the_program_still_works(portable: Program) -> None:
-    inputs = allocate([(slot.shape, slot.dtype) for slot in portable.inputs])
-    outputs = allocate([(slot.shape, slot.dtype) for slot in portable.outputs])
+    inputs, outputs = buffers_of(portable.inputs), buffers_of(portable.outputs)
     inputs[1][...] = 5  # one past the last class
     with pytest.raises(EngineError, match=r"portable\.pte failed: .*InvalidArgument"):
         portable.run(Pointers(inputs), Pointers(outputs))
@@ -120,7 +117,8 @@ def test_impossible_numbers_of_threads_are_refused(number: int) -> None:
     )
 )
 def test_buffers_are_aligned_apart_and_followed_by_readable_bytes(specs: list[tuple[list[int], str]]) -> None:
-    arrays = allocate([(tuple(shape), np.dtype(name)) for shape, name in specs])
+    named = allocate([TensorSpec(str(i), tuple(shape), dtype) for i, (shape, dtype) in enumerate(specs)])
+    arrays = [*named.values()]
     assert [(list(array.shape), array.dtype.name) for array in arrays] == specs
     for array in arrays:
         assert array.ctypes.data % ALIGNMENT_BYTES == 0

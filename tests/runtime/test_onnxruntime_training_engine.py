@@ -9,19 +9,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
 
 from edgestill.runtime.bundle.bundle import Bundle
-from edgestill.runtime.engines import onnxruntime as stock
+from edgestill.runtime.bundle.manifest import TensorSpec
 from edgestill.runtime.engines import onnxruntime_training as engine
 from edgestill.runtime.engines import onnxruntime_training_worker as worker
-from edgestill.runtime.errors import BundleError, EngineError
+from edgestill.runtime.engines.registry import Engine, open_engine
+from edgestill.runtime.errors import EngineError, UsageError
 from edgestill.runtime.machine import peak_rss_of
 from tests.support import handmade_bundle as handmade
 
@@ -43,8 +44,15 @@ def bundle(tmp_path: Path) -> Bundle:
 
 
 @pytest.fixture
-def opened(bundle: Bundle):
-    opened = engine.open(bundle, threads=1, timeout_s=60)
+def runner() -> Iterator[engine.OnnxRuntimeTraining]:
+    runner = engine.open_runner(threads=1, timeout_s=60)
+    yield runner
+    runner.close()
+
+
+@pytest.fixture
+def opened(bundle: Bundle, runner: engine.OnnxRuntimeTraining) -> Iterator[Engine]:
+    opened = Engine(bundle, engine.NAME, runner)
     yield opened
     opened.close()
 
@@ -65,7 +73,7 @@ def batch(seed: int, **changed: float) -> dict[str, np.ndarray]:
 
 @needs_training_build
 @pytest.mark.contract
-def test_steps_equal_numpy_and_state_stays_in_the_worker(bundle: Bundle, opened) -> None:
+def test_steps_equal_numpy(bundle: Bundle, opened) -> None:
     expected = bundle.initial_state()
     for seed in range(5):
         inputs = batch(seed)
@@ -83,7 +91,7 @@ def test_steps_equal_numpy_and_state_stays_in_the_worker(bundle: Bundle, opened)
 @needs_training_build
 @pytest.mark.contract
 def test_state_moves_to_stock_onnxruntime_and_back(bundle: Bundle, opened) -> None:
-    other = stock.open(bundle, 1)
+    other = open_engine(bundle, "onnxruntime", 1)
     opened.train_step(batch(0))
     other.load_state(opened.state())
     other.train_step(batch(1))
@@ -116,12 +124,14 @@ def test_a_failed_call_names_the_input_and_keeps_state_and_worker(opened) -> Non
     before = opened.state()
     lacking = batch(1)
     del lacking["teacher_latents"]
-    with pytest.raises(EngineError, match="needs teacher_latents"):
+    with pytest.raises(EngineError, match="'teacher_latents' is missing"):
         opened.train_step(lacking)
-    with pytest.raises(EngineError, match="images is uint8"):
+    with pytest.raises(EngineError, match="'images' is uint8"):
         opened.train_step(batch(1) | {"images": batch(1)["images"][:2]})
-    with pytest.raises(EngineError, match="labels is float32"):
+    with pytest.raises(EngineError, match="'labels' is float32"):
         opened.train_step(batch(1) | {"labels": batch(1)["label_weights"]})
+    with pytest.raises(EngineError, match="bind failed: IndexError"):
+        opened._runner.process.call("bind", program=9, inputs=[], outputs=[])
     after = opened.state()
     assert all(np.array_equal(before[name], after[name]) for name in before)
     opened.train_step(batch(1))
@@ -129,13 +139,16 @@ def test_a_failed_call_names_the_input_and_keeps_state_and_worker(opened) -> Non
 
 @needs_training_build
 @pytest.mark.contract
-def test_a_killed_worker_is_reported_and_closing_it_is_harmless(opened) -> None:
-    os.kill(opened._process.pid, signal.SIGKILL)
+def test_a_killed_worker_is_reported_and_the_state_is_as_before(opened, runner) -> None:
+    opened.train_step(batch(0))
+    before = opened.state()
+    os.kill(runner.process.pid, signal.SIGKILL)
     with pytest.raises(EngineError, match="signal 9") as caught:
         opened.train_step(batch(0))
     assert "memory" in caught.value.hint
     with pytest.raises(EngineError, match="the worker is gone"):
-        opened.state()
+        opened.train_step(batch(0))
+    assert all(np.array_equal(array, before[name]) for name, array in opened.state().items())
     opened.close()
     opened.close()
 
@@ -143,24 +156,25 @@ def test_a_killed_worker_is_reported_and_closing_it_is_harmless(opened) -> None:
 @needs_training_build
 @pytest.mark.contract
 def test_close_ends_the_worker_and_a_closed_engine_says_so(bundle: Bundle) -> None:
-    opened = engine.open(bundle, threads=1)
-    pid = opened._process.pid
+    runner = engine.open_runner(threads=1)
+    opened, pid = Engine(bundle, engine.NAME, runner), runner.process.pid
     opened.close()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
-    with pytest.raises(EngineError, match="it was closed"):
+    with pytest.raises(EngineError, match="is closed"):
         opened.train_step(batch(0))
+    with pytest.raises(EngineError, match="it was closed"):
+        runner.process.call("run", bound=0)
 
 
 @needs_training_build
 @pytest.mark.contract
-def test_the_worker_ends_when_its_parent_is_killed(bundle: Bundle) -> None:
+def test_the_worker_ends_when_its_parent_is_killed() -> None:
     code = (
-        "import sys, time; from edgestill.runtime.bundle.bundle import Bundle; "
-        "from edgestill.runtime.engines import onnxruntime_training as e; "
-        "opened = e.open(Bundle.open(sys.argv[1]), 1); print(opened._process.pid, flush=True); time.sleep(60)"
+        "import time; from edgestill.runtime.engines import onnxruntime_training as e; "
+        "runner = e.open_runner(1); print(runner.process.pid, flush=True); time.sleep(60)"
     )
-    command = [sys.executable, "-c", code, str(bundle.path)]
+    command = [sys.executable, "-c", code]
     parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
     try:
         child = int(parent.stdout.readline())
@@ -185,10 +199,10 @@ def runs(pid: int) -> bool:
 
 @needs_training_build
 @pytest.mark.contract
-def test_peak_memory_is_the_workers_own(opened) -> None:
+def test_peak_memory_is_the_workers_own(opened, runner) -> None:
     opened.train_step(batch(0))
     ballast = np.ones(300 * 2**20 // 8)  # of this process, which a child must not report as its own
-    size_bytes = peak_rss_of(opened._process.pid)
+    size_bytes = peak_rss_of(runner.process.pid)
     assert size_bytes is not None and 20 * 2**20 < size_bytes < ballast.nbytes
 
 
@@ -198,19 +212,31 @@ def test_the_engine_reports_the_training_builds_version() -> None:
     assert engine.version().startswith("1.19")
 
 
+@needs_training_build
+@pytest.mark.contract
+def test_arrays_that_both_processes_share_are_the_runners_own(runner: engine.OnnxRuntimeTraining) -> None:
+    first, second = (runner.allocate([TensorSpec(name, (3, 2), "float32")])[name] for name in "ab")
+    assert not first.any() and not second.any()
+    first[...] = 1
+    assert runner.place("a", first[1:])[3] - runner.place("a", first)[3] == 8
+    assert runner.place("b", second)[:3] == ["b", "float32", [3, 2]] and not second.any()
+    with pytest.raises(EngineError, match="c does not lie in shared memory"):
+        runner.place("c", np.zeros(2, np.float32))
+
+
 def test_a_bundle_without_its_graphs_is_refused(tmp_path: Path) -> None:
     bundle = Bundle.open(handmade.write_handmade_bundle(tmp_path / "bundle"))
-    with pytest.raises(BundleError, match=engine.NAME):
-        engine.open(bundle)
+    with pytest.raises(UsageError, match=engine.NAME):
+        open_engine(bundle, engine.NAME)
 
 
 def process(code: str, timeout_s: float = 20) -> engine.WorkerProcess:
     """A worker that runs `code`: `reply(…)` sends a frame, `wait()` waits for the parent's next bytes."""
     prelude = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-from edgestill.runtime.engines.onnxruntime_training_worker import frame_chunks
-def reply(**header):
-    for chunk in frame_chunks(header): sys.stdout.buffer.write(chunk)
+from edgestill.runtime.engines.onnxruntime_training_worker import frame
+def reply(**message):
+    sys.stdout.buffer.write(frame(message))
     sys.stdout.buffer.flush()
 def wait(): sys.stdin.buffer.read(1)
 """
@@ -232,7 +258,7 @@ def test_a_worker_that_hangs_is_stopped() -> None:
 def test_a_worker_that_hangs_while_it_is_written_to_is_stopped() -> None:
     hangs = process("reply(ok=True)\nimport time; time.sleep(60)", timeout_s=3)
     with pytest.raises(EngineError, match="no answer within 3 s"):
-        hangs.call("run", {"images": np.zeros(8 * 2**20, np.uint8)})
+        hangs.call("open", path="x" * 2**20)
     hangs.close()
 
 
@@ -275,33 +301,23 @@ def test_after_an_interrupted_call_the_next_one_does_not_read_its_reply(
         with pytest.raises(KeyboardInterrupt):
             slow.call("run")
     with pytest.raises(EngineError, match="run.*was interrupted"):
-        slow.call("state")
+        slow.call("bind")
     slow.close()
 
 
-DTYPES = st.sampled_from([np.float32, np.float64, np.uint8, np.int64, np.int32])
-ARRAYS = DTYPES.flatmap(
-    lambda dtype: arrays.arrays(dtype, arrays.array_shapes(min_dims=0, min_side=0, max_side=4))
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
 )
 
 
-@given(
-    st.dictionaries(st.text(max_size=5), ARRAYS, max_size=4),
-    st.dictionaries(st.sampled_from("abc"), st.text()),
-)
-def test_a_frame_is_read_as_it_was_written(
-    given_arrays: dict[str, np.ndarray], header: dict[str, str]
-) -> None:
-    data = b"".join(bytes(chunk) for chunk in worker.frame_chunks(header, given_arrays))
-    read_header, read_arrays = worker.read_frame(reader_of(data))
-    assert read_header == header
-    assert list(read_arrays) == list(given_arrays)
-    for name, array in given_arrays.items():
-        assert read_arrays[name].dtype == array.dtype
-        np.testing.assert_array_equal(read_arrays[name], array)
+@given(st.dictionaries(st.text(max_size=5), JSON, max_size=4))
+def test_a_frame_is_read_as_it_was_written(message: dict[str, object]) -> None:
+    assert worker.read_frame(reader_of(worker.frame(message))) == message
 
 
-@given(st.binary(max_size=60))
+@given(st.binary(max_size=60) | st.integers().map(lambda number: worker.frame([number])))
 def test_other_bytes_are_refused_as_a_frame(data: bytes) -> None:
     with pytest.raises((ValueError, EOFError)):
         worker.read_frame(reader_of(data))

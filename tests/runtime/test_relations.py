@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,25 +13,27 @@ from hypothesis import strategies as st
 
 from edgestill.coordinator.task.creation import make_task
 from edgestill.export.exporter import ExportOptions, export_bundle
-from edgestill.export.objectives import Objective
-from edgestill.export.reference import ReferenceStep, rebuild_student
-from edgestill.export.step import InputOptions
+from edgestill.export.parity.reference import ReferenceStep, rebuild_student
 from edgestill.runtime.bundle.bundle import Bundle
+from edgestill.runtime.bundle.manifest import InputSpec, Objective
 from edgestill.runtime.cli import main
 from edgestill.runtime.commands.inspect import describe, examine
 from edgestill.runtime.data.dataset import Dataset
+from edgestill.runtime.device.local_settings import LocalSettings
+from edgestill.runtime.device.local_training import Transfer, train_locally
 from edgestill.runtime.engines.registry import open_engine
-from edgestill.runtime.errors import BundleError, EdgestillError, Interrupted, UsageError
+from edgestill.runtime.errors import BundleError, Interrupted, UsageError
 from edgestill.runtime.training.batches import BatchPlan, TransferSet
 from edgestill.runtime.training.checkpoint import load_checkpoint
+from edgestill.runtime.training.plan import Run, TrainSettings, plan
 from edgestill.runtime.training.relations import draw_negatives, neighbour_weights
 from edgestill.runtime.training.teacher import TeacherOutputs
-from edgestill.runtime.training.trainer import Run, TrainSettings, plan_run, prepare, train
+from edgestill.runtime.training.trainer import prepare, train
 
-BATCH, SAMPLES, TEACHER_LATENT = 6, 20, 4
+BATCH, SAMPLES, OTHERS, TEACHER_LATENT = 6, 20, 11, 4
 OPTIONS = ExportOptions(
     student="cnn3", widths=(3, 4, 5), latent_size=5, classes=3, batch=BATCH, engines=("onnxruntime",),
-    input=InputOptions((3, 8, 8)),
+    input=InputSpec((3, 8, 8)),
 )  # fmt: skip
 CRD = Objective("crd", negatives=9, features=8, teacher_latent_size=TEACHER_LATENT)
 
@@ -158,13 +161,15 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for objective in (CRD, Objective("lpd"), Objective("ce")):
         export_bundle(replace(OPTIONS, objective=objective), folder / objective.name)
     export_bundle(replace(OPTIONS, objective=Objective("ce"), latent_size=TEACHER_LATENT), folder / "teacher")
+    own = replace(CRD, teacher_latent_size=None)
+    export_bundle(replace(OPTIONS, objective=own), folder / "own")
     return folder
 
 
-def run_of(folder: Path, name: str, **changed: object) -> Run:
+def run_of(folder: Path, name: str, **hyperparameters: float) -> Run:
     bundle = Bundle.open(folder / name)
-    given = TrainSettings(epochs=3, seed=7, augmentations=("flip",), **changed)
-    return plan_run(bundle, labelled(SAMPLES), given, teacher=outputs_of(SAMPLES, TEACHER_LATENT))
+    given = TrainSettings(epochs=3, seed=7, augmentations=("flip",), hyperparameters=hyperparameters)
+    return plan(bundle, labelled(SAMPLES), given, teacher=outputs_of(SAMPLES, TEACHER_LATENT))
 
 
 def finish(run: Run, path: Path, stop_after: int | None = None) -> bytes:
@@ -191,7 +196,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(bundles: Path, name: str, t
 def test_a_run_follows_eager_pytorch(bundles: Path, name: str, tmp_path: Path) -> None:
     """From the same inputs; the heads learn, too."""
     run = run_of(bundles, name)
-    eager = ReferenceStep(run.bundle, rebuild_student(run.bundle), run.hyperparameters)
+    eager = ReferenceStep(run.bundle, rebuild_student(run.bundle))
     engine = open_engine(run.bundle, "onnxruntime", 1)
     prepare(engine, run, None)
     start = engine.state()
@@ -210,16 +215,13 @@ def test_states_evaluate_and_load_into_the_student(bundles: Path, tmp_path: Path
     run = run_of(bundles, "crd")
     finish(run, tmp_path / "state.safetensors")
     state = load_checkpoint(tmp_path / "state.safetensors", run.bundle).state
-    student = rebuild_student(run.bundle).eval()
+    student = rebuild_student(run.bundle)
     own = student.state_dict()
     assert {name for name in state if name.startswith("crd.")} and own.keys() & state.keys()
     engine = open_engine(run.bundle, "onnxruntime", 1)
     engine.load_state(state)
-    reference = ReferenceStep(run.bundle, student, run.hyperparameters)
-    with_numpy = {name: array for name, array in state.items() if name in own}
-    import torch
-
-    student.load_state_dict({name: torch.from_numpy(array) for name, array in with_numpy.items()})
+    reference = ReferenceStep(run.bundle, student)
+    reference.load_state(state)
     images = labelled(BATCH, seed=5).images
     for ours, theirs in zip(engine.encode(images), reference.encode(images), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)
@@ -238,16 +240,16 @@ def test_the_run_knows_its_neighbourhood_and_its_temperature(bundles: Path) -> N
 @pytest.mark.parametrize(
     ("name", "changed", "message"),
     [
-        ("crd", {"neighbours": 5}, "objective crd knows no neighbours"),
+        ("crd", {"neighbours": 5}, "objective crd and optimizer sgd takes no neighbours"),
         ("lpd", {"neighbours": BATCH}, f"{BATCH} neighbours in a batch of {BATCH}"),
-        ("lpd", {"neighbours": 0}, "0 neighbours"),
-        ("lpd", {"neighbour_scale": 0.0}, "a neighbour scale of 0.0"),
-        ("lpd", {"neighbour_scale": float("nan")}, "a neighbour scale of nan"),
-        ("lpd", {"hyperparameters": {"temperature": 1.0}}, "takes no temperature"),
+        ("lpd", {"neighbours": 0}, "neighbours 0 is out of range"),
+        ("lpd", {"neighbour_scale": 0.0}, "neighbour scale 0.0 is out of range"),
+        ("lpd", {"neighbour_scale": float("nan")}, "neighbour scale nan is out of range"),
+        ("lpd", {"temperature": 1.0}, "takes no temperature"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(
-    bundles: Path, name: str, changed: dict[str, object], message: str
+    bundles: Path, name: str, changed: dict[str, float], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message) as error:
         run_of(bundles, name, **changed)
@@ -257,9 +259,95 @@ def test_settings_that_make_no_sense_are_refused(
 def test_a_batch_that_holds_every_sample_leaves_no_negatives(bundles: Path) -> None:
     bundle = Bundle.open(bundles / "crd")
     with pytest.raises(UsageError, match="one batch of 6 holds all 6") as error:
-        plan_run(bundle, labelled(BATCH), TrainSettings(), teacher=outputs_of(BATCH, TEACHER_LATENT))
+        plan(bundle, labelled(BATCH), TrainSettings(), teacher=outputs_of(BATCH, TEACHER_LATENT))
     assert "--batch" in error.value.hint
-    plan_run(bundle, labelled(BATCH + 1), TrainSettings(), teacher=outputs_of(BATCH + 1, TEACHER_LATENT))
+    plan(bundle, labelled(BATCH + 1), TrainSettings(), teacher=outputs_of(BATCH + 1, TEACHER_LATENT))
+
+
+# rounds of a federation: private samples have no teacher, transfer samples have
+
+
+def round_of(
+    folder: Path, name: str, published: bool, **settings: object
+) -> tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    """What every step of a local round was given, and the state after it."""
+    bundle, seen = Bundle.open(folder / name), []
+    engine = open_engine(bundle, "onnxruntime", 1)
+    step = engine.train_step
+    engine.train_step = lambda inputs: (seen.append({n: a.copy() for n, a in inputs.items()}), step(inputs))[1]
+    others = labelled(OTHERS, seed=4).images
+    outputs = {"latents": outputs_of(OTHERS, TEACHER_LATENT, seed=2).latents} if published else None
+    local = LocalSettings(epochs=2, **settings)
+    transfer = Transfer(others) if published else None
+    initial = bundle.initial_state()
+    result = train_locally(engine, bundle, labelled(SAMPLES), transfer, outputs, local, 3, initial, None)
+    return seen, result.state
+
+
+@pytest.mark.parametrize("name", ["crd", "lpd"])
+def test_a_round_relates_transfer_samples_to_one_another(bundles: Path, name: str) -> None:
+    seen, state = round_of(bundles, name, published=True)
+    published = outputs_of(OTHERS, TEACHER_LATENT, seed=2).latents
+    known = {row.tobytes() for row in published}
+    for inputs in seen:
+        assert inputs["teacher_weights"].tolist() == [0, 0, 0, 1, 1, 1]
+        if name == "crd":
+            negatives = {row.tobytes() for row in inputs["teacher_negatives"]}
+            batch = {row.tobytes() for row in inputs["teacher_latents"][3:]}
+            assert negatives <= known - batch and inputs["temperature"] == np.float32(0.07)
+        else:
+            # two neighbours each: as many as there are others with a teacher
+            assert (inputs["neighbour_weights"] > 0).sum(axis=1).tolist() == [0, 0, 0, 2, 2, 2]
+    assert all(np.isfinite(array).all() for array in state.values())
+
+
+@pytest.mark.parametrize("name", ["crd", "lpd"])
+def test_a_round_without_global_outputs_trains_on_labels_alone(bundles: Path, name: str) -> None:
+    seen, state = round_of(bundles, name, published=False)
+    assert all(inputs["alpha"] == 0 and not inputs["teacher_weights"].any() for inputs in seen)
+    initial = Bundle.open(bundles / name).initial_state()
+    for tensor, array in state.items():
+        assert np.isfinite(array).all()
+        if tensor.startswith("crd."):
+            np.testing.assert_array_equal(array, initial[tensor])
+    assert (state["output.weight"] != initial["output.weight"]).any()
+
+
+def test_one_transfer_sample_a_batch_has_no_neighbours(bundles: Path) -> None:
+    with pytest.raises(UsageError, match="objective lpd compares samples that have a teacher"):
+        round_of(bundles, "lpd", published=True, transfer_fraction=1 / BATCH)
+
+
+def described(bundles: Path, folder: Path, *names: str, **more: object) -> dict[str, object]:
+    np.savez(folder / "d.npz", x=labelled(12).images, y=labelled(12).labels)
+    paths = [str(bundles / name) for name in names]
+    return {"name": "x", "bundles": paths, "transfer": str(folder / "d.npz"), **more}
+
+
+def test_a_task_takes_them_and_warns_of_spaces_of_their_own(bundles: Path, tmp_path: Path) -> None:
+    warnings: list[str] = []
+    make_task(described(bundles, tmp_path, "lpd"), lambda _: "0" * 64, warnings.append)
+    assert len(warnings) == 1 and "take --align" in warnings[0]
+    aligned = described(bundles, tmp_path, "lpd", aggregation={"align": True}, global_bundle=str(bundles / "lpd"))
+    make_task(aligned, lambda path: hashlib.sha256(path.read_bytes()).hexdigest(), warnings.append)
+    make_task(described(bundles, tmp_path, "crd", exchange="parameters"), lambda _: "0" * 64, warnings.append)
+    assert len(warnings) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "message"),
+    [
+        ("crd", {}, "its heads take latents of 4, this task's are of 5"),
+        ("lpd", {"exchange": "logits"}, "objective lpd does not learn from logits"),
+        ("lpd", {"local": {"neighbours": 3}}, "3 neighbours in a batch of 6, 3 of which have a teacher"),
+        ("own", {"transfer_count": 3}, "one batch of 6 holds all 3 that have a teacher"),
+    ],
+)
+def test_a_task_refuses_what_they_cannot_learn_from(
+    bundles: Path, tmp_path: Path, name: str, changed: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        make_task(described(bundles, tmp_path, name, **changed), lambda _: "0" * 64)
 
 
 # commands
@@ -300,15 +388,3 @@ def test_a_manifest_without_the_sizes_is_refused(bundles: Path, tmp_path: Path) 
     broken.write_text(text.replace('"negatives": 9', '"negatives": null'))
     with pytest.raises(BundleError, match="objective.negatives or .teacher_latent_size is missing"):
         Bundle.open(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["crd", "lpd"])
-@pytest.mark.parametrize("exchange", ["latents", "parameters"])
-def test_a_federation_refuses_them(
-    bundles: Path, name: str, exchange: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(bundles)
-    np.savez(tmp_path / "d.npz", x=labelled(12).images, y=labelled(12).labels)
-    description = {"name": "x", "bundles": [name], "transfer": str(tmp_path / "d.npz"), "exchange": exchange}
-    with pytest.raises(EdgestillError, match=f"objective {name} is for `edgestill train --teacher` alone"):
-        make_task(description, lambda _: "0" * 64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -23,16 +22,11 @@ from edgestill.runtime.engines.registry import open_engine
 from edgestill.runtime.errors import Interrupted, StateError, TrainingError, UsageError
 from edgestill.runtime.training.checkpoint import load_checkpoint
 from edgestill.runtime.training.evaluation import score
+from edgestill.runtime.training.hyperparameters import resolve
+from edgestill.runtime.training.plan import Run, TrainSettings, plan
 from edgestill.runtime.training.schedule import Schedule
 from edgestill.runtime.training.teacher import Teacher, encode_all, split_teacher_name
-from edgestill.runtime.training.trainer import (
-    Run,
-    TrainSettings,
-    plan_run,
-    prepare,
-    resolve_hyperparameters,
-    train,
-)
+from edgestill.runtime.training.trainer import prepare, train
 from tests.support.handmade_bundle import CLASSES, SIZE, reference_step, write_handmade_bundle
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +52,7 @@ def run_of(work: Path, settings: TrainSettings) -> Run:
     teacher = Teacher(str(work / "t"), bundle, None, 1)
     outputs = teacher.outputs(data.images, data.digest, work / "cache.safetensors")
     teacher.close()
-    return plan_run(bundle, data, settings, teacher=outputs, origins={"teacher": teacher.digest})
+    return plan(bundle, data, settings, teacher=outputs, origins={"teacher": teacher.digest})
 
 
 SETTINGS = TrainSettings(
@@ -144,7 +138,7 @@ def test_a_file_that_is_no_run_is_not_overwritten(work: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(work: Path) -> None:
-    run = run_of(work, TrainSettings(epochs=50, hyperparameters={"learning_rate": 1e6}))
+    run = run_of(work, TrainSettings(epochs=50, hyperparameters={"learning_rate": 1000}))
     path, engine = work / "state.safetensors", open_engine(run.bundle, threads=1)
     prepare(engine, run, path)
     with pytest.raises(TrainingError, match="keeps the last"):
@@ -157,13 +151,13 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(work: Path) ->
 def test_hyperparameters_that_the_step_does_not_take_are_refused(work: Path) -> None:
     student, plain = Bundle.open(work / "s"), Bundle.open(work / "c")
     expected = {"learning_rate": 0.01, "momentum": 0.9, "weight_decay": 0.0, "alpha": 0.5}
-    assert resolve_hyperparameters(student, {}) == expected
+    assert resolve(student, {}) == expected
     for bundle, given in ((plain, "alpha"), (student, "temperature"), (student, "beta1")):
         with pytest.raises(UsageError, match=f"takes no {given}"):
-            resolve_hyperparameters(bundle, {given: 0.5})
+            resolve(bundle, {given: 0.5})
     for value in (-0.1, 1.1, float("nan"), float("inf")):
         with pytest.raises(UsageError, match="out of range"):
-            resolve_hyperparameters(student, {"alpha": value})
+            resolve(student, {"alpha": value})
 
 
 def test_the_teacher_is_asked_once(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,7 +322,6 @@ def start(work: Path, state: str, *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "edgestill.runtime.cli", *arguments(work, state, "--epochs", "150", *more)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
 
 

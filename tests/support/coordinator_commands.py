@@ -17,8 +17,6 @@ import pytest
 from edgestill.runtime.cli import main
 from tests.support.handmade_bundle import CHANNELS, CLASSES, SIZE, write_handmade_bundle
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture(name="place")
 def make_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -62,7 +60,7 @@ def serving(*options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     process = subprocess.Popen(
         [sys.executable, "-m", "edgestill.runtime.cli", "serve", "--data-dir", "fed", "--port", "0", "--json",
          *options],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
         line = process.stdout.readline()

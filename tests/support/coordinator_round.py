@@ -101,7 +101,7 @@ def run_due(service: Service, folder: Path) -> int:
     """Ticks and runs what is due; how many steps that were."""
     jobs = service.tick()
     for job in jobs:
-        service.run_step5(job, folder)
+        service.run_job(job, folder)
     return len(jobs)
 
 

@@ -41,7 +41,7 @@ class Clock:
 
 @dataclass
 class Site:
-    """A service, its app, and a client that does not run the clockwork."""
+    """A service, its app, and a client that does not run the background loop."""
 
     folder: Path
     service: Service
@@ -91,7 +91,7 @@ def make_site(folder: Path, database: str = "sqlite://", **settings: Any) -> Sit
     add_task(service, folder, bundle)
     named = {"allowed_hosts": "testserver,c", **settings}  # the names of test clients
     chosen = Settings(data_dir=folder, database=database, blobs=str(folder / "blobs"), **named)
-    app = make_app(service, chosen, clockwork=False)
+    app = make_app(service, chosen, loop=False)
     return Site(folder, service, chosen, clock, app, TestClient(app, raise_server_exceptions=False), bundle)
 
 
@@ -144,7 +144,7 @@ def start_round(site: Site, count: int = 2) -> list[Device]:
     return devices
 
 
-def finish_step5(site: Site) -> None:
+def finish_job(site: Site) -> None:
     for job in site.service.tick():
-        site.service.run_step5(job, site.folder)
+        site.service.run_job(job, site.folder)
     site.service.tick()

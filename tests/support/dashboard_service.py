@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 
-from edgestill.coordinator.store.records import Change, DeviceRecord, RefusalCount, RoundOverview, TaskRecord
+from edgestill.coordinator.store.overview import RoundOverview
+from edgestill.coordinator.store.records import Change, DeviceRecord, RefusalCount, TaskRecord
 from edgestill.coordinator.task.task import StudentEntry, Task, TransferEntry
 
 NAMES = ("raspberry-pi-5", "Anna's phone", "office desktop", "d'été 🌞", "jetson-orin-nano-super-kit-00017")

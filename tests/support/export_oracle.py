@@ -1,79 +1,34 @@
-"""Runs lowered graphs, and the same steps in eager PyTorch in float64, for comparison."""
+"""Lowered steps in float64 beside the same steps in eager PyTorch, for comparison, and without writing a bundle."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from edgestill.export.exporter import ExportOptions, prepare_step
-from edgestill.export.lowering.channels_first import CHANNELS_FIRST
-from edgestill.export.lowering.channels_last import CHANNELS_LAST
-from edgestill.export.lowering.graph import Graph
-from edgestill.export.lowering.onnx_emitter import to_onnx
-from edgestill.export.lowering.torch_emitter import GraphModule
-from edgestill.export.step import StepSpec, build_encode, build_train_step
+from edgestill.export.lowering.graph import run_graph
+from edgestill.export.parity.reference import ReferenceStep
+from edgestill.export.step.graphs import build_encode, build_train_step
+from edgestill.export.step.spec import StepSpec
 
-LAYOUTS = {"channels_first": CHANNELS_FIRST, "channels_last": CHANNELS_LAST}
 NUMBERS = {
     "learning_rate": 0.05,
     "momentum": 0.9,
-    "weight_decay": 0.0,
+    "weight_decay": 0.01,
     "beta1": 0.9,
     "beta2": 0.99,
-    "epsilon": 1e-3,  # with 1e-8 a weight's first step is ± the rate, even where its gradient is noise
+    "epsilon": 1e-8,
     "alpha": 0.3,
     "temperature": 3.0,
     "logit_share": 0.4,
 }
 Arrays = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Lowered:
-    """A student's two graphs in one layout, run as the layout's engine would run them."""
-
-    layout: str
-    spec: StepSpec
-    step: Graph
-    encoder: Graph
-
-    @classmethod
-    def of(cls, layout: str, spec: StepSpec) -> Lowered:
-        table = LAYOUTS[layout]
-        return cls(layout, spec, build_train_step(spec, table), build_encode(spec, table))
-
-    def train_step(self, state: Arrays, inputs: Arrays) -> tuple[Arrays, Arrays]:
-        """(the whole state after one step, metrics)."""
-        out = run_graph(self.step, self.layout, state | inputs)
-        written = {name.removeprefix("next."): a for name, a in out.items() if name.startswith("next.")}
-        return state | written, {name: a for name, a in out.items() if not name.startswith("next.")}
-
-    def encode(self, state: Arrays, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        out = run_graph(self.encoder, self.layout, state | {"images": images})
-        return out["latents"], out["logits"]
-
-
-def run_graph(graph: Graph, layout: str, arrays: Arrays) -> Arrays:
-    """Channels first as ONNX in ONNX Runtime; channels last as the PyTorch module that ExecuTorch exports."""
-    feeds = {value.name: arrays[value.name] for value in graph.inputs}
-    if layout == "channels_first":
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        model = to_onnx(graph).SerializeToString()
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        results = session.run(list(graph.outputs), feeds)
-    else:
-        with torch.no_grad():
-            results = GraphModule(graph)(*(torch.from_numpy(array) for array in feeds.values()))
-        results = [result.numpy() for result in results]
-    return dict(zip(graph.outputs, results, strict=True))
 
 
 def prepare(options: ExportOptions, student: nn.Module | None = None) -> tuple[StepSpec, nn.Module]:
@@ -82,127 +37,75 @@ def prepare(options: ExportOptions, student: nn.Module | None = None) -> tuple[S
     return prepare_step(options, student), student
 
 
+def as_bundle(spec: StepSpec, options: ExportOptions) -> Any:
+    """What the reference reads of a bundle, of a step that is not written to one."""
+    own = {"split": options.split} if options.split else {}
+    return SimpleNamespace(
+        input=spec.samples[0],
+        manifest=SimpleNamespace(more_inputs=spec.samples[1:], freeze=options.freeze),
+        student=SimpleNamespace(name=options.student, options=own),
+        state_specs=spec.state_specs(),
+        initial_state=spec.initial_state,
+        inputs=lambda graph: spec.step_inputs() if graph == "train_step" else spec.encode_inputs(),
+        objective=spec.objective,
+        optimizer=spec.optimizer,
+        batch=spec.batch,
+        classes=spec.classes,
+        latent_size=spec.latent_size,
+    )
+
+
+def reference(
+    spec: StepSpec, options: ExportOptions, student: nn.Module, dtype: torch.dtype = torch.float64
+) -> ReferenceStep:
+    """Eager PyTorch on a copy of the student."""
+    return ReferenceStep(as_bundle(spec, options), copy.deepcopy(student), dtype)
+
+
 def make_inputs(spec: StepSpec, seed: int, numbers: Mapping[str, float] = NUMBERS) -> Arrays:
     """A random batch with uneven sample weights, some of them zero, and the hyperparameters."""
     random = np.random.default_rng(seed)
     inputs = {}
     for given in spec.step_inputs():
-        name, shape = given["name"], tuple(given["shape"])
-        if given["dtype"] == "uint8":
+        name, shape = given.name, given.shape
+        if given.dtype == "uint8":
             inputs[name] = random.integers(0, 256, shape, dtype=np.uint8)
-        elif name == "labels":
-            inputs[name] = random.integers(0, spec.student.classes, shape)
+        elif given.dtype == "int64":
+            inputs[name] = random.integers(0, spec.classes if name == "labels" else 2, shape)
         elif name in numbers:
             inputs[name] = np.full(shape, numbers[name], np.float32)
         elif name.endswith("_weights"):
             inputs[name] = (random.uniform(0.2, 2, shape) * (random.random(shape) > 0.3)).astype(np.float32)
             inputs[name][0] = 1
+        elif name.startswith("noise."):
+            inputs[name] = random.random(shape, np.float32)
         else:
             inputs[name] = random.standard_normal(shape).astype(np.float32)
     return inputs
 
 
-class Eager:
-    """The oracle. Of the step's specification it reads only the options and the frozen names."""
+class Lowered:
+    """A student's two graphs, run in PyTorch in float64."""
 
-    def __init__(self, student: nn.Module, spec: StepSpec):
-        self.spec = spec
-        self.student = copy.deepcopy(student).double()
-        parameters = dict(self.student.named_parameters())
-        for name in spec.frozen_parameters:
-            parameters[name].requires_grad_(False)
-        self.heads = {
-            name: nn.Parameter(torch.from_numpy(array).double())
-            for name, array in spec.initial.items()
-            if name not in self.student.state_dict()
-        }
-        self.trained = {name: p for name, p in parameters.items() if p.requires_grad} | self.heads
-        if spec.optimizer.name == "sgd":
-            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
-                self.trained.values(), 1.0, 0.5, nesterov=spec.optimizer.nesterov
-            )
-            self.slots = {"momentum": "momentum_buffer"}
-        else:
-            self.optimizer = torch.optim.AdamW(self.trained.values())
-            self.slots = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+    def __init__(self, spec: StepSpec):
+        self.step, self.encoder = build_train_step(spec), build_encode(spec)
 
-    def train_step(self, inputs: Arrays) -> Arrays:
-        """One step; the metrics by name."""
-        given = {
-            name: torch.from_numpy(a) if a.dtype == np.int64 else torch.from_numpy(a).double()
-            for name, a in inputs.items()
-        }
-        self._set_hyperparameters({name: float(a[0]) for name, a in inputs.items() if a.shape == (1,)})
-        self.student.train()
-        for name, module in self.student.named_modules():
-            if isinstance(module, nn.BatchNorm2d) and f"{name}.weight" in self.spec.frozen_parameters:
-                module.eval()
-        latents, logits = self._outputs(given["images"])
-        ce = weighted_mean(F.cross_entropy(logits, given["labels"], reduction="none"), given["label_weights"])
-        metrics = {"loss": ce, "ce_loss": ce, "latents": latents, "logits": logits}
-        if self.spec.objective.needs_teacher:
-            rows = self._distances(given, latents, logits)
-            metrics["distillation_loss"] = weighted_mean(rows, given["teacher_weights"])
-            alpha = given["alpha"][0]
-            metrics["loss"] = (1 - alpha) * ce + alpha * metrics["distillation_loss"]
-        self.optimizer.zero_grad()
-        metrics["loss"].backward()
-        self.optimizer.step()
-        return {n: m.detach().numpy().reshape(m.shape or (1,)) for n, m in metrics.items()}
+    def train_step(self, state: Arrays, inputs: Arrays) -> tuple[Arrays, Arrays]:
+        """(the whole state after one step, metrics)."""
+        out = self._run(self.step, state | inputs)
+        written = {name.removeprefix("next."): a for name, a in out.items() if name.startswith("next.")}
+        return state | written, {name: a for name, a in out.items() if not name.startswith("next.")}
 
-    def state(self) -> Arrays:
-        """Parameters, running statistics and slots by the bundle's names; no bias corrections."""
-        tensors = self.student.state_dict() | self.heads
-        state = {n: t.detach().numpy().copy() for n, t in tensors.items() if t.ndim}
-        for name, parameter in self.trained.items():
-            for ours, theirs in self.slots.items():
-                slot = self.optimizer.state[parameter].get(theirs)
-                if slot is not None:  # torch.optim.SGD keeps none for momentum 0
-                    state[f"optimizer.{ours}.{name}"] = slot.numpy().copy()
-        return state
+    def encode(self, state: Arrays, inputs: Arrays) -> tuple[np.ndarray, np.ndarray]:
+        out = self._run(self.encoder, state | inputs)
+        return out["latents"], out["logits"]
 
-    def encode(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        self.student.eval()
+    @staticmethod
+    def _run(graph: Any, arrays: Arrays) -> Arrays:
+        given = {value.name: torch.from_numpy(np.asarray(arrays[value.name])) for value in graph.inputs}
+        given = {name: t.double() if t.is_floating_point() else t for name, t in given.items()}
         with torch.no_grad():
-            latents, logits = self._outputs(torch.from_numpy(images).double())
-        return latents.numpy(), logits.numpy()
-
-    def _set_hyperparameters(self, numbers: dict[str, float]) -> None:
-        group = self.optimizer.param_groups[0]
-        group["lr"], group["weight_decay"] = numbers["learning_rate"], numbers["weight_decay"]
-        if self.spec.optimizer.name == "sgd":
-            group["momentum"] = numbers["momentum"]
-        else:
-            group["betas"], group["eps"] = (numbers["beta1"], numbers["beta2"]), numbers["epsilon"]
-
-    def _outputs(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        given = self.spec.input
-        if given.dtype == "uint8":
-            columns = [np.array(values).reshape(1, -1, 1, 1) for values in (given.mean, given.std)]
-            mean, std = map(torch.from_numpy, columns)
-            images = (images / 255 - mean) / std
-        latents = self.student.representation(self.student.perception(images))
-        return latents, self.student.output(latents)
-
-    def _distances(self, given: dict[str, torch.Tensor], latents, logits) -> torch.Tensor:
-        if self.spec.objective.name == "crd":
-            return contrastive_rows(given, self.heads, latents)
-        if self.spec.objective.name == "lpd":
-            return locality_rows(given["neighbour_weights"], latents)
-        if self.spec.objective.name == "both":
-            share = given["logit_share"][0]
-            of_latents = (latents - given["teacher_latents"]).square().mean(1)
-            return (1 - share) * of_latents + share * self._logit_distances(given, logits)
-        if self.spec.objective.name == "lkd":
-            return (latents - given["teacher_latents"]).square().mean(1)
-        return self._logit_distances(given, logits)
-
-    def _logit_distances(self, given: dict[str, torch.Tensor], logits) -> torch.Tensor:
-        if self.spec.objective.kd_loss == "mse":
-            return (logits - given["teacher_logits"]).square().mean(1)
-        t = given["temperature"][0]
-        teacher = F.softmax(given["teacher_logits"] / t, 1)
-        return t * t * F.kl_div(F.log_softmax(logits / t, 1), teacher, reduction="none").sum(1)
+            return {name: tensor.numpy() for name, tensor in run_graph(graph, given).items()}
 
 
 def contrastive_rows(given: dict[str, torch.Tensor], heads, latents: torch.Tensor) -> torch.Tensor:
@@ -255,19 +158,21 @@ def assert_close(actual: Arrays, expected: Arrays, tolerance: float, floor: floa
 
 
 def assert_step_equals_eager(
-    spec: StepSpec, student: nn.Module, layout: str, inputs: Arrays, tolerance: float = 1e-4
+    spec: StepSpec, options: ExportOptions, student: nn.Module, inputs: Arrays, tolerance: float = 1e-5
 ) -> None:
-    """One step from zero slots, then inference with the new state."""
-    lowered, eager = Lowered.of(layout, spec), Eager(student, spec)
-    metrics = eager.train_step(inputs)
-    state, ours = lowered.train_step(spec.initial_state(), inputs)
-    assert_close(ours, metrics, tolerance, 1e-2, f"{layout}: metrics")
-    expected = eager.state()
-    slots = [name for name in expected if name.startswith("optimizer.")]
-    largest = max(float(np.abs(expected[name]).max()) for name in slots)
-    assert_close(state, {n: expected[n] for n in slots}, tolerance, 0.1 * largest, f"{layout}: gradients")
-    rest = {name: array for name, array in expected.items() if name not in slots}
-    assert_close(state, rest, tolerance, 1e-2, f"{layout}: state")
-    encodings = dict(zip(("latents", "logits"), lowered.encode(state, inputs["images"]), strict=True))
-    wanted = dict(zip(("latents", "logits"), eager.encode(inputs["images"]), strict=True))
-    assert_close(encodings, wanted, 5 * tolerance, 1e-2, f"{layout}: inference")
+    """Two steps and inference with the new state, in float64; constants of the graph are float32."""
+    lowered, eager = Lowered(spec), reference(spec, options, student)
+    state = spec.initial_state()
+    for _ in range(2):
+        state, metrics = lowered.train_step(state, inputs)
+        assert_close(metrics, eager.train_step(inputs), tolerance, 1e-2, "metrics")
+        expected = eager.state()
+        slots = {name: array for name, array in expected.items() if name.startswith("optimizer.")}
+        largest = max(float(np.abs(array).max()) for array in slots.values())
+        assert_close(state, slots, tolerance, 1e-3 * largest, "gradients")
+        rest = {name: array for name, array in expected.items() if name not in slots}
+        assert_close(state, rest, tolerance, 1e-2, "state")
+    samples = {sample.name: inputs[sample.name] for sample in spec.samples}
+    wanted = dict(zip(("latents", "logits"), eager.encode(*samples.values()), strict=True))
+    encodings = dict(zip(("latents", "logits"), lowered.encode(state, samples), strict=True))
+    assert_close(encodings, wanted, tolerance, 1e-2, "inference")

@@ -1,7 +1,7 @@
 """A bundle made by hand, not by the exporter: linear student, `lkd`, SGD with momentum, gradient written out.
 
-latents = x·Rᵀ + r, logits = latents·Oᵀ + o, with x = (images/255 − mean)/std flattened. A fixture for the
-runtime, and in `reference_step` the same step in NumPy.
+latents = x·Rᵀ + r, logits = latents·Oᵀ + o, with x = (images/255 − mean)/std flattened; on request with dropout of x
+in training. A fixture for the runtime, and in `reference_step` the same step in NumPy. Of format 1 without dropout.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from edgestill.runtime.bundle import wire
 
 BATCH, CHANNELS, SIZE, LATENT, CLASSES = 8, 3, 6, 5, 4
+DROPOUT = 0.25
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 PARAMETERS = {
     "representation.weight": [LATENT, CHANNELS * SIZE * SIZE],
@@ -28,7 +29,9 @@ HYPERPARAMETERS = ("alpha", "learning_rate", "momentum", "weight_decay")
 _KINDS = {"float32": TensorProto.FLOAT, "uint8": TensorProto.UINT8, "int64": TensorProto.INT64}
 
 
-def write_handmade_bundle(folder: Path, seed: int = 0, objective: str = "lkd", scale: float = 0.3) -> Path:
+def write_handmade_bundle(
+    folder: Path, seed: int = 0, objective: str = "lkd", scale: float = 0.3, dropout: bool = False
+) -> Path:
     """Writes the bundle and returns its folder; `objective` is `lkd` or `ce`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "onnxruntime").mkdir(exist_ok=True)
@@ -38,12 +41,12 @@ def write_handmade_bundle(folder: Path, seed: int = 0, objective: str = "lkd", s
     }
     state |= {f"optimizer.momentum.{name}": np.zeros(shape, np.float32) for name, shape in PARAMETERS.items()}
     wire.save(folder / "state.safetensors", state)
-    graphs = {"train_step": _train_step(objective), "encode": _encode()}
+    graphs = {"train_step": _train_step(objective, dropout), "encode": _encode()}
     for name, graph in graphs.items():
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
         onnx.checker.check_model(model, full_check=True)
         (folder / f"onnxruntime/{name}.onnx").write_bytes(model.SerializeToString())
-    write_manifest(folder, _manifest(folder, graphs, objective))
+    write_manifest(folder, _manifest(folder, graphs, objective, dropout))
     return folder
 
 
@@ -65,10 +68,12 @@ def file_records(folder: Path) -> dict[str, dict[str, object]]:
 def reference_step(
     state: dict[str, np.ndarray], inputs: dict[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The `lkd` step in float64 NumPy: (next state, metrics)."""
+    """The `lkd` step in float64 NumPy, with dropout where there is noise: (next state, metrics)."""
     state = {name: array.astype(np.float64) for name, array in state.items()}
     pixels = inputs["images"].astype(np.float64) / 255
     x = ((pixels - np.reshape(MEAN, (1, -1, 1, 1))) / np.reshape(STD, (1, -1, 1, 1))).reshape(BATCH, -1)
+    if "noise.0" in inputs:
+        x = x * (inputs["noise.0"] >= DROPOUT) / (1 - DROPOUT)
     latents = x @ state["representation.weight"].T + state["representation.bias"]
     logits = latents @ state["output.weight"].T + state["output.bias"]
     shifted = logits - logits.max(axis=1, keepdims=True)
@@ -122,11 +127,14 @@ class _Nodes:
         return name
 
 
-def _forward(node: _Nodes) -> tuple[str, str, str]:
+def _forward(node: _Nodes, dropout: bool = False) -> tuple[str, str, str]:
     pixels = node("Div", node("Cast", "images", to=TensorProto.FLOAT), node.constant(255.0))
     centred = node("Sub", pixels, node.constant(np.reshape(MEAN, (1, -1, 1, 1))))
     scaled = node("Div", centred, node.constant(np.reshape(STD, (1, -1, 1, 1))))
     x = node("Reshape", scaled, node.constant([BATCH, -1], "int64"))
+    if dropout:
+        kept = node("Cast", node("GreaterOrEqual", "noise.0", node.constant(DROPOUT)), to=TensorProto.FLOAT)
+        x = node("Mul", x, node("Div", kept, node.constant(1 - DROPOUT)))
     latents = node("Gemm", x, "representation.weight", "representation.bias", transB=1, output="latents")
     return x, latents, node("Gemm", latents, "output.weight", "output.bias", transB=1, output="logits")
 
@@ -149,9 +157,9 @@ def _encode() -> onnx.GraphProto:
     return helper.make_graph(node.nodes, "encode", inputs, outputs, node.constants)
 
 
-def _train_step(objective: str) -> onnx.GraphProto:
+def _train_step(objective: str, dropout: bool) -> onnx.GraphProto:
     node = _Nodes()
-    x, latents, logits = _forward(node)
+    x, latents, logits = _forward(node, dropout)
     log_probabilities = node("LogSoftmax", logits, axis=1)
     one_hot = node("OneHot", "labels", node.constant(CLASSES, "int64"), node.constant([0.0, 1.0]))
     ce_each = node(
@@ -189,7 +197,9 @@ def _train_step(objective: str) -> onnx.GraphProto:
         node("Sub", name, node("Mul", "learning_rate", slot), output=f"next.{name}")
     state = [(name, shape) for name, shape in _state_shapes().items()]
     inputs = [_value(name, shape, "float32") for name, shape in state]
-    inputs += [_value(spec["name"], spec["shape"], spec["dtype"]) for spec in _step_inputs(objective)]
+    inputs += [
+        _value(spec["name"], spec["shape"], spec["dtype"]) for spec in _step_inputs(objective, dropout)
+    ]
     outputs = [_value(f"next.{name}", shape, "float32") for name, shape in state]
     outputs += [_value(spec["name"], spec["shape"], spec["dtype"]) for spec in _step_outputs(objective)]
     return helper.make_graph(node.nodes, "train_step", inputs, outputs, node.constants)
@@ -207,7 +217,7 @@ def _spec(name: str, shape: list[int], dtype: str = "float32", unit: str = "1") 
     return {"name": name, "shape": shape, "dtype": dtype, "unit": unit}
 
 
-def _step_inputs(objective: str) -> list[dict[str, object]]:
+def _step_inputs(objective: str, dropout: bool) -> list[dict[str, object]]:
     specs = [
         _spec("images", [BATCH, CHANNELS, SIZE, SIZE], "uint8", "grey levels 0-255"),
         _spec("labels", [BATCH], "int64"),
@@ -215,7 +225,9 @@ def _step_inputs(objective: str) -> list[dict[str, object]]:
     ]
     teacher = [_spec("teacher_latents", [BATCH, LATENT]), _spec("teacher_weights", [BATCH])]
     names = HYPERPARAMETERS if objective == "lkd" else HYPERPARAMETERS[1:]
-    return specs + (teacher if objective == "lkd" else []) + [_spec(name, [1]) for name in names]
+    specs += (teacher if objective == "lkd" else []) + [_spec(name, [1]) for name in names]
+    noise = _spec("noise.0", [BATCH, CHANNELS * SIZE * SIZE], unit="uniform, at least 0 and below 1")
+    return [*specs, noise] if dropout else specs
 
 
 def _latents_and_logits() -> list[dict[str, object]]:
@@ -227,10 +239,12 @@ def _step_outputs(objective: str) -> list[dict[str, object]]:
     return [_spec(name, [1], unit="nat") for name in losses] + _latents_and_logits()
 
 
-def _manifest(folder: Path, graphs: dict[str, onnx.GraphProto], objective: str) -> dict[str, object]:
+def _manifest(
+    folder: Path, graphs: dict[str, onnx.GraphProto], objective: str, dropout: bool
+) -> dict[str, object]:
     return {
         "format": "edgestill-bundle",
-        "format_version": 1,
+        "format_version": 2 if dropout else 1,
         "edgestill_version": "0.1.0",
         "student": {"name": "handmade-linear", "options": {}, "parameters": 569},
         "latent_size": LATENT,
@@ -255,7 +269,7 @@ def _manifest(folder: Path, graphs: dict[str, onnx.GraphProto], objective: str) 
             ],
         },
         "inputs": {
-            "train_step": _step_inputs(objective),
+            "train_step": _step_inputs(objective, dropout),
             "encode": [_spec("images", [BATCH, CHANNELS, SIZE, SIZE], "uint8", "grey levels 0-255")],
         },
         "outputs": {"train_step": _step_outputs(objective), "encode": _latents_and_logits()},

@@ -21,7 +21,8 @@ from edgestill.coordinator.distillation.aggregation import Upload, aggregate
 from edgestill.coordinator.problems import CATALOG, Problem
 from edgestill.coordinator.service import Service
 from edgestill.coordinator.store.database import Store
-from edgestill.coordinator.store.records import DeviceRecord, RoundOverview
+from edgestill.coordinator.store.overview import RoundOverview
+from edgestill.coordinator.store.records import DeviceRecord
 from edgestill.coordinator.task.task import Task, parse_task
 from edgestill.runtime.bundle import wire
 from edgestill.runtime.device.local_training import Transfer
@@ -152,7 +153,7 @@ class Storm:
             self.service = self._start()  # as after a crash: nothing but the store is left
         for job in self.service.tick():
             if self.random.random() < self.worker_luck:  # else the worker died before it began
-                self.service.run_step5(job, self.folder)
+                self.service.run_job(job, self.folder)
 
     def _on_ask(self, device: DeviceRecord) -> None:
         try:

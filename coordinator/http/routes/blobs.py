@@ -8,9 +8,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Header, Path, Response
 from fastapi.responses import StreamingResponse
 
-from edgestill.coordinator.http.answers import ProblemResponse, problems
 from edgestill.coordinator.http.auth import device_of
 from edgestill.coordinator.http.context import Context, context_of
+from edgestill.coordinator.http.problem_responses import ProblemResponse, problems
 from edgestill.coordinator.problems import Problem
 
 router = APIRouter(prefix="/v1", tags=["devices"])

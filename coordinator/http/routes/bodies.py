@@ -13,7 +13,7 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
-from edgestill.coordinator.http.answers import describe_invalid
+from edgestill.coordinator.http.problem_responses import describe_invalid
 from edgestill.coordinator.problems import Problem
 
 MAX_JSON_BYTES = 64 << 10

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
-from edgestill.coordinator.http.answers import problems
 from edgestill.coordinator.http.auth import device_of
 from edgestill.coordinator.http.context import Context, context_of, jittered_s
+from edgestill.coordinator.http.problem_responses import problems
 from edgestill.coordinator.http.routes.bodies import describe_body, json_body
 from edgestill.coordinator.http.routes.forms import (
     Assignment,

@@ -7,9 +7,9 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from edgestill.coordinator.http.answers import problems
 from edgestill.coordinator.http.auth import check_operator
 from edgestill.coordinator.http.context import Context, context_of
+from edgestill.coordinator.http.problem_responses import problems
 
 router = APIRouter(tags=["operations"])
 Shared = Annotated[Context, Depends(context_of)]

@@ -6,12 +6,12 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Request, Response
 
-from edgestill.coordinator.http.answers import problems
 from edgestill.coordinator.http.auth import token_of
 from edgestill.coordinator.http.context import Context, context_of
+from edgestill.coordinator.http.problem_responses import problems
 from edgestill.coordinator.http.routes.bodies import content_length, read_bounded, sha256_of_content_digest
 from edgestill.coordinator.problems import Problem
-from edgestill.coordinator.uploads.admission import UploadTicket
+from edgestill.coordinator.uploads.checks import UploadTicket
 
 router = APIRouter(prefix="/v1", tags=["devices"])
 

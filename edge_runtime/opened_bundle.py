@@ -1,0 +1,232 @@
+"""The Python face of a bundle: opened on an engine, it trains, evaluates and predicts; `edgestill.open` makes one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from edgestill.runtime.bundle import wire
+from edgestill.runtime.bundle.bundle import Bundle
+from edgestill.runtime.data.dataset import (
+    Dataset,
+    fit_dataset,
+    fit_tensors,
+    load_splits,
+    load_transfer_samples,
+)
+from edgestill.runtime.engines.registry import open_engine
+from edgestill.runtime.errors import UsageError
+from edgestill.runtime.training.batches import TransferSet
+from edgestill.runtime.training.checkpoint import load_state
+from edgestill.runtime.training.evaluation import Evaluation, evaluate
+from edgestill.runtime.training.hyperparameters import CHECKPOINT_EVERY, EPOCHS, TRANSFER_FRACTION
+from edgestill.runtime.training.plan import TrainSettings, plan
+from edgestill.runtime.training.schedule import Schedule
+from edgestill.runtime.training.teacher import TeacherOutputs, encode_all, split_teacher_name
+from edgestill.runtime.training.trainer import StepRecord, prepare, train
+
+Samples = np.ndarray | tuple[np.ndarray, ...]
+"""Samples [N, …], or a tuple of the tensors of samples that have several."""
+Data = str | Path | Dataset | tuple[Samples, np.ndarray]
+"""What `edgestill train --data` takes, or samples and labels [N]."""
+
+
+class Predictions(NamedTuple):
+    """Latents [N, l] and logits [N, K], float32."""
+
+    latents: np.ndarray
+    logits: np.ndarray
+
+
+class OpenedBundle:
+    """A bundle on an engine; it begins with the bundle's initial state and keeps what it learns until it is closed.
+
+    engine: None is the first that works here. threads: 0 is the engine's own choice. Errors: BundleError, UsageError,
+    EngineError, which say what to do in their `hint`.
+    """
+
+    def __init__(self, bundle: str | Path, engine: str | None = None, threads: int = 0) -> None:
+        with ExitStack() as stack:
+            self.bundle = stack.enter_context(Bundle.open(bundle))
+            self._engine = open_engine(self.bundle, engine, threads)
+            stack.callback(self._engine.close)
+            self._open = stack.pop_all()
+
+    @property
+    def engine(self) -> str:
+        """The engine's name."""
+        return self._engine.name
+
+    def train(
+        self, data: Data, *, progress: Callable[[StepRecord], None] = lambda record: None, **settings: Any
+    ) -> list[StepRecord]:
+        """Trains on from the present state and returns a record of every step; `progress` is called with each.
+
+        The settings are those of `steps`. Errors: those of `steps`, and TrainingError for a loss that is not finite.
+        """
+        records = []
+        for record in self.steps(data, **settings):
+            progress(record)
+            records.append(record)
+        return records
+
+    def steps(
+        self,
+        data: Data,
+        *,
+        epochs: int = int(EPOCHS.default),
+        seed: int = 0,
+        schedule: str = "constant",
+        warmup_steps: int = 0,
+        augment: tuple[str, ...] = (),
+        teacher: str | Path | OpenedBundle | Mapping[str, np.ndarray] | None = None,
+        transfer: str | Path | Samples | None = None,
+        transfer_fraction: float = TRANSFER_FRACTION.default,
+        alpha_end: float | None = None,
+        checkpoint: str | Path | None = None,
+        checkpoint_every: int = int(CHECKPOINT_EVERY.default),
+        restart: bool = False,
+        **hyperparameters: float,
+    ) -> Iterator[StepRecord]:
+        """The same as an iterator that makes a step whenever it is asked for one.
+
+        `teacher`: whose outputs on the data, and on the samples of `transfer`, a student that distils learns from;
+        `BUNDLE[:STATE]`, an opened bundle, or its `latents` and/or `logits` on the data.
+        `checkpoint`: a file that keeps the state; the same call goes on from it. Hyperparameters by name, as
+        `learning_rate=0.02`: docs/training.md has them all. Errors: UsageError, DataError, StateError.
+        """
+        dataset = self._dataset(data, "train")
+        outputs, transfer_set = None, None
+        if teacher is not None:
+            outputs = self._taught(teacher, dataset.samples)
+            if transfer is not None:
+                if isinstance(teacher, Mapping):
+                    raise UsageError(
+                        "the teacher's outputs are given as arrays, of the data alone",
+                        "give a bundle as teacher where there is a transfer set",
+                    )
+                images, *more = self._samples(transfer)
+                transfer_set = TransferSet(images, self._taught(teacher, (images, *more)), tuple(more))
+        elif transfer is not None:
+            raise UsageError("a transfer set without a teacher", "give the teacher, too")
+        run = plan(
+            self.bundle,
+            dataset,
+            TrainSettings(
+                epochs,
+                seed,
+                Schedule(schedule, warmup_steps),
+                hyperparameters,
+                tuple(augment),
+                transfer_fraction,
+                alpha_end,
+            ),
+            teacher=outputs,
+            transfer=transfer_set,
+            initial_state=self.state(),
+        )
+        path = None if checkpoint is None else Path(checkpoint)
+        first = prepare(self._engine, run, path, restart)
+        return train(self._engine, run, path, first_step=first, checkpoint_every=checkpoint_every)
+
+    def evaluate(self, data: Data) -> Evaluation:
+        """How well the present state classifies the data: accuracy, accuracy a class, loss, confusion matrix.
+
+        Of data with splits the test split is used. Errors: DataError, UsageError.
+        """
+        return evaluate(self._engine, self._dataset(data, None), self.bundle.batch, self.bundle.classes)
+
+    def predict(self, samples: str | Path | Samples) -> Predictions:
+        """Latents and logits of any number of samples in inference mode; a path's labels are not looked at.
+
+        The last batch is filled up from the first samples, and its outputs are cut. Errors: DataError.
+        """
+        first, *more = self._samples(samples)
+        outputs = encode_all(self._engine, first, self.bundle.batch, tuple(more))
+        return Predictions(outputs.latents, outputs.logits)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """A copy of parameters, statistics and optimizer slots, by their PyTorch names."""
+        return self._engine.state()
+
+    def load_state(self, state: str | Path | Mapping[str, np.ndarray]) -> None:
+        """Replaces the state by that of a file or of arrays by name. Errors: StateError, WireError, UsageError."""
+        if isinstance(state, Mapping):
+            self._engine.load_state(self.bundle.check_state(state))
+        else:
+            self._engine.load_state(load_state(Path(state), self.bundle))
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the state as safetensors, whole or not at all, and returns the path. Errors: WireError."""
+        wire.save(Path(path), self.state())
+        return Path(path)
+
+    def close(self) -> None:
+        """Frees the engine and what the bundle was unpacked to; closing twice is harmless."""
+        self._open.close()
+
+    def __enter__(self) -> OpenedBundle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        bundle = self.bundle
+        return (
+            f"<{bundle.student.name} of {bundle.source} on {self.engine}, objective {bundle.objective.name}>"
+        )
+
+    def _dataset(self, data: Data, split: str | None) -> Dataset:
+        bundle = self.bundle
+        if isinstance(data, Dataset):
+            return data
+        if isinstance(data, str | Path):
+            splits = load_splits(data, bundle.input, bundle.classes, more=bundle.more_inputs)
+            return splits.choose(split)
+        if not isinstance(data, tuple) or len(data) != 2:
+            raise UsageError(
+                f"data of type {type(data).__name__}", "give a path, or samples and labels: (x, y)"
+            )
+        samples, labels = data
+        return fit_dataset(_tensors(samples), np.asarray(labels), bundle.samples, bundle.classes, "data")
+
+    def _samples(self, samples: str | Path | Samples) -> tuple[np.ndarray, ...]:
+        bundle = self.bundle
+        if isinstance(samples, str | Path):
+            return load_transfer_samples(samples, bundle.input, more=bundle.more_inputs)
+        return fit_tensors(_tensors(samples), bundle.samples, "samples")
+
+    def _taught(self, teacher: Any, samples: tuple[np.ndarray, ...]) -> TeacherOutputs:
+        """The teacher's outputs on samples. Errors: UsageError, BundleError, DataError."""
+        if isinstance(teacher, Mapping):
+            unknown = sorted(set(teacher) - {"latents", "logits"})
+            if unknown or not teacher:
+                raise UsageError(
+                    f"a teacher of {unknown or 'nothing'}", "give its latents, its logits, or both"
+                )
+            return TeacherOutputs(**teacher)
+        if isinstance(teacher, OpenedBundle):
+            return TeacherOutputs(*teacher.predict(samples))
+        path, checkpoint = split_teacher_name(str(teacher))
+        engine = self.engine if self.engine in _engines_of(path) else None
+        with OpenedBundle(path, engine) as opened:
+            if checkpoint is not None:
+                opened.load_state(checkpoint)
+            return TeacherOutputs(*opened.predict(samples))
+
+
+def _engines_of(path: Path) -> tuple[str, ...]:
+    with Bundle.open(path) as bundle:
+        return bundle.engines
+
+
+def _tensors(samples: Samples) -> list[np.ndarray]:
+    return [np.asarray(one) for one in (samples if isinstance(samples, tuple) else (samples,))]

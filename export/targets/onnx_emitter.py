@@ -1,0 +1,286 @@
+"""A lowered graph as an ONNX model, operator by operator (https://onnx.ai/onnx/operators/, opset 18)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from edgestill.export.lowering.graph import Graph, LoweringError, Node, Value
+
+OPSET = 18
+MICROSOFT = "com.microsoft"
+IR_VERSION = 9  # the newest that onnxruntime-training 1.19 reads
+TYPES = {"float32": TensorProto.FLOAT, "uint8": TensorProto.UINT8, "int64": TensorProto.INT64}
+
+
+class Writer:
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: dict[str, onnx.TensorProto] = {}
+        self.renamed: dict[str, str] = {}
+        self.types: list[onnx.ValueInfoProto] = []  # of values whose operator infers none
+        self.counted: Counter[str] = Counter()
+        self.masks: dict[str, str] = {}  # values that are 1 or 0, and the truth values that they are made of
+
+    def name(self, value: Value) -> str:
+        if value.constant is not None:
+            self.initializers.setdefault(value.name, numpy_helper.from_array(value.constant, value.name))
+        return self.renamed.get(value.name, value.name)
+
+    def mask(self, value: Value) -> str:
+        """Truth values of a mask, without a detour over numbers where a comparison made them."""
+        name = self.name(value)
+        if value.constant is not None:
+            return self._initializer(name + ".truth", value.constant != 0)
+        if name not in self.masks:
+            self.masks[name] = self.emit("Cast", [name], name + ".truth", to=TensorProto.BOOL)
+        return self.masks[name]
+
+    def integers(self, *numbers: int) -> str:
+        return self._initializer("integers_" + "_".join(map(str, numbers)), np.array(numbers, np.int64))
+
+    def number(self, number: float) -> str:
+        return self._initializer(f"number_{number!r}", np.array(number, np.float32))
+
+    def _initializer(self, name: str, data: np.ndarray) -> str:
+        self.initializers.setdefault(name, numpy_helper.from_array(data, name))
+        return name
+
+    def emit(self, op: str, inputs: list[str], output: str | list[str], **attributes) -> str:
+        outputs = [output] if isinstance(output, str) else output
+        self.nodes.append(helper.make_node(op, inputs, outputs, name=f"{op}_{len(self.nodes)}", **attributes))
+        return outputs[0]
+
+
+def _batch_norm(w: Writer, node: Node, x: list[str], y: str) -> None:
+    # With momentum 0 the "running" outputs are the batch's own mean and biased variance. ONNX Runtime writes them over
+    # the running inputs, so these must be values that no other node reads: not initializers, not the state itself.
+    zero = w.number(0.0)
+    if any(value.constant is not None for value in node.inputs[1:]):
+        source = w.emit("ReduceSum", [x[0], w.integers(0, 2, 3)], f"{y}.source", keepdims=0)
+        seeds = [w.emit("Mul", [source, zero], f"{y}.seed_0"), w.emit("Sub", [source] * 2, f"{y}.seed_1")]
+    else:
+        seeds = [w.emit("Mul", [name, zero], f"{y}.seed_{i}") for i, name in enumerate(x[1:])]
+    w.emit(
+        "BatchNormalization",
+        [*x, *seeds],
+        [w.name(value) for value in node.outputs],
+        epsilon=node.attributes["eps"],
+        momentum=0.0,
+        training_mode=1,
+    )
+
+
+def _standardize(w: Writer, node: Node, x: list[str], y: str) -> None:
+    ones = w._initializer(f"ones_{node.inputs[0].shape[-1]}", np.ones(node.inputs[0].shape[-1], np.float32))
+    outputs = [y, y + ".mean", w.name(node.outputs[1])]
+    w.emit("LayerNormalization", [*x, ones], outputs, axis=-1, epsilon=node.attributes["eps"])
+
+
+Rule = Callable[[Writer, Node, list[str], str], None]
+
+
+def _plain(op: str) -> Rule:
+    return lambda w, node, x, y: w.emit(op, x, y)
+
+
+def _compare(op: str) -> Rule:
+    def rule(w: Writer, node: Node, x: list[str], y: str) -> None:
+        w.masks[y] = w.emit(op, x, y + ".truth")
+        if w.counted[node.outputs[0].name]:
+            w.emit("Cast", [w.masks[y]], y, to=TensorProto.FLOAT)
+
+    return rule
+
+
+def _where(w: Writer, node: Node, x: list[str], y: str) -> None:
+    w.emit("Where", [w.mask(node.inputs[0]), *x[1:]], y)
+
+
+def _reduce(op: str) -> Rule:
+    return lambda w, node, x, y: w.emit(op, [*x, w.integers(*node.attributes["axes"])], y, keepdims=1)
+
+
+def _matmul(w: Writer, node: Node, x: list[str], y: str) -> None:
+    flags = [bool(node.attributes.get(flag)) for flag in ("transpose_a", "transpose_b")]
+    ranks = [len(value.shape) for value in node.inputs]
+    if any(flags) and ranks == [2, 2]:
+        w.emit("Gemm", x, y, transA=int(flags[0]), transB=int(flags[1]))
+        return
+    for i, flag in enumerate(flags):
+        if flag:  # onnxruntime folds the transposition into its product
+            order = [*range(ranks[i] - 2), ranks[i] - 1, ranks[i] - 2]
+            x[i] = w.emit("Transpose", [x[i]], f"{y}.transposed_{i}", perm=order)
+    w.emit("MatMul", x, y)
+
+
+def _one_hot(w: Writer, node: Node, x: list[str], y: str) -> None:
+    values = w._initializer("off_on", np.array([0, 1], np.float32))
+    w.emit("OneHot", [x[0], w.integers(node.attributes["classes"]), values], y)
+
+
+def sides(padding) -> list[int]:
+    """((top, bottom), (left, right)) → ONNX's begins, then ends."""
+    return [side[i] for i in range(2) for side in padding]
+
+
+def convolution(node: Node, kernel: tuple[int, int]) -> dict:
+    """ONNX's attributes of a convolution."""
+    a = node.attributes
+    names = {"strides": a["stride"], "pads": sides(a["padding"]), "dilations": a["dilation"]}
+    return names | {"group": a["groups"], "kernel_shape": kernel}
+
+
+def _conv_transpose(w: Writer, node: Node, x: list[str], y: str) -> None:
+    a, kernel = node.attributes, node.inputs[1].shape[2:]
+    left_over = [
+        a["size"][i]
+        - ((node.inputs[0].shape[2 + i] - 1) * a["stride"][i] - sum(a["padding"][i]))
+        - (a["dilation"][i] * (kernel[i] - 1) + 1)
+        for i in range(2)
+    ]
+    w.emit("ConvTranspose", x, y, output_padding=left_over, **convolution(node, kernel))
+
+
+def _max_pool(w: Writer, node: Node, x: list[str], y: str) -> None:
+    a = node.attributes
+    w.emit(
+        "MaxPool", x, y, kernel_shape=a["kernel"], strides=a["stride"], pads=sides(a["padding"]),
+        dilations=a["dilation"],
+    )  # fmt: skip
+
+
+def _avg_pool(w: Writer, node: Node, x: list[str], y: str) -> None:
+    a = node.attributes
+    w.emit(
+        "AveragePool", x, y, kernel_shape=a["kernel"], strides=a["stride"], pads=sides(a["padding"]),
+        count_include_pad=1,
+    )  # fmt: skip
+
+
+def _scatter_add(w: Writer, node: Node, x: list[str], y: str) -> None:
+    rows, axis, size = node.inputs[0], node.attributes["axis"], node.attributes["size"]
+    shape = (*rows.shape[:axis], size, *rows.shape[axis + 1 :])
+    zeros = w.emit("ConstantOfShape", [w.integers(*shape)], y + ".zeros")
+    column = w.emit("Reshape", [x[1], w.integers(*(-1 if i == axis else 1 for i in range(rows.rank)))], y + ".column")
+    places = w.emit("Expand", [column, w.integers(*rows.shape)], y + ".places")
+    w.emit("ScatterElements", [zeros, places, x[0]], y, axis=axis, reduction="add")
+
+
+RULES: dict[str, Rule] = {
+    "add": _plain("Add"),
+    "subtract": _plain("Sub"),
+    "multiply": _plain("Mul"),
+    "divide": _plain("Div"),
+    "maximum": _plain("Max"),
+    "relu": _plain("Relu"),
+    "clamp": lambda w, n, x, y: w.emit(
+        "Clip", [*x, *(w.number(n.attributes[k]) if np.isfinite(n.attributes[k]) else "" for k in ("low", "high"))], y
+    ),
+    "minimum": _plain("Min"),
+    "abs": _plain("Abs"),
+    "erf": _plain("Erf"),
+    "tanh": _plain("Tanh"),
+    "sigmoid": _plain("Sigmoid"),
+    "sin": _plain("Sin"),
+    "cos": _plain("Cos"),
+    "atan": _plain("Atan"),
+    "floor": _plain("Floor"),
+    "power": lambda w, n, x, y: w.emit("Pow", [*x, w.number(n.attributes["exponent"])], y),
+    "greater": _compare("Greater"),
+    "greater_equal": _compare("GreaterOrEqual"),
+    "equal": _compare("Equal"),
+    "where": _where,
+    "masked": _plain("Mul"),  # quicker than Where
+    "to_integer": lambda w, n, x, y: w.emit("Cast", x, y, to=TensorProto.INT64),
+    "exp": _plain("Exp"),
+    "log": _plain("Log"),
+    "sqrt": _plain("Sqrt"),
+    "rsqrt": lambda w, n, x, y: w.emit("Reciprocal", [w.emit("Sqrt", x, y + ".root")], y),
+    "to_float": lambda w, n, x, y: w.emit("Cast", x, y, to=TensorProto.FLOAT),
+    "one_hot": _one_hot,
+    "matmul": _matmul,
+    "reduce_sum": _reduce("ReduceSum"),
+    "reduce_mean": _reduce("ReduceMean"),
+    "reduce_max": lambda w, n, x, y: w.emit("ReduceMax", [*x, w.integers(*n.attributes["axes"])], y, keepdims=1),
+    "argmax": lambda w, n, x, y: w.emit("ArgMax", x, y, axis=n.attributes["axis"], keepdims=1),
+    "expand": lambda w, n, x, y: w.emit("Expand", [*x, w.integers(*n.attributes["shape"])], y),
+    "gather": lambda w, n, x, y: w.emit("Gather", x, y, axis=n.attributes["axis"]),
+    "scatter_add": _scatter_add,
+    "standardize": _standardize,
+    "softmax": lambda w, n, x, y: w.emit("Softmax", x, y, axis=-1),
+    "log_softmax": lambda w, n, x, y: w.emit("LogSoftmax", x, y, axis=-1),
+    "reshape": lambda w, n, x, y: w.emit("Reshape", [*x, w.integers(*n.outputs[0].shape)], y),
+    "transpose": lambda w, n, x, y: w.emit("Transpose", x, y, perm=n.attributes["permutation"]),
+    "slice": lambda w, n, x, y: w.emit(
+        "Slice", [*x, *(w.integers(n.attributes[k]) for k in ("start", "stop", "axis", "step"))], y
+    ),
+    "concat": lambda w, n, x, y: w.emit("Concat", x, y, axis=n.attributes["axis"]),
+    "pad": lambda w, n, x, y: w.emit(
+        "Pad",
+        [
+            *x,
+            w.integers(*n.attributes["begins"], *n.attributes["ends"]),
+            w.number(n.attributes.get("value", 0.0)),
+        ],
+        y,
+    ),
+    "conv2d": lambda w, n, x, y: w.emit("Conv", x, y, **convolution(n, n.inputs[1].shape[2:])),
+    "conv2d_transpose": _conv_transpose,
+    "max_pool2d": _max_pool,
+    "avg_pool2d": _avg_pool,
+    "normalize": lambda w, n, x, y: w.emit("BatchNormalization", x, y, epsilon=n.attributes["eps"]),
+    "batch_norm": _batch_norm,
+}
+
+
+def _read_as_numbers(graph: Graph) -> Counter[str]:
+    """How often each value is read other than as a mask."""
+    counted = Counter(value.name for value in graph.outputs.values())
+    for node in graph.nodes:
+        counted.update(value.name for value in node.inputs[1 if node.operator == "where" else 0 :])
+    return counted
+
+
+def to_onnx(graph: Graph, more_rules: Mapping[str, Rule] = {}) -> onnx.ModelProto:  # noqa: B006 - never written
+    """The model, checked by ONNX; inputs and outputs carry the graph's names, shapes and dtypes."""
+    writer = Writer()
+    exposed: set[str] = set()
+    for name, value in graph.outputs.items():
+        # A value that is an input, or is put out twice, keeps its own name and is copied to the output.
+        if value not in graph.inputs and value.constant is None and value.name not in exposed:
+            writer.renamed[value.name] = name
+            exposed.add(value.name)
+    writer.counted = _read_as_numbers(graph)
+    rules = {**RULES, **more_rules}
+    for node in graph.nodes:
+        inputs = [writer.name(value) for value in node.inputs]
+        if node.operator not in rules:
+            raise LoweringError(
+                f"{node.path}: the operator {node.operator} is outside of the set of an ONNX artifact",
+                hint="the engine's rewrites must replace it (docs/extending.md)",
+            )
+        rules[node.operator](writer, node, inputs, writer.name(node.outputs[0]))
+    for name, value in graph.outputs.items():
+        if writer.name(value) != name:
+            writer.emit("Identity", [writer.name(value)], name)
+    model = helper.make_model(
+        helper.make_graph(
+            writer.nodes,
+            "edgestill",
+            [helper.make_tensor_value_info(v.name, TYPES[v.dtype], v.shape) for v in graph.inputs],
+            [helper.make_tensor_value_info(n, TYPES[v.dtype], v.shape) for n, v in graph.outputs.items()],
+            list(writer.initializers.values()),
+            value_info=writer.types,
+        ),
+        opset_imports=[helper.make_opsetid("", OPSET), *([helper.make_opsetid(MICROSOFT, 1)] if more_rules else [])],
+        producer_name="edgestill",
+    )
+    model.ir_version = IR_VERSION
+    if not more_rules:  # the checker knows no other domain's operators
+        onnx.checker.check_model(model, full_check=True)
+    return model
