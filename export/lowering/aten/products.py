@@ -16,10 +16,6 @@ from edgestill.export.lowering.graph import Value
 aten = torch.ops.aten
 
 
-def reduced(c: Context, x: Value, keepdim: bool = False) -> Value:
-    return x if keepdim else x.reshape(*c.shape)
-
-
 def _reduction(name: str) -> Row:
     def rule(c: Context, x: Any, dim: Any = None, keepdim: Any = False, *_: Any) -> Value:
         x = c.float(x)
