@@ -10,20 +10,22 @@ from unittest import mock
 
 import torch
 from executorch.backends.xnnpack import xnnpack_preprocess
-from executorch.backends.xnnpack._passes import DimOrderOpsRevertPass, FuseActivationPass, XNNPACKPassManager
+from executorch.backends.xnnpack._passes import FuseActivationPass, XNNPACKPassManager
+from executorch.backends.xnnpack._passes.xnnpack_pass import XNNPACKPass
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
+from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig
 from executorch.exir.lowered_backend_module import executorch_call_delegate
+from executorch.exir.pass_base import PassResult
 from executorch.exir.passes import MemoryPlanningPass
+from torch.fx.passes.infra.partitioner import Partition
 
 from edgestill.export.lowering.graph import Graph
 from edgestill.export.lowering.layout import cancel_turns
-from edgestill.export.lowering.operators import DTYPES
 from edgestill.export.lowering.rewrite import rewrite_fully
 from edgestill.export.step.graphs import build_encode, build_train_step
 from edgestill.export.step.spec import StepSpec
+from edgestill.export.targets.edge_program import CONFIG, edge_program
 from edgestill.export.targets.executorch_rewrites import PLAIN, WINDOWED
-from edgestill.export.targets.torch_emitter import GraphModule
 
 
 def emit(spec: StepSpec, folder: Path) -> dict[str, dict]:
@@ -41,24 +43,16 @@ def lower(graph: Graph) -> Graph:
 
 
 def _emit_graph(graph: Graph, path: Path) -> dict:
-    module = GraphModule(graph).eval()
-    example = tuple(torch.zeros(value.shape, dtype=DTYPES[value.dtype]) for value in graph.inputs)
+    plan = MemoryPlanningPass(alloc_graph_input=False, alloc_graph_output=False)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporter warns of its own deprecations
         logging.disable(logging.WARNING)
         try:
-            edge = to_edge(
-                torch.export.export(module, example),
-                compile_config=EdgeCompileConfig(_check_ir_validity=False),
-            )
+            edge = EdgeProgramManager(edge_program(graph), None, CONFIG)
             with mock.patch.object(xnnpack_preprocess, "XNNPACKPassManager", _NeededPasses):
-                lowered = edge.to_backend(XnnpackPartitioner())
+                lowered = edge.to_backend(_Partitioner())
             operators = _operators(lowered.exported_program().graph_module)
-            program = lowered.to_executorch(
-                ExecutorchBackendConfig(
-                    memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False, alloc_graph_output=False)
-                )
-            )
+            program = lowered.to_executorch(ExecutorchBackendConfig(memory_planning_pass=plan))
         finally:
             logging.disable(logging.NOTSET)
     with path.open("wb") as file:
@@ -73,12 +67,39 @@ def _emit_graph(graph: Graph, path: Path) -> dict:
     }
 
 
+class _Partitioner(XnnpackPartitioner):
+    """Takes the nodes that XNNPACK's own takes. That compares every two of them to find what can be one piece; here a
+    piece is what lies before the same number of operators that are not delegated."""
+
+    def generate_partitions(self, program: torch.export.ExportedProgram) -> list[Partition]:
+        groups = self.get_matched_nodes_from_configs(program)
+        if any(sum(node.op == "call_function" for node in group) > 1 for group in groups):
+            return super().generate_partitions(program)
+        together = {node: group for group in groups for node in group}
+        height: dict[torch.fx.Node, int] = {}
+        pieces: dict[int, list[torch.fx.Node]] = {}
+        for node in reversed(program.graph.nodes):
+            taken, users = node in together, [user for user in node.users if user.op == "call_function"]
+            height[node] = max((height[user] + (taken and user not in together) for user in users), default=0)
+            if taken and node.op == "call_function":
+                pieces.setdefault(height[node], []).extend(together[node])
+        return [Partition(id=i, nodes=nodes) for i, nodes in sorted(pieces.items(), reverse=True)]
+
+
+class _Untraced(XNNPACKPass):
+    def call(self, module: torch.fx.GraphModule) -> PassResult:
+        return PassResult(module, True)
+
+
+class _FuseActivations(FuseActivationPass, _Untraced):
+    """Without tracing the whole piece again for shapes that do not change."""
+
+
 class _NeededPasses(XNNPACKPassManager):
-    """Of XNNPACK's seventeen passes those that find something in our graphs: each traces the whole step again, which
-    takes two thirds of an export."""
+    """Of XNNPACK's seventeen passes the one that finds something in our graphs: each traces the whole step again."""
 
     def __init__(self, program: torch.export.ExportedProgram, passes: object = None):
-        super().__init__(program, [DimOrderOpsRevertPass, FuseActivationPass])
+        super().__init__(program, [_FuseActivations])
 
 
 def _operators(module: torch.fx.GraphModule) -> dict[str, int]:
