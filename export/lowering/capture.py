@@ -1,4 +1,4 @@
-"""From a PyTorch student to a graph: torch.export traces it, each ATen operator is said in the Graph's (aten.py).
+"""From a PyTorch student to a graph: torch.export traces it, each ATen operator is said in the Graph's (aten).
 
 The student is traced twice, as it trains and as it infers, so dropout, stochastic depth, batch statistics and whatever
 else differs between the modes is in the right graph. What would be altered on the way is refused.
@@ -75,8 +75,8 @@ def capture(parts: nn.Module, samples: Sequence[SampleSpec], training: bool, pre
             warnings.simplefilter("ignore")  # PyTorch's tracing warns of PyTorch's own code
             program = torch.export.export(parts, examples)
             _detach_results_without_gradient(program)
-            kept = {k: rule for k, rule in _decompositions().items() if k not in ATEN}
-            program = program.run_decompositions(kept)
+            decompositions = torch.export.default_decompositions().items()
+            program = program.run_decompositions({k: rule for k, rule in decompositions if k not in ATEN})
     except EdgestillError:
         raise
     except Exception as error:
@@ -95,17 +95,11 @@ def capture(parts: nn.Module, samples: Sequence[SampleSpec], training: bool, pre
     return _Reader(program, parts, samples, prefix).read()
 
 
-def _decompositions() -> dict[Any, Any]:
-    return dict(torch.export.default_decompositions().items())
-
-
 def _detach_results_without_gradient(program: torch.export.ExportedProgram) -> None:
     """Marks what a `torch.no_grad()` block computes, before decompositions forget where it began."""
     graph = program.graph_module.graph
     for node in list(graph.nodes):
-        if node.op != "call_function" or "wrap_with_set_grad_enabled" not in str(node.target):
-            continue
-        if node.args[0] is not False:
+        if "wrap_with_set_grad_enabled" not in str(node.target) or node.args[0] is not False:
             continue
         for result in [user for user in node.users if user.target is operator.getitem]:
             if not isinstance(result.meta.get("val"), torch.Tensor):
@@ -118,8 +112,7 @@ def _detach_results_without_gradient(program: torch.export.ExportedProgram) -> N
 
 
 def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 class _Reader:
@@ -159,42 +152,41 @@ class _Reader:
         return Captured(graph, tuple(noise[f"noise.{i}"] for i in range(len(noise))))
 
     def _inputs(self) -> None:
-        signature = self.program.graph_signature
-        graph = self.context.graph
-        state = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        written = set(signature.buffers_to_mutate.values())
-        given = iter(self.samples)
-        for node in self.program.graph.nodes:
-            if node.op != "placeholder":
-                continue
-            if node.name in state:
-                tensor = self.tensors[state[node.name]]
-                name = self.names.get(id(tensor), state[node.name])  # of tied weights, the first
-                own = name.removeprefix(self.prefix)
-                if name in self.parameters or is_state(tensor, name in written):
-                    given_before = [value for value in graph.inputs if value.name == own]
-                    self.known[node] = (given_before or [graph.input(own, tuple(tensor.shape))])[0]
-                elif name in written:  # a count, which only the student may need
-                    self.known[node] = graph.input(own, tuple(tensor.shape), "int64")
-                    self.counts.append(own)
-                else:
-                    self.known[node] = tensor.detach()
-            elif node.name in signature.inputs_to_lifted_tensor_constants:
-                self.known[node] = self.program.constants[signature.inputs_to_lifted_tensor_constants[node.name]]
-            elif node.name in signature.inputs_to_lifted_custom_objs:
-                what = signature.inputs_to_lifted_custom_objs[node.name]
+        """Values of the graph for what is given at run time, tensors for what is not."""
+        signature, given = self.program.graph_signature, iter(self.samples)
+        nodes = (node for node in self.program.graph.nodes if node.op == "placeholder")
+        for node, spec in zip(nodes, signature.input_specs, strict=True):
+            kind = spec.kind.name
+            if kind in ("PARAMETER", "BUFFER"):
+                self.known[node] = self._state(spec.target, set(signature.buffers_to_mutate.values()))
+            elif kind == "CONSTANT_TENSOR":
+                self.known[node] = self.program.constants[spec.target]
+            elif kind == "USER_INPUT":
+                sample = next(given)
+                self.known[node] = self.context.graph.input(sample.name, sample.shape, sample.dtype)
+            elif kind == "CUSTOM_OBJ":
                 raise LoweringError(
-                    f"the student computes with {what}, which is no tensor",
+                    f"the student computes with {spec.target}, which is no tensor",
                     hint="a random generator of its own: leave it out, the runtime draws from seed and step",
                 )
-            elif node.name in signature.user_inputs:
-                spec = next(given)
-                self.known[node] = graph.input(spec.name, spec.shape, spec.dtype)
             else:  # a token of an operator with effects, which is refused itself
                 self.known[node] = None
 
+    def _state(self, target: str, written: set[str]) -> Any:
+        """An input where it is state, which has one for tied weights, or a count, which only the student may need."""
+        tensor = self.tensors[target]
+        name = self.names.get(id(tensor), target)  # of tied weights, the first
+        own = name.removeprefix(self.prefix)
+        if name in self.parameters or is_state(tensor, name in written):
+            given_before = [value for value in self.context.graph.inputs if value.name == own]
+            return (given_before or [self.context.graph.input(own, tuple(tensor.shape))])[0]
+        if name not in written:
+            return tensor.detach()
+        self.counts.append(own)
+        return self.context.graph.input(own, tuple(tensor.shape), "int64")
+
     def _computed(self, node: torch.fx.Node) -> Any:
-        self.context.graph.path = _path(node).removeprefix(self.prefix)
+        self.context.graph.path = _place(node)[0].removeprefix(self.prefix)
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), self.known.get)
         if any(self.known.get(value, self) is None for value in node.all_input_nodes):
             if not self.refusals:
@@ -216,8 +208,8 @@ class _Reader:
         return self._stand_in(node.meta.get("val"))
 
     def _refuse(self, node: torch.fx.Node, what: str, hint: str | None = None) -> None:
-        module = _module(node)
-        where = f"{_path(node).removeprefix(self.prefix)}{f' ({module})' if module else ''}"
+        path, module = _place(node)
+        where = path.removeprefix(self.prefix) + (f" ({module})" if module else "")
         error = LoweringError(f"{where}: {what} cannot be lowered to a training graph", hint or _HINT)
         self.refusals.setdefault(f"{where} {what}", error)
 
@@ -231,19 +223,14 @@ class _Reader:
         return self.context.graph.input(f"refused.{len(self.context.graph.inputs)}", tuple(result.shape), dtype)
 
     def _outputs(self) -> None:
-        graph = self.context.graph
-        signature = self.program.graph_signature
-        results = {}
-        for spec, node in zip(signature.output_specs, self.program.graph.output_node().args[0], strict=True):
+        graph, own = self.context.graph, []
+        nodes = self.program.graph.output_node().args[0]
+        for spec, node in zip(self.program.graph_signature.output_specs, nodes, strict=True):
             value = self.known[node] if isinstance(node, torch.fx.Node) else node
-            results[spec.arg.name, spec.kind.name] = value
-            target = spec.target
-            if spec.kind.name == "BUFFER_MUTATION" and self.tensors[target].dtype == torch.float32:
-                graph.output("next." + target.removeprefix(self.prefix), self.context.value(value))
-        own = [v for (_, kind), v in results.items() if kind == "USER_OUTPUT"]
-        specs = [spec for spec in signature.output_specs if spec.kind.name == "USER_OUTPUT"]
-        if len(own) != len(specs):  # the latents are the logits
-            own = [results[spec.arg.name, spec.kind.name] for spec in specs]
+            if spec.kind.name == "USER_OUTPUT":
+                own.append(value)
+            elif spec.kind.name == "BUFFER_MUTATION" and self.tensors[spec.target].dtype == torch.float32:
+                graph.output("next." + spec.target.removeprefix(self.prefix), self.context.value(value))
         if len(own) != 2:
             raise LoweringError(
                 f"the student gives {len(own)} tensors for latents and logits",
@@ -276,14 +263,10 @@ def _joined(errors: list[LoweringError]) -> LoweringError:
     )
 
 
-def _path(node: torch.fx.Node) -> str:
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return (stack[-1][0] if stack else "") or "forward()"
-
-
-def _module(node: torch.fx.Node) -> str:
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return stack[-1][1].rsplit(".", 1)[-1] if stack and stack[-1][0] else ""
+def _place(node: torch.fx.Node) -> tuple[str, str]:
+    """The path of the module that a node comes from, and the module's type, if it is not the student itself."""
+    path, kind = next(reversed((node.meta.get("nn_module_stack") or {"": ("", "")}).values()))
+    return path or "forward()", kind.rsplit(".", 1)[-1] if path else ""
 
 
 _ONE_VALUE = "a BatchNorm over one value has no variance: export with a larger --batch, or use nn.GroupNorm"

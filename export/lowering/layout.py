@@ -7,7 +7,12 @@ only where an operator wants the order as it is.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
 
 from edgestill.export.lowering.graph import Graph, Node, Value
 from edgestill.export.lowering.operators import ELEMENTWISE
@@ -30,10 +35,11 @@ class Turned:
 
     def based_on(self, order: tuple[int, ...]) -> Value:
         """What this is the turn `order` of."""
-        if self.order == order:
-            return self.base
-        back = inverse_permutation(order)
-        return self.base.transpose(*(self.order[axis] for axis in back))
+        return self.base.transpose(*(self.order[axis] for axis in inverse_permutation(order)))
+
+    def of_base(self, by_axis: Sequence[int]) -> tuple[int, ...]:
+        """A number an axis, in the order of the base's axes."""
+        return tuple(by_axis[axis] for axis in inverse_permutation(self.order))
 
 
 def cancel_turns(graph: Graph) -> Graph:
@@ -47,9 +53,7 @@ def cancel_turns(graph: Graph) -> Graph:
     for node in graph.nodes:
         new.path = node.path
         inputs = [of(value) for value in node.inputs]
-        rule = _elementwise if node.operator in ELEMENTWISE else _RULES.get(node.operator)
-        made = rule(new, node, inputs) if rule is not None else None
-        if made is not None:
+        if (made := _moved_past(node, inputs)) is not None:
             known[node.outputs[0].name] = made
             continue
         results = new.apply_many(node.operator, *(x.plain() for x in inputs), **node.attributes)
@@ -57,11 +61,10 @@ def cancel_turns(graph: Graph) -> Graph:
     for name, value in graph.outputs.items():
         new.output(name, of(value).plain())
     new.prune()
-    return new if _moved(new) <= _moved(graph) else graph
+    return new if _turned_elements(new) <= _turned_elements(graph) else graph
 
 
-def _moved(graph: Graph) -> int:
-    """Elements that transposes move."""
+def _turned_elements(graph: Graph) -> int:
     return sum(node.outputs[0].size for node in graph.nodes if node.operator == "transpose")
 
 
@@ -69,11 +72,39 @@ def _plain(value: Value) -> Turned:
     return Turned(value, tuple(range(value.rank)))
 
 
-def _chosen(inputs: list[Turned]) -> tuple[int, ...]:
-    """The order of the largest operand that is turned, so that the least is moved."""
-    rank = max(len(x.order) for x in inputs)
+def _moved_past(node: Node, inputs: list[Turned]) -> Turned | None:
+    """The node's value as a turn, computed from their bases; None where it wants the order as it is."""
+    if node.operator in ELEMENTWISE or node.operator == "concat":
+        return _jointly(node, inputs)
+    x = inputs[0] if inputs else None
+    if node.operator == "transpose":
+        return Turned(x.base, tuple(x.order[axis] for axis in node.attributes["permutation"]))
+    if node.operator == "reshape":
+        return _reshape(x, node.attributes["shape"])
+    if renamed := _RENAMED.get(node.operator):
+        return Turned(x.base.apply(node.operator, **{**node.attributes, **renamed(x, node.attributes)}), x.order)
+    return None
+
+
+_RENAMED: dict[str, Callable[[Turned, Mapping[str, Any]], dict[str, Any]]] = {
+    "slice": lambda x, a: {"axis": x.order[a["axis"]]},
+    "pad": lambda x, a: {side: x.of_base(a[side]) for side in ("begins", "ends")},
+    "expand": lambda x, a: {"shape": x.of_base(a["shape"])},
+} | dict.fromkeys(
+    ("reduce_sum", "reduce_mean", "reduce_max"),
+    lambda x, a: {"axes": tuple(sorted(x.order[axis] for axis in a["axes"]))},
+)
+"""The attributes that name axes, as they are in the base."""
+
+
+def _jointly(node: Node, inputs: list[Turned]) -> Turned:
+    """In the order of the largest operand that is turned, so that the least is moved."""
+    rank = node.outputs[0].rank
     turned = [x for x in inputs if not x.is_plain and len(x.order) == rank]
-    return max(turned, key=lambda x: x.base.size).order if turned else tuple(range(rank))
+    order = max(turned, key=lambda x: x.base.size).order if turned else tuple(range(rank))
+    bases = [_of_rank(x, rank).based_on(order) for x in inputs]
+    axis = {"axis": order[node.attributes["axis"]]} if node.operator == "concat" else {}
+    return Turned(bases[0].graph.apply(node.operator, *bases, **{**node.attributes, **axis}), order)
 
 
 def _of_rank(x: Turned, rank: int) -> Turned:
@@ -81,110 +112,26 @@ def _of_rank(x: Turned, rank: int) -> Turned:
     return x if not missing else _plain(x.plain().reshape(*(1,) * missing, *x.plain().shape))
 
 
-def _elementwise(graph: Graph, node: Node, inputs: list[Turned]) -> Turned:
-    order = _chosen(inputs)
-    bases = [_of_rank(x, len(order)).based_on(order) for x in inputs]
-    return Turned(graph.apply(node.operator, *bases, **node.attributes), order)
-
-
-def _transpose(graph: Graph, node: Node, inputs: list[Turned]) -> Turned:
-    (x,) = inputs
-    return Turned(x.base, tuple(x.order[axis] for axis in node.attributes["permutation"]))
-
-
-def _reduce(graph: Graph, node: Node, inputs: list[Turned]) -> Turned:
-    (x,) = inputs
-    axes = tuple(sorted(x.order[axis] for axis in node.attributes["axes"]))
-    return Turned(x.base.apply(node.operator, axes=axes), x.order)
-
-
-def _slice(graph: Graph, node: Node, inputs: list[Turned]) -> Turned:
-    (x,) = inputs
-    attributes = dict(node.attributes)
-    return Turned(x.base.apply("slice", **attributes | {"axis": x.order[attributes["axis"]]}), x.order)
-
-
-def _pad(graph: Graph, node: Node, inputs: list[Turned]) -> Turned:
-    (x,) = inputs
-    back = inverse_permutation(x.order)
-    begins, ends = (tuple(node.attributes[key][axis] for axis in back) for key in ("begins", "ends"))
-    return Turned(x.base.apply("pad", begins=begins, ends=ends, value=node.attributes["value"]), x.order)
-
-
-def _expand(graph: Graph, node: Node, inputs: list[Turned]) -> Turned:
-    (x,) = inputs
-    back = inverse_permutation(x.order)
-    return Turned(x.base.expand(*(node.attributes["shape"][axis] for axis in back)), x.order)
-
-
-def _concat(graph: Graph, node: Node, inputs: list[Turned]) -> Turned:
-    order = _chosen(inputs)
-    bases = [x.based_on(order) for x in inputs]
-    return Turned(graph.apply("concat", *bases, axis=order[node.attributes["axis"]]), order)
-
-
-def _reshape(graph: Graph, node: Node, inputs: list[Turned]) -> Turned | None:
+def _reshape(x: Turned, shape: tuple[int, ...]) -> Turned | None:
     """Moves past a turn where it splits and joins only axes that lie side by side in what is really there."""
-    (x,), shape = inputs, node.attributes["shape"]
-    if x.is_plain:
+    if x.is_plain or 0 in shape:
         return None
-    old = node.inputs[0].shape
-    moving = [axis for axis in x.order if x.base.shape[axis] != 1]
-    if moving == sorted(moving):
-        return _plain(x.base.reshape(*shape))
-    groups = _groups(old, shape)
-    if groups is None:
-        return None
-    places = []
-    for axes, _ in groups:
-        inside = [x.order[axis] for axis in axes if old[axis] != 1]
-        if inside and inside != list(range(inside[0], inside[0] + len(inside))):
-            between = set(range(inside[0], inside[-1] + 1)) - set(inside)
-            if inside != sorted(inside) or any(x.base.shape[axis] != 1 for axis in between):
-                return None
-        places.append(inside[0] if inside else min((x.order[axis] for axis in axes), default=0))
-    sequence = sorted(range(len(groups)), key=lambda i: places[i])
-    base_shape, positions, start = [], {}, 0
-    for i in sequence:
-        outputs = groups[i][1]
-        for k, axis in enumerate(outputs):
-            positions[axis] = start + k
-        start += len(outputs)
-        base_shape += [shape[axis] for axis in outputs]
-    return Turned(x.base.reshape(*base_shape), tuple(positions[axis] for axis in range(len(shape))))
-
-
-def _groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]] | None:
-    """The smallest runs of axes with the same product before and after a reshape."""
-    groups: list[tuple[list[int], list[int]]] = []
-    i = j = 0
-    while i < len(old) or j < len(new):
-        axes, outputs, a, b = [], [], 1, 1
-        while not axes or not outputs or a != b:
-            if i < len(old) and (a <= b or j >= len(new)):
-                a *= old[i]
-                axes.append(i)
-                i += 1
-            elif j < len(new):
-                b *= new[j]
-                outputs.append(j)
-                j += 1
-            else:
-                break
-        if a != b or 0 in (a, b):
+    long = [axis for axis in range(x.base.rank) if x.base.shape[axis] != 1]  # others may lie anywhere
+    groups = []
+    for axes, outputs in _groups([x.base.shape[axis] for axis in x.order], shape):
+        places = [long.index(x.order[axis]) for axis in axes if x.order[axis] in long]
+        if any(b != a + 1 for a, b in pairwise(places)):
             return None
-        groups.append((axes, outputs))
-    return groups
+        groups.append((places[:1], outputs))
+    moved = [axis for _, outputs in sorted(groups) for axis in outputs]
+    return Turned(x.base.reshape(*(shape[axis] for axis in moved)), inverse_permutation(moved))
 
 
-_RULES = {
-    "transpose": _transpose,
-    "reduce_sum": _reduce,
-    "reduce_mean": _reduce,
-    "reduce_max": _reduce,
-    "slice": _slice,
-    "pad": _pad,
-    "expand": _expand,
-    "concat": _concat,
-    "reshape": _reshape,
-}
+def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """The smallest runs of axes with the same product before and after a reshape."""
+    ends = [np.cumprod(shape).tolist() for shape in (old, new)]
+    common = sorted({0, 1} | set(ends[0]) & set(ends[1]))
+    return [
+        tuple([axis for axis, end in enumerate(side) if start < end <= stop] for side in ends)
+        for start, stop in pairwise(common)
+    ]

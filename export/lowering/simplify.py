@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from edgestill.export.lowering.graph import Graph, Value
 
 
@@ -15,58 +18,47 @@ def simplified(
 ) -> Value | tuple[Value, ...] | None:
     """A value that says the same, or None where there is none simpler."""
     if operator in _BROADCASTING and any(value.operator == "expand" for value in inputs):
-        bare = [value.node.inputs[0] if value.operator == "expand" else value for value in inputs]
         shape = np.broadcast_shapes(*(value.shape for value in inputs))
-        for i, value in enumerate(bare):  # one may be left out where the others still have the whole shape
-            rest = [*inputs[:i], value, *inputs[i + 1 :]]
-            if value is not inputs[i] and np.broadcast_shapes(*(other.shape for other in rest)) == shape:
-                return graph.apply(operator, *rest, **attributes)
+        for i, value in enumerate(inputs):  # an expansion may be left out where the others have the whole shape
+            if value.operator == "expand":
+                rest = [*inputs[:i], value.node.inputs[0], *inputs[i + 1 :]]
+                if np.broadcast_shapes(*(other.shape for other in rest)) == shape:
+                    return graph.apply(operator, *rest, **attributes)
     rule = _RULES.get(operator)
-    return None if rule is None else rule(graph, inputs, attributes)
+    return None if rule is None else rule(*inputs, **attributes)
 
 
 def inverse_permutation(permutation: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(int(i) for i in np.argsort(permutation))
 
 
-def _is(value: Value, number: float) -> bool:
-    return value.constant is not None and bool((value.constant == number).all())
+def _unless(number: float, a: Value, b: Value) -> Value | None:
+    """a, where b is nothing but the number that changes nothing, and does not broadcast a."""
+    neutral = b.constant is not None and bool((b.constant == number).all())
+    return a if neutral and np.broadcast_shapes(a.shape, b.shape) == a.shape else None
 
 
-def _neutral(number: float, either: bool):
-    def rule(graph: Graph, inputs: tuple[Value, ...], _: dict) -> Value | None:
-        a, b = inputs
-        if _is(b, number) and np.broadcast_shapes(a.shape, b.shape) == a.shape:
-            return a
-        if either and _is(a, number) and np.broadcast_shapes(a.shape, b.shape) == b.shape:
-            return b
-        return None
-
-    return rule
+def _number(x: Value) -> float | None:
+    return float(x.constant.reshape(-1)[0]) if x.constant is not None and x.size == 1 else None
 
 
-def _multiply(graph: Graph, inputs: tuple[Value, ...], attributes: dict) -> Value | None:
-    a, b = inputs
-    if (kept := _neutral(1.0, True)(graph, inputs, attributes)) is not None:
+def _multiply(a: Value, b: Value) -> Value | None:
+    if (kept := _unless(1.0, a, b) or _unless(1.0, b, a)) is not None:
         return kept
-    if b.constant is not None and b.size == 1 and a.operator == "multiply":
+    if a.operator == "multiply" and b.rank <= a.rank:
         inner, factor = a.node.inputs
-        if factor.constant is not None and factor.size == 1 and b.rank <= a.rank:
-            return inner * float(factor.constant.reshape(-1)[0] * b.constant.reshape(-1)[0])
+        if (first := _number(factor)) is not None and (second := _number(b)) is not None:
+            return inner * (first * second)
     return None
 
 
-def _reshape(graph: Graph, inputs: tuple[Value, ...], a: dict) -> Value | None:
-    (x,) = inputs
-    if x.shape == a["shape"]:
+def _reshape(x: Value, shape: tuple[int, ...]) -> Value | None:
+    if x.shape == shape:
         return x
-    if x.operator == "reshape":
-        return x.node.inputs[0].reshape(*a["shape"])
-    return None
+    return x.node.inputs[0].reshape(*shape) if x.operator == "reshape" else None
 
 
-def _transpose(graph: Graph, inputs: tuple[Value, ...], a: dict) -> Value | None:
-    (x,), permutation = inputs, a["permutation"]
+def _transpose(x: Value, permutation: tuple[int, ...]) -> Value | None:
     moved = [axis for axis in permutation if x.shape[axis] != 1]
     if moved == sorted(moved):  # only axes of size 1 move
         return x.reshape(*(x.shape[axis] for axis in permutation))
@@ -76,65 +68,46 @@ def _transpose(graph: Graph, inputs: tuple[Value, ...], a: dict) -> Value | None
     return None
 
 
-def _matmul(graph: Graph, inputs: tuple[Value, ...], a: dict) -> Value | None:
+def _matmul(a: Value, b: Value, **given: bool) -> Value | None:
     """Turns of the last two axes become flags."""
-    flags = {f"transpose_{side}": bool(a.get(f"transpose_{side}")) for side in "ab"}
-    values, changed = list(inputs), a.keys() != flags.keys()
-    for i, side in enumerate("ab"):
-        x = values[i]
+    values, flags = [], {}
+    for x, flag in ((a, "transpose_a"), (b, "transpose_b")):
         last = x.rank - 1
-        if x.operator == "transpose" and x.node.attributes["permutation"] == (
-            *range(last - 1),
-            last,
-            last - 1,
-        ):
-            values[i], changed = x.node.inputs[0], True
-            flags[f"transpose_{side}"] ^= True
-    return graph.apply("matmul", *values, **flags) if changed else None
+        swapped = (*range(last - 1), last, last - 1)
+        turned = x.operator == "transpose" and x.node.attributes["permutation"] == swapped
+        values.append(x.node.inputs[0] if turned else x)
+        flags[flag] = bool(given.get(flag)) ^ turned
+    return a.graph.apply("matmul", *values, **flags) if flags != given or values != [a, b] else None
 
 
-def _slice(graph: Graph, inputs: tuple[Value, ...], a: dict) -> Value | None:
-    (x,) = inputs
-    whole = a["start"] == 0 and a["stop"] >= x.shape[a["axis"]] and a.get("step", 1) == 1
-    if whole:
-        return x
-    return x.narrow(a["axis"], a["start"], a["stop"]) if "step" not in a else None
+def _slice(x: Value, axis: int, start: int, stop: int, step: int) -> Value | None:
+    return x if start == 0 and stop >= x.shape[axis] and step == 1 else None
 
 
-def _pad(graph: Graph, inputs: tuple[Value, ...], a: dict) -> Value | None:
-    return inputs[0] if not any(a["begins"]) and not any(a["ends"]) else None
-
-
-def _concat(graph: Graph, inputs: tuple[Value, ...], a: dict) -> Value | None:
-    return inputs[0] if len(inputs) == 1 else None
-
-
-def _expand(graph: Graph, inputs: tuple[Value, ...], a: dict) -> Value | None:
-    (x,), shape = inputs, a["shape"]
+def _expand(x: Value, shape: tuple[int, ...]) -> Value | None:
     if x.shape == shape:
         return x
     return x.reshape(*(1,) * (len(shape) - x.rank), *x.shape).expand(*shape) if x.rank < len(shape) else None
 
 
-def _reduce(graph: Graph, inputs: tuple[Value, ...], a: dict) -> Value | None:
-    (x,) = inputs
-    return x if all(x.shape[axis] == 1 for axis in a["axes"]) else None
+def _reduce(x: Value, axes: tuple[int, ...]) -> Value | None:
+    return x if math.prod(x.shape[axis] for axis in axes) == 1 else None
 
 
 _BROADCASTING = frozenset(
     "add subtract multiply divide maximum minimum greater greater_equal equal where masked".split()
 )
-_RULES = {
-    "add": _neutral(0.0, True),
-    "subtract": _neutral(0.0, False),
-    "divide": _neutral(1.0, False),
+_RULES: dict[str, Callable[..., Value | None]] = {
+    "add": lambda a, b: _unless(0.0, a, b) or _unless(0.0, b, a),
+    "subtract": lambda a, b: _unless(0.0, a, b),
+    "divide": lambda a, b: _unless(1.0, a, b),
     "multiply": _multiply,
     "reshape": _reshape,
     "transpose": _transpose,
     "matmul": _matmul,
     "slice": _slice,
-    "pad": _pad,
-    "concat": _concat,
+    "pad": lambda x, begins, ends, value=0.0: None if any(begins) or any(ends) else x,
+    "concat": lambda *parts, axis: parts[0] if len(parts) == 1 else None,
     "expand": _expand,
     "reduce_sum": _reduce,
     "reduce_mean": _reduce,

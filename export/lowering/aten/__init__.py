@@ -1,8 +1,4 @@
-"""What each ATen operator is in the Graph's operators: one row an operator, a module a family.
-
-A row is a function of the context and the operator's own arguments, in which tensors are Values, or torch tensors where
-nothing that was given at run time enters. Convolutions and pooling become two-dimensional here, whatever their rank.
-"""
+"""What each ATen operator is in the Graph's operators: one row an operator, a module a family (context.py)."""
 
 from edgestill.export.lowering.aten import (  # noqa: F401 - each enters its rows into the table
     convolution,

@@ -1,22 +1,25 @@
 """The table of rows, by ATen operator, and what a row is given.
 
-A row is a function of the context and the operator's own arguments, in which tensors are Values, or torch tensors where
-nothing that was given at run time enters. Convolutions and pooling become two-dimensional here, whatever their rank.
+A row is a function of the context and the operator's own arguments, in which tensors are Values; beside numbers of
+floating point integers have become such, too, but for indices. What a row returns is brought to the shape of the
+operator's result, so a row need not tell a view from a squeeze, nor keep or drop an axis.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from edgestill.export.lowering.graph import Graph, Value
 from edgestill.runtime.errors import EdgestillError
 
-aten = torch.ops.aten
+INDICES = ("index", "indices", "offsets")
+"""What ATen calls arguments that say where, not how much: they stay integers."""
+WHOLE = (torch.int64, torch.int32)
 
 
 class Refusal(EdgestillError):
@@ -32,69 +35,91 @@ class Context:
     noise: list[Value] = field(default_factory=list)
 
     def compute(self, node: torch.fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """By its row; by PyTorch itself, now, where nothing enters that is given at run time."""
         self.node = node
-        rule = ATEN.get(node.target)
-        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
-        symbolic = any(isinstance(leaf, Value) for leaf in leaves)
-        if rule is None and torch.Tag.nondeterministic_seeded in node.target.tags:
-            raise Refusal(
-                f"the random operator {node.target}", hint="draw with torch.rand, torch.randn or nn.Dropout"
-            )
-        if not symbolic and node.target not in RANDOM:
+        operator, rule = node.target, ATEN.get(node.target)
+        if rule is None and torch.Tag.nondeterministic_seeded in operator.tags:
+            raise Refusal(f"the random operator {operator}", hint="draw with torch.rand, torch.randn or nn.Dropout")
+        if operator not in RANDOM and not any(isinstance(leaf, Value) for leaf in tree_leaves((args, kwargs))):
             kwargs = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory", "layout")}
-            return node.target(*args, **kwargs)
+            return operator(*args, **kwargs)
         if rule is None:
-            raise Refusal(f"the operator {node.target}")
-        schema = node.target._schema.arguments
+            raise Refusal(f"the operator {operator}")
+        schema = operator._schema.arguments
         given = {a.name: value for a, value in zip(schema, args, strict=False)} | kwargs
-        values = {a.name: given.get(a.name, a.default_value) for a in schema}
-        return rule(self, *values.values())
+        made = rule(self, *self._alike({a.name: given.get(a.name, a.default_value) for a in schema}).values())
+        results = node.meta.get("val")
+        if isinstance(made, list | tuple):
+            return [_shaped(*pair) for pair in zip(made, results, strict=False)]
+        return _shaped(made, results)
 
-    def value(self, x: Any, like: Value | None = None) -> Value:
-        """x as a Value; a number has the rank of `like`."""
-        if isinstance(x, Value):
-            return x
-        if isinstance(x, torch.Tensor):
-            return self.graph.constant(x.detach().numpy())
-        return self.graph.constant(np.full((1,) * (like.rank if like is not None else 0), x, np.float32))
+    def _alike(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments with Values for tensors, and floating point where there are both."""
+        arguments = tree_map_only(torch.Tensor, self.value, arguments)
+        numbers = {name: value for name, value in arguments.items() if name not in INDICES}
+        dtypes = {leaf.dtype for leaf in tree_leaves(numbers) if isinstance(leaf, Value)}
+        if "float32" in dtypes or self.dtype not in WHOLE:
+            arguments |= tree_map_only(Value, self.float, numbers)
+        return arguments
 
-    def float(self, x: Any) -> Value:
-        x = self.value(x)
+    def value(self, x: Value | torch.Tensor | float) -> Value:
+        return x if isinstance(x, Value) else self.graph.constant(torch.as_tensor(x).detach().numpy())
+
+    def float(self, x: Value) -> Value:
         return x.apply("to_float") if x.dtype != "float32" else x
+
+    @property
+    def _result(self) -> torch.Tensor | None:
+        value = self.node.meta.get("val")
+        return value[0] if isinstance(value, tuple | list) else value
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the operator's (first) value."""
-        value = self.node.meta["val"]
-        return tuple((value[0] if isinstance(value, tuple | list) else value).shape)
+        return tuple(self._result.shape)
 
     @property
-    def dtype(self) -> torch.dtype:
-        value = self.node.meta["val"]
-        return (value[0] if isinstance(value, tuple | list) else value).dtype
+    def dtype(self) -> torch.dtype | None:
+        """None of an operator that gives nothing."""
+        return getattr(self._result, "dtype", None)
 
-    def uniform(self, shape: Sequence[int]) -> Value:
-        """Numbers of [0, 1) that the runtime draws for each step."""
-        self.noise.append(self.graph.input(f"noise.{len(self.noise)}", tuple(shape)))
+    def uniform(self, shape: Sequence[int] | None = None) -> Value:
+        """Numbers of [0, 1) that the runtime draws for each step, as many as the operator's result has."""
+        self.noise.append(self.graph.input(f"noise.{len(self.noise)}", tuple(shape or self.shape)))
         return self.noise[-1]
+
+
+def _shaped(made: Any, result: Any) -> Any:
+    return made.reshape(*result.shape) if isinstance(made, Value) else made
 
 
 Row = Callable[..., Any]
 ATEN: dict[Any, Row] = {}
 """By operator overload. What stands here is not decomposed further by PyTorch."""
 RANDOM: set[Any] = set()
+"""Operators that draw, also where nothing else is given at run time."""
 
 
-def row(*overloads: Any) -> Callable[[Row], Row]:
+def rows(table: Mapping[str, Row], random: bool = False) -> None:
+    """Enters rows by ATen's names, `silu` or with its overload `add.Tensor`; several share a row side by side."""
+    for names, rule in table.items():
+        for name in names.split():
+            packet, _, overload = name.partition(".")
+            operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
+            ATEN[operator] = rule
+            if random:
+                RANDOM.add(operator)
+
+
+def row(names: str) -> Callable[[Row], Row]:
     def enter(function: Row) -> Row:
-        ATEN.update(dict.fromkeys(overloads, function))
+        rows({names: function})
         return function
 
     return enter
 
 
 def axes_of(dims: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:
-    if dims is None or (not isinstance(dims, int) and len(dims) == 0):
-        return tuple(range(rank))
-    dims = [dims] if isinstance(dims, int) else dims
-    return tuple(sorted({d % rank for d in dims})) if rank else ()
+    """Axes from 0 on; all of them where none is named."""
+    dims = [dims] if isinstance(dims, int) else dims or range(rank)
+    return tuple(sorted({d % rank for d in dims}))

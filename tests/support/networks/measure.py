@@ -148,8 +148,9 @@ def main() -> int:
         for i, name in enumerate(names, 1):
             try:
                 record = measure(name, args.engine, args.batch)
-            except EdgestillError as error:
-                record = {"network": name, "ok": False, "error": error.message}
+            except Exception as error:  # one network's fault must not end the run
+                what = error.message if isinstance(error, EdgestillError) else f"{type(error).__name__}: {error}"
+                record = {"network": name, "ok": False, "error": what}
             done.append(record)
             file.write(json.dumps(record) + "\n")
             file.flush()
