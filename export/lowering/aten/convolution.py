@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from edgestill.export.lowering.aten.context import Context, row
-from edgestill.export.lowering.aten.movement import take
 from edgestill.export.lowering.gradient import gradients
 from edgestill.export.lowering.graph import Value
 
@@ -60,11 +58,16 @@ def _convolved(
 
 @row("im2col")
 def _im2col(c: Context, x: Value, kernel, dilation, padding, stride) -> Value:
-    """PyTorch itself says which pixel goes where."""
+    """Each pixel of the kernel sees a slice of the image."""
     x = x.pad([0, 0, *padding], [0, 0, *padding])
-    pixels = torch.arange(math.prod(x.shape[2:]), dtype=torch.float64).reshape(1, 1, *x.shape[2:])
-    places = torch.ops.aten.im2col(pixels, kernel, dilation, (0, 0), stride).long()
-    return take(x.reshape(*x.shape[:2], -1), places.reshape(-1).numpy(), 2)
+    sizes = [(n - d * (k - 1) - 1) // s + 1 for n, k, d, s in zip(x.shape[2:], kernel, dilation, stride, strict=True)]
+    parts = []
+    for spot in itertools.product(*map(range, kernel)):
+        part = x
+        for axis, (i, size, d, s) in enumerate(zip(spot, sizes, dilation, stride, strict=True), 2):
+            part = part.narrow(axis, i * d, i * d + (size - 1) * s + 1, s)
+        parts.append(part.reshape(*x.shape[:2], 1, -1))
+    return x.graph.apply("concat", *parts, axis=2).reshape(x.shape[0], -1, math.prod(sizes))
 
 
 @row("col2im")
