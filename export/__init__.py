@@ -57,41 +57,11 @@ class _Export(ModuleType):
         The other options are those of `edgestill export` (docs/students.md).
         Errors: UsageError, LoweringError and TargetError, which say what to do in their `hint`.
         """
-        from edgestill.export.exporter import ExportOptions, default_input, export_bundle, sizes_of
-        from edgestill.export.students import make_student
-        from edgestill.runtime.bundle.manifest import InputSpec, Objective, Optimizer
+        given = locals()
+        from edgestill.export.exporter import export_bundle, options_of
         from edgestill.runtime.opened_bundle import OpenedBundle
 
-        usual = default_input(student)
-        shape, dtype = tuple(input_shape or usual.shape), input_dtype or usual.dtype
-        sample = InputSpec(shape, dtype, tuple(mean), tuple(std))
-        sizes = {"latent_size": latent_size, "classes": classes}
-        given = {name: size for name, size in sizes.items() if size is not None}
-        student, made = make_student(student, seed, input_shape=shape, **given)
-        found = (128, 10) if made is None else sizes_of(made, tuple(split), (sample,))
-        of_logits = objective in ("kd", "both")
-        options = ExportOptions(
-            student=student,
-            latent_size=latent_size or found[0],
-            classes=classes or found[1],
-            batch=batch,
-            widths=None if widths is None else tuple(widths),
-            normalization=normalization,
-            input=sample,
-            split=tuple(split),
-            objective=Objective(
-                objective,
-                kd_loss or ("mse" if of_logits else None),
-                negatives,
-                features,
-                teacher_latent_size,
-            ),
-            optimizer=Optimizer(optimizer, nesterov),
-            freeze=tuple(freeze),
-            engines=tuple(engines),
-            seed=seed,
-        )
-        return OpenedBundle(export_bundle(options, Path(output), progress, overwrite), engine, threads)
+        return OpenedBundle(export_bundle(options_of(given), output, progress, overwrite), engine, threads)
 
 
 sys.modules[__name__].__class__ = _Export

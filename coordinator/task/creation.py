@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from edgestill.coordinator.task.task import Task, parse_task
 from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.bundle.manifest import InputSpec
+from edgestill.runtime.bundle.writer import zip_bundle
 from edgestill.runtime.data.dataset import Dataset, load_splits, load_transfer_samples
 from edgestill.runtime.device.local_training import EXCHANGED_OUTPUTS, Transfer, parameters_of
 from edgestill.runtime.errors import UsageError
@@ -82,19 +82,6 @@ def make_task(description: Mapping[str, Any], add_blob: AddBlob, warn: Warn = la
             "latent_size": first.latent_size,
             "classes": first.classes,
         })  # fmt: skip
-
-
-def zip_bundle(folder: Path, target: Path) -> Path:
-    """A bundle's folder as a .zip whose bytes depend on nothing but its files' names and bytes."""
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
-        for path in sorted(folder.rglob("*"), key=lambda path: path.relative_to(folder).as_posix()):
-            if path.is_file():
-                # neither clock nor file rights may change the digest
-                member = zipfile.ZipInfo(path.relative_to(folder).as_posix(), (1980, 1, 1, 0, 0, 0))
-                member.compress_type = zipfile.ZIP_DEFLATED
-                member.external_attr = 0o644 << 16
-                archive.writestr(member, path.read_bytes())
-    return target
 
 
 def describe_bundle(bundle: Bundle, folder: Path, add_blob: AddBlob) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -19,39 +20,35 @@ TOLERANCE = 1e-3
 
 
 def check_fidelity(
-    student: nn.Module, parts: Parts, prefix: str, captured: dict[bool, Captured], samples: Sequence[InputSpec],
-    batch: int,
-) -> None:  # fmt: skip
+    student: nn.Module, parts: Parts, captured: Mapping[bool, Captured], samples: Sequence[InputSpec], batch: int
+) -> None:
     """Compares student(x), the parts called one by one, and the graph of each mode (True: training), on random samples.
 
     Errors: LoweringError saying what differs.
     """
     given = random_samples(student, samples, batch, np.random.default_rng(0))
     inputs = [as_float(array, spec) for array, spec in zip(given, samples, strict=True)]
-    saved = {name: tensor.clone() for name, tensor in parts.named_buffers()}
-    state = {n.removeprefix(prefix): t.detach().clone() for n, t in [*parts.named_buffers(), *parts.named_parameters()]}
+    named = {spec.name: tensor for spec, tensor in zip(samples, inputs, strict=True)}
+    state = parts.own((name, t.detach().clone()) for name, t in [*parts.named_buffers(), *parts.named_parameters()])
     for training, graph in captured.items():
         mode = "training" if training else "inference"
         parts.train(training)
         generator = GivenNoise()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), generator:
+        with _unchanged(parts), torch.no_grad(), generator:
             torch.manual_seed(0)
-            latents, logits = parts(*inputs)
-        _restore(parts, saved)
-        own = _own_forward(student, parts, inputs, generator.drawn)
-        _restore(parts, saved)
-        if own is not None:
-            for name, ours in own.items():
-                _compare(ours, {"latents": latents, "logits": logits}[name], f"student(x) gives other {name} than "
-                         f"output(representation(perception(x))) in {mode} mode",
-                         "a student's own forward() is not part of a bundle: put what it does into the three parts, or "
-                         "export the model as it is with --split")  # fmt: skip
-        named = {spec.name: tensor for spec, tensor in zip(samples, inputs, strict=True)}
+            expected = dict(zip(("latents", "logits"), parts(*inputs), strict=True))
+        with _unchanged(parts):
+            own = _own_forward(student, parts, inputs, generator.drawn)
+        for name, ours in own.items():
+            _compare(ours, expected[name], f"student(x) gives other {name} than "
+                     f"output(representation(perception(x))) in {mode} mode",
+                     "a student's own forward() is not part of a bundle: put what it does into the three parts, or "
+                     "export the model as it is with --split")  # fmt: skip
         noise = {f"noise.{i}": tensor for i, tensor in enumerate(generator.drawn)}
         with torch.no_grad():
             found = run_graph(graph.graph, state | named | noise)
-        for name, expected in (("latents", latents), ("logits", logits)):
-            _compare(found[name], expected, f"the captured graph gives other {name} than the student in {mode} mode",
+        for name, ours in expected.items():
+            _compare(found[name], ours, f"the captured graph gives other {name} than the student in {mode} mode",
                      "this is a defect of edgestill, or the student keeps state outside of its buffers")  # fmt: skip
         if len(graph.noise) != len(generator.drawn):
             raise LoweringError(
@@ -59,10 +56,10 @@ def check_fidelity(
                 hint="draw with torch.rand, torch.randn or nn.Dropout, the same number of times at every call",
             )
     parts.train()
-    _check_gradients_are_torchs(parts, inputs, saved)
+    _check_gradients_are_torchs(parts, inputs)
 
 
-def _check_gradients_are_torchs(parts: Parts, inputs: list[torch.Tensor], saved: dict[str, torch.Tensor]) -> None:
+def _check_gradients_are_torchs(parts: Parts, inputs: list[torch.Tensor]) -> None:
     """A torch.autograd.Function has a backward() of its own, of which a trace of the forward pass knows nothing."""
     hooked = [name for name, p in parts.named_parameters() if p._backward_hooks]
     hooked += [name for name, m in parts.named_modules() if m._backward_hooks or m._backward_pre_hooks]
@@ -71,10 +68,8 @@ def _check_gradients_are_torchs(parts: Parts, inputs: list[torch.Tensor], saved:
             f"the student's {hooked[0]} has a backward hook, which would be lost",
             hint="leave it out: a step's gradients are those of its forward pass",
         )
-    with torch.random.fork_rng(devices=[]):
-        latents, logits = parts(*inputs)
-    _restore(parts, saved)
-    left, seen = [latents.grad_fn, logits.grad_fn], set()
+    with _unchanged(parts):
+        left, seen = [tensor.grad_fn for tensor in parts(*inputs)], set()
     while left:
         node = left.pop()
         if node is None or node in seen:
@@ -119,15 +114,17 @@ def as_float(array: np.ndarray, spec: InputSpec, dtype: torch.dtype = torch.floa
     return (tensor / 255 - mean) / std
 
 
-def _own_forward(student: nn.Module, parts: Parts, inputs: list[torch.Tensor], noise: list[torch.Tensor]):
-    """What the student's own forward() gives, by name; None where it has none."""
-    if hasattr(parts, "student") or type(student).forward is nn.Module.forward:
-        return None
+def _own_forward(
+    student: nn.Module, parts: Parts, inputs: list[torch.Tensor], noise: list[torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What the student's own forward() gives, by name; nothing where it has none."""
+    if parts.prefix or type(student).forward is nn.Module.forward:
+        return {}
     try:
         with torch.no_grad(), GivenNoise(noise):
             result = student(*inputs)
     except NotImplementedError:
-        return None
+        return {}
     except Exception as error:
         raise LoweringError(
             f"student(x) fails where output(representation(perception(x))) works: {type(error).__name__}: {error}",
@@ -135,9 +132,8 @@ def _own_forward(student: nn.Module, parts: Parts, inputs: list[torch.Tensor], n
         ) from error
     if isinstance(result, torch.Tensor):
         return {"logits": result}
-    if isinstance(result, tuple | list) and len(result) == 2:
-        return dict(zip(("latents", "logits"), result, strict=True))
-    return None
+    pair = isinstance(result, tuple | list) and len(result) == 2
+    return dict(zip(("latents", "logits"), result, strict=True)) if pair else {}
 
 
 def _compare(ours: torch.Tensor, expected: torch.Tensor, message: str, hint: str) -> None:
@@ -152,7 +148,12 @@ def _compare(ours: torch.Tensor, expected: torch.Tensor, message: str, hint: str
         raise LoweringError(f"{message}: by up to {difference:.3g}", hint)
 
 
-def _restore(parts: nn.Module, saved: dict[str, torch.Tensor]) -> None:
+@contextmanager
+def _unchanged(parts: Parts) -> Iterator[None]:
+    """Puts buffers and torch's generator back afterwards."""
+    saved = [tensor.clone() for tensor in parts.buffers()]
+    with torch.random.fork_rng(devices=[]):
+        yield
     with torch.no_grad():
-        for name, tensor in parts.named_buffers():
-            tensor.copy_(saved[name])
+        for tensor, before in zip(parts.buffers(), saved, strict=True):
+            tensor.copy_(before)

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 aten = torch.ops.aten
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """What PyTorch makes without being told a dtype is of this one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class GivenNoise(TorchDispatchMode):
     """Random operators take the tensors of `noise`, uniform in [0, 1), in the order in which the student draws.
 
-    With None it draws them itself and remembers them in `drawn`. Errors: ValueError where they do not fit.
+    With None it draws them itself and remembers them in `drawn`. Errors: ValueError where they do not fit. Where the
+    default dtype is float64, what the student makes as float32 is float64, too.
     """
 
     def __init__(self, noise: Iterable[torch.Tensor] | None = None) -> None:
@@ -23,8 +37,10 @@ class GivenNoise(TorchDispatchMode):
         self.drawn: list[torch.Tensor] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        rule = _RULES.get(func)
-        return func(*args, **(kwargs or {})) if rule is None else rule(self, *args, **(kwargs or {}))
+        rule, kwargs = _RULES.get(func), kwargs or {}
+        if torch.get_default_dtype() is torch.float64 and not func._schema.is_mutable:
+            args, kwargs = tree_map(_widened, (args, kwargs))
+        return func(*args, **kwargs) if rule is None else rule(self, *args, **kwargs)
 
     def uniform(self, shape) -> torch.Tensor:
         tensor = torch.rand(tuple(shape)) if self.given is None else next(self.given, None)
@@ -46,6 +62,12 @@ class GivenNoise(TorchDispatchMode):
             return x * (0 if train and p else 1), torch.full_like(x, not (train and p), dtype=torch.bool)
         keep = self.below(x.shape, 1 - p)
         return x * (keep.to(x.dtype) / (1 - p)), keep
+
+
+def _widened(x):
+    if x is torch.float32:
+        return torch.float64
+    return x.double() if isinstance(x, torch.Tensor) and x.dtype is torch.float32 else x
 
 
 _RULES: dict[object, Callable] = {

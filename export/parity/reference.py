@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from edgestill.export.parity.fidelity import as_float
-from edgestill.export.parity.noise import GivenNoise
-from edgestill.export.parts import Parts, frozen_names, resting_norms, student_parts
+from edgestill.export.parity.noise import GivenNoise, default_dtype
+from edgestill.export.parts import Parts, student_parts
 from edgestill.export.students import StudentOptions, build_student
 from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.bundle.manifest import Objective, Optimizer
@@ -63,14 +63,12 @@ def called_parts(bundle: Bundle, student: nn.Module) -> tuple[Parts, dict[str, n
 
     Only what the bundle trains asks for a gradient. Errors: UsageError when it is another student.
     """
-    freeze = bundle.manifest.freeze
-    resting = resting_norms(student, frozen_names(student, freeze)) if freeze else ()
-    parts, prefix = student_parts(student, bundle.student.options.get("split", ()), resting)
-    parameters = {name.removeprefix(prefix): p for name, p in parts.named_parameters()}
+    parts = student_parts(student, bundle.student.options.get("split", ()), bundle.manifest.freeze)
+    parameters = parts.own(parts.named_parameters())
     written = {spec.name for spec in bundle.state_specs if spec.written}
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in written)
-    return parts.train(), parameters, {name.removeprefix(prefix): b for name, b in parts.named_buffers()}
+    return parts.train(), parameters, parts.own(parts.named_buffers())
 
 
 def make_optimizer(
@@ -81,20 +79,27 @@ def make_optimizer(
     return kind([p for p in parameters if p.requires_grad], **options(optimizer, numbers))
 
 
-def _sgd(optimizer: Optimizer, numbers: Mapping[str, float]) -> dict:
-    momentum = max(numbers["momentum"], 1e-30)  # for 0, torch keeps no slot
-    own = {"momentum": momentum, "nesterov": optimizer.nesterov}
-    return {"lr": numbers["learning_rate"], "weight_decay": numbers["weight_decay"], **own}
-
-
-def _adamw(optimizer: Optimizer, numbers: Mapping[str, float]) -> dict:
-    own = {"betas": (numbers["beta1"], numbers["beta2"]), "eps": numbers["epsilon"]}
-    return {"lr": numbers["learning_rate"], "weight_decay": numbers["weight_decay"], **own}
-
-
 _OPTIMIZERS = {
-    "sgd": (torch.optim.SGD, {"momentum": "momentum_buffer"}, _sgd),
-    "adamw": (torch.optim.AdamW, {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}, _adamw),
+    "sgd": (
+        torch.optim.SGD,
+        {"momentum": "momentum_buffer"},
+        lambda optimizer, numbers: {
+            "lr": numbers["learning_rate"],
+            "momentum": max(numbers["momentum"], 1e-30),  # for 0, torch keeps no slot
+            "weight_decay": numbers["weight_decay"],
+            "nesterov": optimizer.nesterov,
+        },
+    ),
+    "adamw": (
+        torch.optim.AdamW,
+        {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"},
+        lambda optimizer, numbers: {
+            "lr": numbers["learning_rate"],
+            "betas": (numbers["beta1"], numbers["beta2"]),
+            "eps": numbers["epsilon"],
+            "weight_decay": numbers["weight_decay"],
+        },
+    ),
 }
 """torch.optim's class, its names of the bundle's slots, and what it calls the hyperparameters."""
 _FIRST = dict.fromkeys(("learning_rate", "momentum", "weight_decay", "beta1", "beta2", "epsilon"), 0.5)
@@ -107,7 +112,7 @@ class ReferenceStep:
 
     def __init__(self, bundle: Bundle, student: nn.Module, dtype: torch.dtype = torch.float32):
         self.bundle, self.dtype, self.student = bundle, dtype, student.to(dtype)
-        self.samples = bundle.input, *bundle.manifest.more_inputs
+        self.samples = bundle.samples
         self.parts, parameters, self.buffers = called_parts(bundle, student)
         initial, trained = bundle.initial_state(), [s for s in bundle.state_specs if s.role == "parameter"]
         self.heads = {  # what the objective trains besides the student
@@ -143,7 +148,7 @@ class ReferenceStep:
         noise = [given.pop(name) for name in [f"noise.{i}" for i in range(len(given))] if name in given]
         given = {n: t.to(self.dtype) if t.is_floating_point() else t for n, t in given.items()}
         self.parts.train()
-        with GivenNoise(noise):
+        with default_dtype(self.dtype), GivenNoise(noise):
             latents, logits = self._outputs([inputs[spec.name] for spec in self.samples])
             found = losses(self.bundle.objective, given | self.heads, latents, logits)
             self.optimizer.zero_grad()
@@ -154,7 +159,7 @@ class ReferenceStep:
 
     def encode(self, *samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         self.parts.eval()
-        with torch.no_grad():
+        with torch.no_grad(), default_dtype(self.dtype), GivenNoise(()):
             latents, logits = self._outputs(samples)
         return latents.numpy(), logits.numpy()
 
@@ -200,11 +205,11 @@ def losses(objective: Objective, given: Tensors, latents: torch.Tensor, logits: 
     return {"loss": loss, "ce_loss": ce, "distillation_loss": distillation}
 
 
-def _latent_rows(given: Tensors, latents: torch.Tensor) -> torch.Tensor:
+def _latents(objective: Objective, given: Tensors, latents: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     return (latents - given["teacher_latents"]).square().mean(1)
 
 
-def _logit_rows(objective: Objective, given: Tensors, logits: torch.Tensor) -> torch.Tensor:
+def _logits(objective: Objective, given: Tensors, latents: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     if objective.kd_loss == "mse":
         return (logits - given["teacher_logits"]).square().mean(1)
     t = given["temperature"]
@@ -212,17 +217,12 @@ def _logit_rows(objective: Objective, given: Tensors, logits: torch.Tensor) -> t
     return t**2 * F.kl_div(ours, teacher, reduction="none", log_target=True).sum(1)
 
 
-def _mixed_rows(objective: Objective, given: Tensors, latents: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+def _both(objective: Objective, given: Tensors, *outputs: torch.Tensor) -> torch.Tensor:
     share = given["logit_share"]
-    return (1 - share) * _latent_rows(given, latents) + share * _logit_rows(objective, given, logits)
+    return (1 - share) * _latents(objective, given, *outputs) + share * _logits(objective, given, *outputs)
 
 
-def _neighbour_rows(given: Tensors, latents: torch.Tensor) -> torch.Tensor:
-    apart = (latents.unsqueeze(1) - latents.unsqueeze(0)).square().mean(2)
-    return (given["neighbour_weights"] * apart).sum(1) / 2
-
-
-def _contrastive_rows(given: Tensors, latents: torch.Tensor) -> torch.Tensor:
+def _contrastive(objective: Objective, given: Tensors, latents: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """Binary cross-entropies of the critic h = e^(g/τ) / (e^(g/τ) + N·z): a sample's own pair, then those of others."""
 
     def project(side: str, x: torch.Tensor) -> torch.Tensor:
@@ -241,11 +241,16 @@ def _contrastive_rows(given: Tensors, latents: torch.Tensor) -> torch.Tensor:
     return rows
 
 
+def _neighbours(objective: Objective, given: Tensors, latents: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    apart = (latents.unsqueeze(1) - latents.unsqueeze(0)).square().mean(2)
+    return (given["neighbour_weights"] * apart).sum(1) / 2
+
+
 TERMS = {
-    "lkd": lambda objective, given, latents, logits: _latent_rows(given, latents),
-    "kd": lambda objective, given, latents, logits: _logit_rows(objective, given, logits),
-    "both": _mixed_rows,
-    "crd": lambda objective, given, latents, logits: _contrastive_rows(given, latents),
-    "lpd": lambda objective, given, latents, logits: _neighbour_rows(given, latents),
+    "lkd": _latents,
+    "kd": _logits,
+    "both": _both,
+    "crd": _contrastive,
+    "lpd": _neighbours,
 }
 """The distillation term of each sample [B], by the objective's name."""

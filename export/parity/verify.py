@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from edgestill.export.exporter import publish, write_manifest
 from edgestill.export.parity.fidelity import random_samples
 from edgestill.export.parity.reference import Arrays, ReferenceStep, rebuild_student
 from edgestill.runtime.bundle.bundle import Bundle
+from edgestill.runtime.bundle.writer import replacing, write_manifest
 from edgestill.runtime.data.dataset import load_splits
 from edgestill.runtime.engines.registry import ENGINES, Engine, open_engine
 from edgestill.runtime.errors import DataError, EngineError, UsageError
@@ -65,7 +63,7 @@ def verify_bundle(
         if running:
             progress(f"{', '.join(running)} beside eager PyTorch: {steps} steps")
             records = compare(bundle, running, model, batches, steps)
-            _record(path, records)
+            _record(bundle, records)
             report |= records
     return {name: report[name] for name in chosen}
 
@@ -186,7 +184,7 @@ def _samples(
     bundle: Bundle, student: nn.Module, data: str | None, random: np.random.Generator, progress: Callable
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """The tensors of some samples, and labels."""
-    specs = bundle.input, *bundle.manifest.more_inputs
+    specs = bundle.samples
     if data is None and [(spec.shape, spec.dtype) for spec in specs] == [((3, 32, 32), "uint8")]:
         data = "cifar10-mini"
     if data is None:
@@ -205,10 +203,9 @@ def draw_batches(bundle: Bundle, tensors, labels, random: np.random.Generator) -
     kinds = (bundle.objective.name, bundle.optimizer.name)
     numbers = {name: default(name, *kinds) for name in HYPERPARAMETERS}
     numbers |= {"logit_share": 0.4, "weight_decay": 1e-2}
-    specs = bundle.input, *bundle.manifest.more_inputs
     while True:
         drawn = random.choice(len(labels), bundle.batch, replace=len(labels) < bundle.batch)
-        batch = {spec.name: tensor[drawn] for spec, tensor in zip(specs, tensors, strict=True)}
+        batch = {spec.name: tensor[drawn] for spec, tensor in zip(bundle.samples, tensors, strict=True)}
         batch["labels"] = labels[drawn].astype(np.int64)
         for spec in bundle.inputs("train_step"):
             if spec.name in numbers:
@@ -222,17 +219,13 @@ def draw_batches(bundle: Bundle, tensors, labels, random: np.random.Generator) -
         yield batch
 
 
-def _record(path: Path, records: dict[str, dict]) -> None:
+def _record(bundle: Bundle, records: dict[str, dict]) -> None:
     """Writes them into the manifest; a zipped bundle is packed again."""
-    with Bundle.open(path) as bundle, tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
-        folder = path
-        if not path.is_dir():
-            folder = Path(shutil.copytree(bundle.path, Path(scratch) / "bundle"))
-        manifest = json.loads((folder / "manifest.json").read_text())
-        manifest["parity"] = manifest.get("parity", {}) | records
+    manifest = json.loads(bundle.file("manifest.json").read_bytes())
+    manifest["parity"] = manifest.get("parity", {}) | records
+    place = bundle.source
+    with nullcontext(place) if place.is_dir() else replacing(place, bundle.path) as folder:
         write_manifest(folder, manifest)
-        if folder != path:
-            publish(folder, path)
 
 
 def print_report(report: dict[str, dict]) -> None:

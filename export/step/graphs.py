@@ -44,24 +44,21 @@ def build_train_step(spec: StepSpec, joint_update_size: int = 0, fused: bool = T
 
 def build_loss(spec: StepSpec, fused: bool) -> tuple[Graph, dict[str, Value], dict[str, Value]]:
     """Forward pass and losses: the graph with metrics and next statistics as outputs, its state and its inputs."""
-    graph, state, inputs = _start(spec, spec.step_inputs())
     zero = {name for name, data in spec.initial.items() if not data.all()}
     forward = spec.training.graph
     forward = fuse_pooled_norms(forward, never=zero.__contains__) if fused else forward
-    found = inline(graph, forward, state | inputs | _normalised(spec.samples, inputs))
+    graph, state, inputs, found = _start(spec, spec.step_inputs(), forward)
     graph.path = "loss"
-    result = losses(spec.objective, state | inputs, found["latents"], found["logits"])
-    metrics = {"loss": result.loss, "ce_loss": result.ce_loss, "distillation_loss": result.distillation_loss}
-    for name, value in (found | metrics).items():
-        if value is not None:
-            graph.output(name, value)
+    for name, value in (
+        found | losses(spec.objective, state | inputs, found["latents"], found["logits"])
+    ).items():
+        graph.output(name, value)
     return graph, state, inputs
 
 
 def build_encode(spec: StepSpec) -> Graph:
     """Samples → latents and logits, as the student infers."""
-    graph, state, inputs = _start(spec, spec.encode_inputs())
-    found = inline(graph, spec.inference.graph, state | inputs | _normalised(spec.samples, inputs))
+    graph, state, _, found = _start(spec, spec.encode_inputs(), spec.inference.graph)
     graph.output("latents", found["latents"])
     graph.output("logits", found["logits"])
     graph.prune(set(state))
@@ -84,10 +81,15 @@ def count_flops(graph: Graph) -> int:
     return total
 
 
-def _start(spec: StepSpec, inputs: list[TensorSpec]) -> tuple[Graph, dict[str, Value], dict[str, Value]]:
+def _start(
+    spec: StepSpec, inputs: list[TensorSpec], forward: Graph
+) -> tuple[Graph, dict[str, Value], dict[str, Value], dict[str, Value]]:
+    """A graph with its state and these inputs, and what a forward pass gives in it, by name."""
     graph = Graph()
-    state = {t.name: graph.input(t.name, t.shape, t.dtype) for t in spec.state_specs()}
-    return graph, state, {t.name: graph.input(t.name, t.shape, t.dtype) for t in inputs}
+    state, given = (
+        {t.name: graph.input(t.name, t.shape, t.dtype) for t in ts} for ts in (spec.state_specs(), inputs)
+    )
+    return graph, state, given, inline(graph, forward, state | given | _normalised(spec.samples, given))
 
 
 def _normalised(samples: tuple[InputSpec, ...], inputs: dict[str, Value]) -> dict[str, Value]:

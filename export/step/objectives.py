@@ -7,9 +7,8 @@ Sources: kd, Hinton et al. 2015 (KL at temperature T) and its form with the mean
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -21,73 +20,50 @@ NEGATIVES, FEATURES = 512, 128
 
 
 def complete(objective: Objective, latent_size: int) -> Objective:
-    """The objective with the defaults of the sizes of `crd` that are not given."""
-    if objective.name != "crd":
-        return objective
-    return replace(
-        objective,
-        negatives=objective.negatives or NEGATIVES,
-        features=objective.features or FEATURES,
-        teacher_latent_size=objective.teacher_latent_size or latent_size,
-    )
+    """The objective with the defaults of what is not given: of `kd_loss`, and of the sizes of `crd`."""
+    usual = {"kd_loss": "mse"} if objective.takes_logits else {}
+    if objective.name == "crd":
+        usual = {"negatives": NEGATIVES, "features": FEATURES, "teacher_latent_size": latent_size}
+    return replace(objective, **{name: getattr(objective, name) or value for name, value in usual.items()})
 
 
 def objective_inputs(objective: Objective, batch: int, latent_size: int, classes: int) -> list[TensorSpec]:
     """What a step takes besides state, samples and the optimizer's hyperparameters, in order (docs/bundle.md)."""
-    specs = [
-        TensorSpec("labels", (batch,), "int64", "class index"),
-        _spec("label_weights", (batch,), "weight of a sample in the cross-entropy"),
-    ]
-    if objective.takes_latents:
-        specs.append(_spec("teacher_latents", (batch, latent_size), "latent units"))
-    if objective.takes_logits:
-        specs.append(_spec("teacher_logits", (batch, classes), "nat"))
-    if objective.name == "crd":
-        for name, samples in (("teacher_latents", batch), ("teacher_negatives", objective.negatives)):
-            specs.append(_spec(name, (samples, objective.teacher_latent_size), "latent units"))
-    if objective.name == "lpd":
-        specs.append(_spec("neighbour_weights", (batch, batch), "weight of a pair, 0-1"))
-    if objective.needs_teacher:
-        specs.append(_spec("teacher_weights", (batch,), "weight of a sample in the distillation term"))
-        specs.append(_spec("alpha", (1,), "share of the distillation term, 0-1"))
-    if objective.name == "both":
-        specs.append(_spec("logit_share", (1,), "share of the logits in the distillation term, 0-1"))
-    if objective.kd_loss == "kl" or objective.name == "crd":
-        specs.append(_spec("temperature", (1,), "softmax temperature"))
-    return specs
+    crd, of_teacher = objective.name == "crd", objective.teacher_latent_size
+    rows = (
+        (True, "label_weights", (batch,), "weight of a sample in the cross-entropy"),
+        (objective.takes_latents, "teacher_latents", (batch, latent_size), "latent units"),
+        (objective.takes_logits, "teacher_logits", (batch, classes), "nat"),
+        (crd, "teacher_latents", (batch, of_teacher), "latent units"),
+        (crd, "teacher_negatives", (objective.negatives, of_teacher), "latent units"),
+        (objective.name == "lpd", "neighbour_weights", (batch, batch), "weight of a pair, 0-1"),
+        (objective.needs_teacher, "teacher_weights", (batch,), "weight of a sample in the distillation term"),
+        (objective.needs_teacher, "alpha", (1,), "share of the distillation term, 0-1"),
+        (objective.name == "both", "logit_share", (1,), "share of the logits in the distillation term, 0-1"),
+        (crd or objective.kd_loss == "kl", "temperature", (1,), "softmax temperature"),
+    )
+    labels = TensorSpec("labels", (batch,), "int64", "class index")
+    return [labels, *(TensorSpec(name, shape, "float32", unit) for taken, name, shape, unit in rows if taken)]
 
 
-def objective_parameters(objective: Objective, latent_size: int, seed: int) -> OrderedDict[str, np.ndarray]:
+def objective_parameters(objective: Objective, latent_size: int, seed: int) -> dict[str, np.ndarray]:
     """What the objective trains besides the student, by state name, at its start: the heads of `crd`."""
     if objective.name != "crd":
-        return OrderedDict()
+        return {}
     return initial_heads(objective.features, latent_size, objective.teacher_latent_size, seed)
 
 
-def _spec(name: str, shape: tuple[int, ...], unit: str) -> TensorSpec:
-    return TensorSpec(name, shape, "float32", unit)
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Each of shape [1]."""
-
-    loss: Value
-    ce_loss: Value
-    distillation_loss: Value | None = None
-
-
-def losses(objective: Objective, given: dict[str, Value], latents: Value, logits: Value) -> Losses:
-    """The losses of a batch; `given` by the names of `objective_inputs` and `objective_parameters`."""
+def losses(objective: Objective, given: dict[str, Value], latents: Value, logits: Value) -> dict[str, Value]:
+    """The losses of a batch, each of shape [1]; `given` by `objective_inputs`' names and `objective_parameters`'."""
     one_hot = given["labels"].apply("one_hot", classes=logits.shape[1])
     ce_rows = -(logits.apply("log_softmax") * one_hot).sum(1)
     ce_loss = _weighted_mean(ce_rows, given["label_weights"])
     if not objective.needs_teacher:
-        return Losses(ce_loss, ce_loss)
-    rows = TERMS[objective.name](objective, given, latents, logits)
+        return {"loss": ce_loss, "ce_loss": ce_loss}
+    rows, alpha = TERMS[objective.name](objective, given, latents, logits), given["alpha"]
     distillation_loss = _weighted_mean(rows, given["teacher_weights"])
-    alpha = given["alpha"]
-    return Losses(ce_loss * (1.0 - alpha) + distillation_loss * alpha, ce_loss, distillation_loss)
+    loss = ce_loss * (1.0 - alpha) + distillation_loss * alpha
+    return {"loss": loss, "ce_loss": ce_loss, "distillation_loss": distillation_loss}
 
 
 def _latents(objective: Objective, given: dict[str, Value], latents: Value, logits: Value) -> Value:
@@ -103,10 +79,10 @@ def _logits(objective: Objective, given: dict[str, Value], latents: Value, logit
     return (of_teacher.apply("softmax") * apart).sum(1) * (temperature * temperature)
 
 
-def _both(objective: Objective, given: dict[str, Value], latents: Value, logits: Value) -> Value:
+def _both(objective: Objective, given: dict[str, Value], *outputs: Value) -> Value:
     share = given["logit_share"].reshape(1, 1)
-    terms = _latents(objective, given, latents, logits), _logits(objective, given, latents, logits)
-    return terms[0] * (1.0 - share) + terms[1] * share
+    of_latents, of_logits = (term(objective, given, *outputs) for term in (_latents, _logits))
+    return of_latents * (1.0 - share) + of_logits * share
 
 
 Term = Callable[[Objective, dict[str, Value], Value, Value], Value]

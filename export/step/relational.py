@@ -7,7 +7,6 @@ Sources: crd, Tian, Krishnan and Isola 2020, Contrastive Representation Distilla
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 
 import numpy as np
 import torch
@@ -17,20 +16,20 @@ from edgestill.export.lowering.graph import Value
 
 HEADS = "crd."
 """What the names of the projection heads' state tensors begin with."""
-_SIDES = ("student_head", "teacher_head")
 
 
 def initial_heads(
     features: int, latent_size: int, teacher_latent_size: int, seed: int
-) -> OrderedDict[str, np.ndarray]:
+) -> dict[str, np.ndarray]:
     """Weights [features, latent size] and biases [features] of both heads, drawn as PyTorch draws a linear layer."""
-    heads: OrderedDict[str, np.ndarray] = OrderedDict()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for side, size in zip(_SIDES, (latent_size, teacher_latent_size), strict=True):
-            for name, tensor in nn.Linear(size, features).state_dict().items():
-                heads[f"{HEADS}{side}.{name}"] = tensor.numpy().copy()
-    return heads
+        heads = {
+            "student_head": nn.Linear(latent_size, features),
+            "teacher_head": nn.Linear(teacher_latent_size, features),
+        }
+    parameters = nn.ModuleDict(heads).state_dict()
+    return {HEADS + name: tensor.numpy().copy() for name, tensor in parameters.items()}
 
 
 def contrastive(given: dict[str, Value], latents: Value) -> Value:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +20,7 @@ class StepSpec:
 
     training: Captured
     inference: Captured
-    initial: OrderedDict[str, np.ndarray]  # parameters (the student's, then the objective's) and statistics, float32
+    initial: dict[str, np.ndarray]  # parameters (the student's, then the objective's) and statistics, float32
     statistics: frozenset[str]
     frozen: frozenset[str]  # parameters that are not trained
     batch: int
@@ -38,51 +37,37 @@ class StepSpec:
         return self.training.logits.shape[1]
 
     def trained(self) -> dict[str, tuple[int, ...]]:
-        return {
-            name: data.shape
-            for name, data in self.initial.items()
-            if name not in self.statistics and name not in self.frozen
-        }
+        untrained = self.statistics | self.frozen
+        return {name: data.shape for name, data in self.initial.items() if name not in untrained}
 
     def state_specs(self) -> list[TensorSpec]:
         """Every state tensor in the bundle's order."""
-        trained, written = self.trained(), set(self.training.written)
-        specs = [
-            TensorSpec(
-                name,
-                data.shape,
-                "float32",
-                role="statistic" if name in self.statistics else "parameter",
-                written=name in trained or name in written,
-            )
+        trained = self.trained()
+        written = trained.keys() | self.training.written
+        given = [
+            (name, data.shape, "statistic" if name in self.statistics else "parameter", name in written)
             for name, data in self.initial.items()
         ]
-        return specs + [
-            TensorSpec(name, shape, "float32", role="slot", written=True)
-            for name, shape in slots(self.optimizer, trained).items()
-        ]
-
-    def sample_inputs(self) -> list[TensorSpec]:
-        units = {"uint8": "grey levels 0-255", "int64": "index"}
+        kept = [(name, shape, "slot", True) for name, shape in slots(self.optimizer, trained).items()]
         return [
-            TensorSpec(s.name, (self.batch, *s.shape), s.dtype, units.get(s.dtype, "as the student takes them"))
-            for s in self.samples
+            TensorSpec(name, shape, "float32", role=role, written=written)
+            for name, shape, role, written in given + kept
         ]
 
     def step_inputs(self) -> list[TensorSpec]:
         """What a step takes besides state."""
+        noise = enumerate(self.training.noise)
         return [
-            *self.sample_inputs(),
+            *self.encode_inputs(),
             *objective_inputs(self.objective, self.batch, self.latent_size, self.classes),
             *hyperparameters(self.optimizer),
-            *(
-                TensorSpec(f"noise.{i}", shape, "float32", NOISE_UNIT)
-                for i, shape in enumerate(self.training.noise)
-            ),
+            *(TensorSpec(f"noise.{i}", shape, "float32", NOISE_UNIT) for i, shape in noise),
         ]
 
     def encode_inputs(self) -> list[TensorSpec]:
-        return self.sample_inputs()
+        """The tensors of a batch of samples."""
+        units = {"uint8": "grey levels 0-255", "int64": "index", "float32": "as the student takes them"}
+        return [TensorSpec(s.name, (self.batch, *s.shape), s.dtype, units[s.dtype]) for s in self.samples]
 
     def metrics(self) -> list[TensorSpec]:
         names = ["loss", "ce_loss"] + (["distillation_loss"] if self.objective.needs_teacher else [])
@@ -95,7 +80,4 @@ class StepSpec:
         ]
 
     def initial_state(self) -> dict[str, np.ndarray]:
-        zeros = {spec.name: np.zeros(spec.shape, np.float32) for spec in self.state_specs()}
-        return zeros | dict(self.initial)
-
-
+        return {spec.name: np.zeros(spec.shape, np.float32) for spec in self.state_specs()} | self.initial

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+VOCABULARY = 4096
+"""How many tokens a text network tells apart."""
+
 
 class Student(nn.Module):
     """perception (inputs → features) → representation (→ latents [B, l]) → output (→ logits [B, K])."""
@@ -31,7 +34,6 @@ class StudentOptions:
     classes: int = 10
     widths: tuple[int, ...] | None = None
     normalization: str = "batch"  # batch, group, none
-    vocabulary: int = 4096  # how many tokens a text network tells apart
 
 
 def with_head(perception: nn.Module, options: StudentOptions, dropout: float = 0.0) -> Student:
@@ -50,11 +52,12 @@ def normalize(kind: str, channels: int, dimensions: int = 2) -> list[nn.Module]:
 
 
 def convolve(
-    kind: str, inputs: int, width: int, size: int = 1, stride: int = 1, groups: int = 1, then: type = nn.ReLU
+    kind: str, inputs: int, width: int, size=1, stride=1, groups=1, then=nn.ReLU, padding=None, dimensions=2
 ) -> list[nn.Module]:
     """Convolution, with a bias only where no normalization follows → normalization → activation, if any."""
-    layer = nn.Conv2d(inputs, width, size, stride, size // 2, groups=groups, bias=kind == "none")
-    return [layer, *normalize(kind, width), *([then()] if then else [])]
+    layer, padding = nn.Conv1d if dimensions == 1 else nn.Conv2d, size // 2 if padding is None else padding
+    convolution = layer(inputs, width, size, stride, padding, groups=groups, bias=kind == "none")
+    return [convolution, *normalize(kind, width, dimensions), *([then()] if then else [])]
 
 
 class Residual(nn.Module):
@@ -119,9 +122,9 @@ def mobilenet_tiny(options: StudentOptions) -> Student:
 
 def ds_cnn(options: StudentOptions) -> Student:
     """A 10×4 convolution of stride 2 over time and frequency, then four depthwise separable ones."""
-    kind, widths = options.normalization, options.widths
-    first = nn.Conv2d(options.input_shape[0], widths[0], (10, 4), 2, (5, 1), bias=kind == "none")
-    return _separable(options, [first, *normalize(kind, widths[0]), nn.ReLU()], widths, 1, nn.ReLU)
+    widths = options.widths
+    stem = convolve(options.normalization, options.input_shape[0], widths[0], (10, 4), 2, padding=(5, 1))
+    return _separable(options, stem, widths, 1, nn.ReLU)
 
 
 class Squeeze(nn.Sequential):
@@ -270,15 +273,14 @@ def vit_tiny(options: StudentOptions) -> Student:
 def text_attention(options: StudentOptions) -> Student:
     """Vectors of token ids and two layers of attention, dropout."""
     (width,), (length,) = options.widths, options.input_shape
-    return with_head(Transformer(nn.Embedding(options.vocabulary, width), length, width, 2, 32, 0.1), options)
+    return with_head(Transformer(nn.Embedding(VOCABULARY, width), length, width, 2, 32, 0.1), options)
 
 
 def cnn1d(options: StudentOptions) -> Student:
     """Three blocks of convolution over time → normalization → ReLU, global average pooling."""
     kind, channels, layers = options.normalization, options.input_shape[0], []
     for width, kernel in zip(options.widths, (8, 5, 3), strict=True):
-        layers.append(nn.Conv1d(channels, width, kernel, padding=kernel // 2, bias=kind == "none"))
-        layers += [*normalize(kind, width, dimensions=1), nn.ReLU()]
+        layers += convolve(kind, channels, width, kernel, dimensions=1)
         channels = width
     return with_head(nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1)), options)
 
@@ -293,6 +295,5 @@ class LastState(nn.GRU):
 def gru(options: StudentOptions) -> Student:
     """A convolution over time that shortens the window to a quarter (steps are unrolled), GRU, dropout."""
     kind, (first, second) = options.normalization, options.widths
-    shorten = nn.Conv1d(options.input_shape[0], first, 8, 4, 2, bias=kind == "none")
-    layers = (shorten, *normalize(kind, first, dimensions=1), nn.ReLU(), LastState(first, second))
-    return with_head(nn.Sequential(*layers), options, dropout=0.5)
+    shorten = convolve(kind, options.input_shape[0], first, 8, 4, padding=2, dimensions=1)
+    return with_head(nn.Sequential(*shorten, LastState(first, second)), options, dropout=0.5)

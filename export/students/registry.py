@@ -87,38 +87,34 @@ def build_student(name: str, options: StudentOptions, seed: int = 0) -> nn.Modul
     if options.widths is not None or options.normalization != "batch":
         message = f"--widths and --normalization belong to the built-in students, not to {name}"
         raise UsageError(message, hint="leave them out and let your factory choose")
-    given = {key: getattr(options, key) for key in ("latent_size", "classes")}
+    given = {"latent_size": options.latent_size, "classes": options.classes}
     return _call(_find_factory(name), name, given | {"input_shape": options.input_shape or IMAGE})
 
 
-def make_student(
-    student: str | nn.Module | Callable[..., nn.Module], seed: int, **given: object
-) -> tuple[str | nn.Module, nn.Module | None]:
-    """A student as `ExportOptions` takes it, and the module itself where there is one already.
+def find_student(student: object, seed: int, given: Mapping[str, object]) -> str | nn.Module:
+    """The name of a factory that can be imported, so that a bundle knows where its student comes from; else the module.
 
-    A factory that can be imported is taken by its name, so that the bundle knows where its student comes from.
     `given`: keywords for a factory, of which it may take any. Errors: UsageError.
     """
-    if isinstance(student, str):
-        return student, None
     if isinstance(student, nn.Module):
-        return student, student
+        return student
     if not callable(student):
         message = f"a student of type {type(student).__name__}"
         raise UsageError(message, hint="give a module, a factory of one, or a student's name")
     module, name = getattr(student, "__module__", ""), getattr(student, "__qualname__", "a factory")
+    if module != "__main__" and getattr(sys.modules.get(module), name, None) is student:
+        return f"{module}:{name}"
     torch.manual_seed(seed)
-    made = _call(student, name, given)
-    importable = module != "__main__" and getattr(sys.modules.get(module), name, None) is student
-    return (f"{module}:{name}" if importable else made), made
+    return _call(student, name, given)
 
 
 def _call(factory: Callable[..., nn.Module], name: str, given: Mapping[str, object]) -> nn.Module:
-    """What a factory makes of those of the given keywords that it takes. Errors: UsageError."""
+    """What a factory makes of those of the given keywords that it takes; None is not given. Errors: UsageError."""
     with _naming(f"the factory {name} failed"):
         signature = inspect.signature(factory).parameters
         anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.values())
-        student = factory(**{key: value for key, value in given.items() if anything or key in signature})
+        taken = {key: value for key, value in given.items() if anything or key in signature}
+        student = factory(**{key: value for key, value in taken.items() if value is not None})
     if not isinstance(student, nn.Module):
         raise UsageError(f"the factory {name} returned {type(student).__name__}, not a torch.nn.Module")
     return student

@@ -13,8 +13,9 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from edgestill.coordinator.task.creation import make_task, zip_bundle
+from edgestill.coordinator.task.creation import make_task
 from edgestill.runtime.bundle.bundle import Bundle
+from edgestill.runtime.bundle.writer import zip_bundle
 from edgestill.runtime.cli import main
 from edgestill.runtime.device.local_training import Transfer
 from edgestill.runtime.errors import UsageError

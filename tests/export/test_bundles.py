@@ -135,6 +135,7 @@ def test_the_floating_point_operations_of_w1() -> None:
 def test_a_zipped_bundle_holds_the_same_files(tmp_path: Path) -> None:
     folder = export_bundle(SMALL, tmp_path / "folder")
     packed = export_bundle(SMALL, tmp_path / "bundle.zip")
+    assert packed.read_bytes() == export_bundle(SMALL, tmp_path / "again.zip").read_bytes()
     with zipfile.ZipFile(packed) as archive:
         assert {name: archive.read(name) for name in archive.namelist()} == files_of(folder)
     with Bundle.open(packed) as bundle:
@@ -209,14 +210,14 @@ def test_nothing_is_left_when_a_target_fails(tmp_path: Path, monkeypatch: pytest
 
 def test_a_failing_move_leaves_the_older_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = export_bundle(SMALL, tmp_path / "bundle")
-    before, rename = files_of(folder), Path.rename
+    before, replace_path = files_of(folder), Path.replace
 
     def fail_into_place(path: Path, target: Path) -> Path:
         if path.name == "bundle" and Path(target) == folder and path.parent != folder.parent:
             raise OSError("disk full")
-        return rename(path, target)
+        return replace_path(path, target)
 
-    monkeypatch.setattr(Path, "rename", fail_into_place)
+    monkeypatch.setattr(Path, "replace", fail_into_place)
     with pytest.raises(OSError, match="disk full"):
         export_bundle(replace(SMALL, seed=1), folder, overwrite=True)
     assert files_of(folder) == before

@@ -121,7 +121,7 @@ def test_capturing_changes_nothing_of_the_student() -> None:
     expected = torch.rand(3)
     torch.manual_seed(7)
     for training in (True, False):
-        capture(student_parts(model)[0], [SampleSpec("images", (4, 6), "float32")], training)
+        capture(student_parts(model), [SampleSpec("images", (4, 6), "float32")], training)
     assert torch.equal(torch.rand(3), expected)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
@@ -285,7 +285,7 @@ def test_several_input_tensors_and_token_ids() -> None:
         input=InputSpec((6,), "float32", name="window"),
         more_inputs=(InputSpec((3,), "int64", name="tokens"),),
     )
-    given = [(spec.name, spec.shape, spec.dtype) for spec in prepare_step(options, model).sample_inputs()]
+    given = [(spec.name, spec.shape, spec.dtype) for spec in prepare_step(options, model).encode_inputs()]
     assert given == [("window", (4, 6), "float32"), ("tokens", (4, 3), "int64")]
 
 

@@ -15,11 +15,12 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from edgestill.export.exporter import ExportOptions, export_bundle, publish, write_manifest
+from edgestill.export.exporter import ExportOptions, export_bundle
 from edgestill.export.parity.reference import ReferenceStep, rebuild_student
 from edgestill.export.parity.verify import _samples, compare, draw_batches, verify_bundle
 from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.bundle.manifest import InputSpec, Objective, Optimizer
+from edgestill.runtime.bundle.writer import write_manifest, zip_bundle
 from edgestill.runtime.cli import main
 from edgestill.runtime.engines.registry import ENGINES
 from edgestill.runtime.errors import EngineError, UsageError
@@ -98,13 +99,13 @@ def test_an_engine_that_cannot_be_opened_keeps_no_other_from_its_report(
     assert verify(folder) == 1 and "not compared: onnxruntime is not installed" in capsys.readouterr().out
 
 
-def test_a_zipped_bundle_is_verified_and_packed_again(folder: Path, tmp_path: Path) -> None:
-    packed = tmp_path / "packed.zip"
-    publish(Path(shutil.copytree(folder, tmp_path / "scratch" / "bundle")), packed)
+@pytest.mark.parametrize("name", ["packed.zip", "packed"])
+def test_a_zipped_bundle_is_verified_and_packed_again(name: str, folder: Path, tmp_path: Path) -> None:
+    packed = zip_bundle(folder, tmp_path / name)
     assert verify(packed) == 0
     with Bundle.open(packed) as bundle:
         assert json.loads((bundle.path / "manifest.json").read_text())["parity"]["onnxruntime"]["ok"] is True
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "packed.zip", "scratch"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", name]
 
 
 # what is right

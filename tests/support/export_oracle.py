@@ -41,8 +41,8 @@ def as_bundle(spec: StepSpec, options: ExportOptions) -> Any:
     """What the reference reads of a bundle, of a step that is not written to one."""
     own = {"split": options.split} if options.split else {}
     return SimpleNamespace(
-        input=spec.samples[0],
-        manifest=SimpleNamespace(more_inputs=spec.samples[1:], freeze=options.freeze),
+        samples=spec.samples,
+        manifest=SimpleNamespace(freeze=options.freeze),
         student=SimpleNamespace(name=options.student, options=own),
         state_specs=spec.state_specs(),
         initial_state=spec.initial_state,

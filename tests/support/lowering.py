@@ -48,7 +48,8 @@ def study(
     student: nn.Module, samples: Tensors, training: bool = True, split: tuple[str, ...] = (), seed: int = 0
 ) -> Studied:
     """The student captured in one mode; in training mode with the gradients of a loss of its latents and logits."""
-    parts, prefix = student_parts(student, split)
+    parts = student_parts(student, split)
+    prefix = parts.prefix
     specs = [
         SampleSpec(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in samples.items()
     ]
