@@ -27,11 +27,18 @@ def gradients(graph: Graph, loss: Value, wanted: Iterable[Value]) -> dict[str, V
 
     A value that does not reach the loss has no entry. Errors: LoweringError for an operator without a rule.
     """
+    return propagate(graph, [(loss, graph.constant(1.0).reshape(*(1,) * loss.rank))], wanted)
+
+
+def propagate(graph: Graph, given: Iterable[tuple[Value, Value]], wanted: Iterable[Value]) -> dict[str, Value]:
+    """As `gradients`, from values of the graph and the gradients that are `given` in them."""
     reached = {value.name for value in wanted}
     for node in graph.nodes:
         if node.operator not in _FLAT and any(value.name in reached for value in node.inputs):
             reached.update(value.name for value in node.outputs)
-    parts = {loss.name: [graph.constant(1.0).reshape(*(1,) * loss.rank)]}
+    parts: dict[str, list[Value]] = {}
+    for value, gradient in given:
+        parts.setdefault(value.name, []).append(gradient)
     for node in reversed(list(graph.nodes)):
         of_outputs = [_total(parts.get(value.name, ())) for value in node.outputs]
         if node.operator in _FLAT or not any(value.name in reached for value in node.inputs):
@@ -91,7 +98,7 @@ def _merged(parts: Sequence[Value]) -> Value | None:
 
 
 def _joined(parts: Sequence[Value]) -> Value | None:
-    """The gradients of slices that leave no gap, put end to end instead of padded and added."""
+    """The gradients of slices that leave no gap between them, put end to end instead of padded and added."""
     if any(part.operator != "pad" for part in parts):
         return None
     spans, axes = [], set()
@@ -103,14 +110,14 @@ def _joined(parts: Sequence[Value]) -> Value | None:
         return None
     (axis,) = axes
     spans.sort(key=lambda span: span[0][axis])
-    end = 0
+    first = end = spans[0][0][axis]
     for begins, inner in spans:
         if begins[axis] != end:
             return None
         end += inner.shape[axis]
-    if end != parts[0].shape[axis]:
-        return None
-    return parts[0].graph.apply("concat", *(inner for _, inner in spans), axis=axis)
+    joined = parts[0].graph.apply("concat", *(inner for _, inner in spans), axis=axis)
+    edges = (first, parts[0].shape[axis] - end)
+    return joined.pad(*([edge if i == axis else 0 for i in range(joined.rank)] for edge in edges))
 
 
 def _summed_to(gradient: Value, shape: tuple[int, ...]) -> Value:

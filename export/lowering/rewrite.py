@@ -7,10 +7,13 @@ compare them on random numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
+from edgestill.export.lowering.gradient import propagate
 from edgestill.export.lowering.graph import Graph, Node, Value
 
 Rule = Callable[..., "Value | tuple[Value, ...] | None"]
@@ -22,22 +25,8 @@ def rewrite(graph: Graph, rules: Mapping[str, Rule]) -> Graph:
     A rule takes the old node and its new inputs and returns the new value or values.
     """
     new = Graph()
-    values = {value.name: new.input(value.name, value.shape, value.dtype) for value in graph.inputs}
-
-    def of(value: Value) -> Value:
-        return new.constant(value.constant) if value.constant is not None else values[value.name]
-
-    for node in graph.nodes:
-        new.path = node.path
-        inputs = [of(value) for value in node.inputs]
-        rule = rules.get(node.operator)
-        made = None if rule is None else rule(node, *inputs)
-        if made is None:
-            made = new.apply_many(node.operator, *inputs, **node.attributes)
-        made = made if isinstance(made, tuple) else (made,)
-        values.update((old.name, value) for old, value in zip(node.outputs, made, strict=True))
-    for name, value in graph.outputs.items():
-        new.output(name, of(value))
+    given = {value.name: new.input(value.name, value.shape, value.dtype) for value in graph.inputs}
+    new.outputs = inline(new, graph, given, rules)
     new.prune()
     return new
 
@@ -53,18 +42,66 @@ def rewrite_fully(graph: Graph, rules: Mapping[str, Rule]) -> Graph:
             return graph
 
 
-def inline(graph: Graph, part: Graph, given: Mapping[str, Value]) -> dict[str, Value]:
-    """The nodes of `part` added to `graph`, its inputs being the `given` values; returns its outputs."""
+def inline(
+    graph: Graph, part: Graph, given: Mapping[str, Value], rules: Mapping[str, Rule] = MappingProxyType({})
+) -> dict[str, Value]:
+    """The nodes of `part` added to `graph`, by the rules as in `rewrite`, its inputs being the `given` values; returns
+    its outputs."""
     values = dict(given)
 
     def of(value: Value) -> Value:
         return graph.constant(value.constant) if value.constant is not None else values[value.name]
 
     for node in part.nodes:
-        graph.path = node.path
-        made = graph.apply_many(node.operator, *map(of, node.inputs), **node.attributes)
+        graph.path, inputs = node.path, [of(value) for value in node.inputs]
+        made = rules[node.operator](node, *inputs) if node.operator in rules else None
+        if made is None:
+            made = graph.apply_many(node.operator, *inputs, **node.attributes)
+        made = made if isinstance(made, tuple) else (made,)
         values.update((old.name, new) for old, new in zip(node.outputs, made, strict=True))
     return {name: of(value) for name, value in part.outputs.items()}
+
+
+def pull_back(
+    function: Callable[..., Any], dy: Sequence[Value], wanted: Sequence[Value], *others: Value
+) -> list[Value] | None:
+    """The gradients in the `wanted` operands of the value or values function(*wanted, *others), whose own are `dy`: by
+    the rules of the operators that the function is made of. None where it returns None.
+
+    An operand that its gradient does not depend on, as in all that is linear, is asked for its shape alone.
+    """
+    graph, part = dy[0].graph, Graph(path=dy[0].graph.path)
+    given = [*wanted, *others, *dy]
+    inside = [part.input(f"given.{i}", value.shape, value.dtype) for i, value in enumerate(given)]
+    of_dy, operands = inside[-len(dy) :], inside[: -len(dy)]
+    if (made := function(*operands)) is None:
+        return None
+    made = [made] if isinstance(made, Value) else made
+    found = propagate(part, zip(made, of_dy, strict=True), operands[: len(wanted)])
+    for value in operands[: len(wanted)]:
+        part.output(value.name, found.get(value.name) or part.constant(np.zeros(value.shape)))
+    part.prune()
+    return list(inline(graph, part, {v.name: outer for v, outer in zip(inside, given, strict=True)}).values())
+
+
+def convolution_rules(convolve: Callable[..., Value | None]) -> dict[str, Rule]:
+    """Rules for a convolution and for its gradients, which follow from the one way to say it:
+    convolve(attributes, image, weight, *bias)."""
+
+    def conv2d(node: Node, x: Value, weight: Value, *bias: Value) -> Value | None:
+        return convolve(node.attributes, x, weight, *bias)
+
+    def conv2d_transpose(node: Node, dy: Value, weight: Value) -> Value | None:
+        by_image = pull_back(lambda *operands: convolve(node.attributes, *operands), [dy], node.outputs, weight)
+        return by_image and by_image[0]
+
+    def conv2d_weight_grad(node: Node, x: Value, dy: Value, weight: Value) -> tuple[Value, Value] | None:
+        of_weight, of_bias = node.outputs
+        wanted = [of_weight, of_bias] if node.attributes["bias"] else [of_weight]
+        found = pull_back(lambda *operands: convolve(node.attributes, operands[-1], *operands[:-1]), [dy], wanted, x)
+        return found and (found[0], found[1] if len(found) > 1 else dy.sum(0, 2, 3).reshape(-1))
+
+    return {rule.__name__: rule for rule in (conv2d, conv2d_transpose, conv2d_weight_grad)}
 
 
 def fuse_pooled_norms(graph: Graph, never: Callable[[str], bool] = lambda name: False) -> Graph:
@@ -173,22 +210,17 @@ def standardize(node: Node, x: Value) -> tuple[Value, Value]:
     return centred * inverse, inverse
 
 
-def softplus(node: Node, x: Value) -> Value:
-    """Without an exponent above zero, so that nothing overflows."""
-    return x.apply("relu") + ((-x.apply("abs")).apply("exp") + 1.0).apply("log")
-
-
-def stop_gradient(node: Node, x: Value) -> Value:
-    return x
-
-
 EXPANSIONS: dict[str, Rule] = {
-    rule.__name__: rule
-    for rule in (
-        batch_norm, batch_norm_grad, pooled_batch_norm, pooled_batch_norm_grad, avg_pool2d_grad, standardize,
-        softplus, stop_gradient,
-    )
-}  # fmt: skip
+    "batch_norm": batch_norm,
+    "batch_norm_grad": batch_norm_grad,
+    "pooled_batch_norm": pooled_batch_norm,
+    "pooled_batch_norm_grad": pooled_batch_norm_grad,
+    "avg_pool2d_grad": avg_pool2d_grad,
+    "standardize": standardize,
+    # without an exponent above zero, so that nothing overflows
+    "softplus": lambda node, x: x.apply("relu") + ((-x.apply("abs")).apply("exp") + 1.0).apply("log"),
+    "stop_gradient": lambda node, x: x,
+}
 """Replacements by the name of the operator; what they are made of may be replaced in turn."""
 
 
@@ -197,58 +229,29 @@ MATRIX_ELEMENTS = 2**14
 """Pixels in times pixels out up to which a product for each channel is quicker than a depthwise convolution."""
 
 
-def _pixels_to_pixels(node: Node, image: Value, result: Value, weight: Value) -> np.ndarray | None:
-    """[kh·kw, pixels in · pixels out]: 1 where a place of the kernel takes the one pixel to the other. None for other
-    convolutions than depthwise ones of small images."""
-    a, (height, width), (rows, columns) = node.attributes, image.shape[2:], result.shape[2:]
-    depthwise = a["groups"] == image.shape[1] == result.shape[1] > 1
-    if not depthwise or height * width * rows * columns > MATRIX_ELEMENTS:
+def meeting(a: Mapping[str, Any], axis: int, size: int, kernel: int) -> np.ndarray:
+    """Of one axis: 1 where a place of the kernel takes one row in to one row out, [kernel, in, out]."""
+    gap, step, sides = (a[key][axis] for key in ("dilation", "stride", "padding"))
+    out = (size + sum(sides) - gap * (kernel - 1) - 1) // step + 1
+    places = np.arange(out)[None] * step + np.arange(kernel)[:, None] * gap - sides[0]
+    return (places[:, None, :] == np.arange(size)[None, :, None]).astype(np.float32)
+
+
+def _small_depthwise(a: Mapping[str, Any], x: Value, weight: Value, *bias: Value) -> Value | None:
+    """None for other convolutions than depthwise ones of small images."""
+    n, channels, *size = x.shape
+    if not a["groups"] == channels == weight.shape[0] > 1:
         return None
-    by_axis = []
-    for axis, (size, out) in enumerate(((height, rows), (width, columns))):
-        kernel, (before, _) = weight.shape[2 + axis], a["padding"][axis]
-        places = np.arange(out)[None] * a["stride"][axis] + np.arange(kernel)[:, None] * a["dilation"][axis] - before
-        by_axis.append((places[:, None, :] == np.arange(size)[None, :, None]).astype(np.float32))
-    meet = np.einsum("ahr,bwc->abhwrc", *by_axis)
-    return meet.reshape(math.prod(weight.shape[2:]), -1)
-
-
-def _by_channel(x: Value) -> Value:
-    """[N, C, H, W] → [C, N, H·W]."""
-    return x.reshape(*x.shape[:2], -1).transpose(1, 0, 2)
-
-
-def _matrices(weight: Value, meet: np.ndarray, pixels: int) -> Value:
-    return (weight.reshape(weight.shape[0], -1) @ weight.graph.constant(meet)).reshape(weight.shape[0], pixels, -1)
-
-
-def small_depthwise(node: Node, x: Value, weight: Value, *bias: Value) -> Value | None:
-    y = node.outputs[0]
-    if (meet := _pixels_to_pixels(node, x, y, weight)) is None:
+    by_axis = [meeting(a, i, size[i], weight.shape[2 + i]) for i in range(2)]
+    out = [meet.shape[2] for meet in by_axis]
+    if math.prod(size) * math.prod(out) > MATRIX_ELEMENTS:
         return None
-    product = _by_channel(x) @ _matrices(weight, meet, math.prod(x.shape[2:]))
-    y = product.transpose(1, 0, 2).reshape(*y.shape)
+    meet = np.einsum("ahr,bwc->abhwrc", *by_axis).reshape(math.prod(weight.shape[2:]), -1)
+    matrices = weight.reshape(channels, -1) @ x.graph.constant(meet)
+    by_channel = x.reshape(n, channels, -1).transpose(1, 0, 2)
+    product = by_channel @ matrices.reshape(channels, math.prod(size), -1)
+    y = product.transpose(1, 0, 2).reshape(n, channels, *out)
     return y + channelwise(bias[0]) if bias else y
 
 
-def small_depthwise_transpose(node: Node, dy: Value, weight: Value) -> Value | None:
-    x = node.outputs[0]
-    if (meet := _pixels_to_pixels(node, x, dy, weight)) is None:
-        return None
-    product = _by_channel(dy) @ _matrices(weight, meet, math.prod(x.shape[2:])).swap()
-    return product.transpose(1, 0, 2).reshape(*x.shape)
-
-
-def small_depthwise_weight_grad(node: Node, x: Value, dy: Value, weight: Value) -> tuple[Value, Value] | None:
-    if (meet := _pixels_to_pixels(node, x, dy, weight)) is None:
-        return None
-    of_matrices = (_by_channel(x).swap() @ _by_channel(dy)).reshape(x.shape[1], -1)
-    dw = of_matrices @ x.graph.constant(meet).swap()
-    return dw.reshape(*weight.shape), dy.sum(0, 2, 3).reshape(-1)
-
-
-SMALL_DEPTHWISE: dict[str, Rule] = {
-    "conv2d": small_depthwise,
-    "conv2d_transpose": small_depthwise_transpose,
-    "conv2d_weight_grad": small_depthwise_weight_grad,
-}
+SMALL_DEPTHWISE: dict[str, Rule] = convolution_rules(_small_depthwise)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -84,8 +85,23 @@ def _standardize(w: Writer, node: Node, x: list[str], y: str) -> None:
 Rule = Callable[[Writer, Node, list[str], str], None]
 
 
-def _plain(op: str) -> Rule:
-    return lambda w, node, x, y: w.emit(op, x, y)
+def _plain(op: str, **attributes: object) -> Rule:
+    """The operands as they are; attributes are numbers, or what is made of the node."""
+
+    def rule(w: Writer, node: Node, x: list[str], y: str) -> None:
+        w.emit(op, x, y, **{key: value(node) if callable(value) else value for key, value in attributes.items()})
+
+    return rule
+
+
+def _with_integers(op: str, *names: str, **attributes: object) -> Rule:
+    """Attributes of the node, a whole number or some each, as further inputs."""
+
+    def rule(w: Writer, node: Node, x: list[str], y: str) -> None:
+        numbers = [np.atleast_1d(node.attributes[name]).tolist() for name in names]
+        w.emit(op, [*x, *(w.integers(*those) for those in numbers)], y, **attributes)
+
+    return rule
 
 
 def _compare(op: str) -> Rule:
@@ -99,10 +115,6 @@ def _compare(op: str) -> Rule:
 
 def _where(w: Writer, node: Node, x: list[str], y: str) -> None:
     w.emit("Where", [w.mask(node.inputs[0]), *x[1:]], y)
-
-
-def _reduce(op: str) -> Rule:
-    return lambda w, node, x, y: w.emit(op, [*x, w.integers(*node.attributes["axes"])], y, keepdims=1)
 
 
 def _matmul(w: Writer, node: Node, x: list[str], y: str) -> None:
@@ -146,20 +158,21 @@ def _conv_transpose(w: Writer, node: Node, x: list[str], y: str) -> None:
     w.emit("ConvTranspose", x, y, output_padding=left_over, **convolution(node, kernel))
 
 
-def _max_pool(w: Writer, node: Node, x: list[str], y: str) -> None:
+def pooling(node: Node) -> dict:
+    """ONNX's attributes of a pooling."""
     a = node.attributes
-    w.emit(
-        "MaxPool", x, y, kernel_shape=a["kernel"], strides=a["stride"], pads=sides(a["padding"]),
-        dilations=a["dilation"],
-    )  # fmt: skip
+    sizes = {"kernel_shape": a["kernel"], "strides": a["stride"], "pads": sides(a["padding"])}
+    return sizes | ({"dilations": a["dilation"]} if "dilation" in a else {})
 
 
-def _avg_pool(w: Writer, node: Node, x: list[str], y: str) -> None:
+def _clip(w: Writer, node: Node, x: list[str], y: str) -> None:
+    bounds = [node.attributes[key] for key in ("low", "high")]
+    w.emit("Clip", [*x, *(w.number(bound) if np.isfinite(bound) else "" for bound in bounds)], y)
+
+
+def _pad(w: Writer, node: Node, x: list[str], y: str) -> None:
     a = node.attributes
-    w.emit(
-        "AveragePool", x, y, kernel_shape=a["kernel"], strides=a["stride"], pads=sides(a["padding"]),
-        count_include_pad=1,
-    )  # fmt: skip
+    w.emit("Pad", [*x, w.integers(*a["begins"], *a["ends"]), w.number(a["value"])], y)
 
 
 def _scatter_add(w: Writer, node: Node, x: list[str], y: str) -> None:
@@ -171,18 +184,25 @@ def _scatter_add(w: Writer, node: Node, x: list[str], y: str) -> None:
     w.emit("ScatterElements", [zeros, places, x[0]], y, axis=axis, reduction="add")
 
 
+def _axis(node: Node) -> int:
+    return node.attributes["axis"]
+
+
 RULES: dict[str, Rule] = {
     "add": _plain("Add"),
     "subtract": _plain("Sub"),
     "multiply": _plain("Mul"),
     "divide": _plain("Div"),
     "maximum": _plain("Max"),
-    "relu": _plain("Relu"),
-    "clamp": lambda w, n, x, y: w.emit(
-        "Clip", [*x, *(w.number(n.attributes[k]) if np.isfinite(n.attributes[k]) else "" for k in ("low", "high"))], y
-    ),
     "minimum": _plain("Min"),
+    "relu": _plain("Relu"),
+    "clamp": _clip,
     "abs": _plain("Abs"),
+    "exp": _plain("Exp"),
+    "log": _plain("Log"),
+    "sqrt": _plain("Sqrt"),
+    "rsqrt": lambda w, n, x, y: w.emit("Reciprocal", [w.emit("Sqrt", x, y + ".root")], y),
+    "power": lambda w, n, x, y: w.emit("Pow", [*x, w.number(n.attributes["exponent"])], y),
     "erf": _plain("Erf"),
     "tanh": _plain("Tanh"),
     "sigmoid": _plain("Sigmoid"),
@@ -190,49 +210,34 @@ RULES: dict[str, Rule] = {
     "cos": _plain("Cos"),
     "atan": _plain("Atan"),
     "floor": _plain("Floor"),
-    "power": lambda w, n, x, y: w.emit("Pow", [*x, w.number(n.attributes["exponent"])], y),
     "greater": _compare("Greater"),
     "greater_equal": _compare("GreaterOrEqual"),
     "equal": _compare("Equal"),
     "where": _where,
     "masked": _plain("Mul"),  # quicker than Where
-    "to_integer": lambda w, n, x, y: w.emit("Cast", x, y, to=TensorProto.INT64),
-    "exp": _plain("Exp"),
-    "log": _plain("Log"),
-    "sqrt": _plain("Sqrt"),
-    "rsqrt": lambda w, n, x, y: w.emit("Reciprocal", [w.emit("Sqrt", x, y + ".root")], y),
-    "to_float": lambda w, n, x, y: w.emit("Cast", x, y, to=TensorProto.FLOAT),
-    "one_hot": _one_hot,
+    "to_float": _plain("Cast", to=TensorProto.FLOAT),
+    "to_integer": _plain("Cast", to=TensorProto.INT64),
+    "reduce_sum": _with_integers("ReduceSum", "axes", keepdims=1),
+    "reduce_mean": _with_integers("ReduceMean", "axes", keepdims=1),
+    "reduce_max": _with_integers("ReduceMax", "axes", keepdims=1),
+    "argmax": _plain("ArgMax", axis=_axis, keepdims=1),
     "matmul": _matmul,
-    "reduce_sum": _reduce("ReduceSum"),
-    "reduce_mean": _reduce("ReduceMean"),
-    "reduce_max": lambda w, n, x, y: w.emit("ReduceMax", [*x, w.integers(*n.attributes["axes"])], y, keepdims=1),
-    "argmax": lambda w, n, x, y: w.emit("ArgMax", x, y, axis=n.attributes["axis"], keepdims=1),
-    "expand": lambda w, n, x, y: w.emit("Expand", [*x, w.integers(*n.attributes["shape"])], y),
-    "gather": lambda w, n, x, y: w.emit("Gather", x, y, axis=n.attributes["axis"]),
-    "scatter_add": _scatter_add,
+    "softmax": _plain("Softmax", axis=-1),
+    "log_softmax": _plain("LogSoftmax", axis=-1),
     "standardize": _standardize,
-    "softmax": lambda w, n, x, y: w.emit("Softmax", x, y, axis=-1),
-    "log_softmax": lambda w, n, x, y: w.emit("LogSoftmax", x, y, axis=-1),
-    "reshape": lambda w, n, x, y: w.emit("Reshape", [*x, w.integers(*n.outputs[0].shape)], y),
-    "transpose": lambda w, n, x, y: w.emit("Transpose", x, y, perm=n.attributes["permutation"]),
-    "slice": lambda w, n, x, y: w.emit(
-        "Slice", [*x, *(w.integers(n.attributes[k]) for k in ("start", "stop", "axis", "step"))], y
-    ),
-    "concat": lambda w, n, x, y: w.emit("Concat", x, y, axis=n.attributes["axis"]),
-    "pad": lambda w, n, x, y: w.emit(
-        "Pad",
-        [
-            *x,
-            w.integers(*n.attributes["begins"], *n.attributes["ends"]),
-            w.number(n.attributes.get("value", 0.0)),
-        ],
-        y,
-    ),
+    "reshape": _with_integers("Reshape", "shape"),
+    "transpose": _plain("Transpose", perm=lambda node: node.attributes["permutation"]),
+    "slice": _with_integers("Slice", "start", "stop", "axis", "step"),
+    "concat": _plain("Concat", axis=_axis),
+    "pad": _pad,
+    "expand": _with_integers("Expand", "shape"),
+    "gather": _plain("Gather", axis=_axis),
+    "scatter_add": _scatter_add,
+    "one_hot": _one_hot,
     "conv2d": lambda w, n, x, y: w.emit("Conv", x, y, **convolution(n, n.inputs[1].shape[2:])),
     "conv2d_transpose": _conv_transpose,
-    "max_pool2d": _max_pool,
-    "avg_pool2d": _avg_pool,
+    "max_pool2d": lambda w, n, x, y: w.emit("MaxPool", x, y, **pooling(n)),
+    "avg_pool2d": lambda w, n, x, y: w.emit("AveragePool", x, y, count_include_pad=1, **pooling(n)),
     "normalize": lambda w, n, x, y: w.emit("BatchNormalization", x, y, epsilon=n.attributes["eps"]),
     "batch_norm": _batch_norm,
 }
@@ -244,6 +249,22 @@ def _read_as_numbers(graph: Graph) -> Counter[str]:
     for node in graph.nodes:
         counted.update(value.name for value in node.inputs[1 if node.operator == "where" else 0 :])
     return counted
+
+
+def write(graphs: Mapping[str, Graph], folder: Path, more_rules: Mapping[str, Rule] = {}) -> dict[str, dict]:  # noqa: B006
+    """Each graph as a file of its name in the folder; returns what the manifest says of it."""
+    records = {}
+    for name, graph in graphs.items():
+        model = to_onnx(graph, more_rules)
+        (folder / f"{name}.onnx").write_bytes(model.SerializeToString(deterministic=True))
+        records[name] = {
+            "file": f"{name}.onnx",
+            "inputs": [value.name for value in graph.inputs],
+            "outputs": list(graph.outputs),
+            "operators": dict(sorted(Counter(node.op_type for node in model.graph.node).items())),
+            "planned_memory_bytes": None if more_rules else graph.peak_live_bytes(),
+        }
+    return records
 
 
 def to_onnx(graph: Graph, more_rules: Mapping[str, Rule] = {}) -> onnx.ModelProto:  # noqa: B006 - never written

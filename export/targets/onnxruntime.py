@@ -7,18 +7,28 @@ one-hot kernels, whose adjoint puts them back for any stride and padding.
 
 from __future__ import annotations
 
-import operator
-from collections import Counter
+import math
 from functools import reduce
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 
 from edgestill.export.lowering.graph import Graph, Node, Value
 from edgestill.export.lowering.layout import cancel_turns
-from edgestill.export.lowering.rewrite import EXPANSIONS, SMALL_DEPTHWISE, rewrite
+from edgestill.export.lowering.operators import LOWEST
+from edgestill.export.lowering.rewrite import EXPANSIONS, SMALL_DEPTHWISE, meeting, pull_back, rewrite
 from edgestill.export.step.graphs import StepSpec, build_encode, build_train_step
-from edgestill.export.targets.onnx_emitter import to_onnx
+from edgestill.export.targets.onnx_emitter import write
+from edgestill.export.targets.windows import (
+    CHANNELS_FIRST,
+    NONE,
+    Windows,
+    by_axis,
+    largest,
+    to_largest,
+    total,
+)
 
 SMALL_AREA = 64
 SMALL_CHANNELS = 16
@@ -26,27 +36,12 @@ CACHE_BYTES = 2 * 2**20
 WINDOW = 9
 """Pooling windows of more pixels are taken apart, first along the rows, then along the columns."""
 JOINT_UPDATE_SIZE = 4096
-NONE = ((0, 0), (0, 0))
 
 
 def emit(spec: StepSpec, folder: Path) -> dict[str, dict]:
     """Writes `train_step.onnx` and `encode.onnx` into `folder`; returns what the manifest says of each graph."""
-    records = {}
-    for name, graph in (
-        ("train_step", build_train_step(spec, JOINT_UPDATE_SIZE)),
-        ("encode", build_encode(spec)),
-    ):
-        graph = lower(graph)
-        model = to_onnx(graph)
-        (folder / f"{name}.onnx").write_bytes(model.SerializeToString(deterministic=True))
-        records[name] = {
-            "file": f"{name}.onnx",
-            "inputs": [value.name for value in graph.inputs],
-            "outputs": list(graph.outputs),
-            "operators": dict(sorted(Counter(node.op_type for node in model.graph.node).items())),
-            "planned_memory_bytes": graph.peak_live_bytes(),
-        }
-    return records
+    graphs = {"train_step": build_train_step(spec, JOINT_UPDATE_SIZE), "encode": build_encode(spec)}
+    return write({name: lower(graph) for name, graph in graphs.items()}, folder)
 
 
 def lower(graph: Graph) -> Graph:
@@ -78,97 +73,85 @@ def _convolve(x: Value, weight: Value, stride, padding, dilation, groups, *bias:
     )
 
 
-def _column_parts(x: Value, a: dict, kernel: tuple[int, int], area: int) -> list[Value]:
-    """The columns [images, C, kh·kw, oh·ow] of a few images at a time: few enough that they are still in the cache when
-    a product reads them."""
-    n = x.shape[0]
-    column_bytes = 4 * area * x.shape[1] * kernel[0] * kernel[1]
-    images = max(
-        count
-        for count in range(1, n + 1)
-        if n % count == 0 and (count == 1 or count * column_bytes <= CACHE_BYTES)
-    )
-    return [
-        _columns(x.narrow(0, start, start + images), kernel, a["stride"], a["padding"], a["dilation"])
-        for start in range(0, n, images)
-    ]
+def _some_images(x: Value, numbers: int) -> list[tuple[int, int]]:
+    """Which images to take at a time if columns have so many numbers a channel of an image: few enough that they are
+    still in the cache when a product reads them."""
+    n, image_bytes = x.shape[0], 4 * numbers * x.shape[1]
+    whole = [count for count in range(1, n + 1) if n % count == 0]
+    images = max(count for count in whole if count == 1 or count * image_bytes <= CACHE_BYTES)
+    return [(start, start + images) for start in range(0, n, images)]
 
 
 def _conv2d(node: Node, x: Value, weight: Value, *bias: Value) -> Value | None:
     """The engine's own convolution makes of a small image products too small to share among threads, so there a product
     with the columns, which the weight gradient needs anyway, takes its place."""
-    a, size = node.attributes, node.outputs[0].shape[2:]
-    if a["groups"] != 1 or np.prod(size) > SMALL_AREA or x.shape[1] < SMALL_CHANNELS:
+    a, size, kernel = node.attributes, node.outputs[0].shape[2:], weight.shape[2:]
+    if a["groups"] != 1 or math.prod(size) > SMALL_AREA or x.shape[1] < SMALL_CHANNELS:
         return None
-    flat = weight.reshape(weight.shape[0], -1, 1, 1)
-    parts = [
-        _convolve(columns.reshape(columns.shape[0], -1, *size), flat, (1, 1), NONE, (1, 1), 1, *bias)
-        for columns in _column_parts(x, a, weight.shape[2:], int(np.prod(size)))
-    ]
+    flat, parts = weight.reshape(weight.shape[0], -1, 1, 1), []
+    for start, stop in _some_images(x, math.prod(size) * math.prod(kernel)):
+        columns = _columns(x.narrow(0, start, stop), kernel, a["stride"], a["padding"], a["dilation"])
+        columns = columns.reshape(stop - start, -1, *size)
+        parts.append(_convolve(columns, flat, (1, 1), NONE, (1, 1), 1, *bias))
     return x.graph.apply("concat", *parts, axis=0)
 
 
+def _by_columns(x: Value, weight: Value, a: dict) -> Value:
+    """A convolution as a product of weight and columns for each image: [N, groups, channels, area]."""
+    columns = _columns(x, weight.shape[2:], a["stride"], a["padding"], a["dilation"])
+    groups, area = a["groups"], columns.shape[3]
+    return weight.reshape(1, groups, weight.shape[0] // groups, -1) @ columns.reshape(x.shape[0], groups, -1, area)
+
+
+def _by_rows(x: Value, weight: Value, a: dict) -> Value:
+    """A depthwise convolution: columns along the rows alone, and for each of them a matrix that takes the rows of x to
+    the rows that they meet under the kernel: for 13×13, a thirteenth of the columns."""
+    (n, channels, height, _), (kh, kw) = x.shape, weight.shape[2:]
+    meet = meeting(a, 0, height, kh)
+    sides, step, gap = (NONE[0], a["padding"][1]), (1, a["stride"][1]), (1, a["dilation"][1])
+    columns = _columns(x, (1, kw), step, sides, gap).reshape(n, channels, kw * height, -1)
+    by_place = weight.reshape(channels, kh, kw).transpose(0, 2, 1).reshape(channels * kw, kh)
+    matrices = (by_place @ x.graph.constant(meet.reshape(kh, -1))).reshape(1, channels, kw * height, -1)
+    return matrices.swap() @ columns
+
+
 def _conv2d_weight_grad(node: Node, x: Value, dy: Value, weight: Value) -> tuple[Value, Value]:
-    """A product of gradient and columns for each image, summed."""
-    a, start, parts = node.attributes, 0, []
-    groups = a["groups"]
-    if groups == x.shape[1] == dy.shape[1] and np.prod(weight.shape[2:]) > WINDOW:
-        return _large_depthwise_grad(x, dy, weight, a), dy.sum(0, 2, 3).reshape(-1)
-    for columns in _column_parts(x, a, weight.shape[2:], int(np.prod(dy.shape[2:]))):
-        images, area = columns.shape[0], columns.shape[3]
-        of_dy = dy.narrow(0, start, start + images)
-        shape = (images, -1, area) if groups == 1 else (images, groups, -1, area)
-        by_image = of_dy.reshape(*shape).apply("matmul", columns.reshape(*shape), transpose_b=True)
-        # A product with ones: unlike the engine's sum over the first axis it uses every thread.
-        parts.append(by_image.reshape(images, -1).sum(0))
-        start += images
-    return reduce(operator.add, parts).reshape(*node.outputs[0].shape), dy.sum(0, 2, 3).reshape(-1)
+    """That of the products of a few images at a time, summed."""
+    a, (kh, kw), parts = node.attributes, weight.shape[2:], []
+    large = a["groups"] == x.shape[1] == dy.shape[1] and kh * kw > WINDOW
+    say, places = (_by_rows, kw * math.prod(x.shape[2:])) if large else (_by_columns, kh * kw * math.prod(dy.shape[2:]))
+    for start, stop in _some_images(x, places):
+        of_dy = dy.narrow(0, start, stop)
+        parts += pull_back(
+            lambda w, x, shape=of_dy.shape: say(x, w, a).reshape(*shape), [of_dy], [weight], x.narrow(0, start, stop)
+        )
+    return total(parts), dy.sum(0, 2, 3).reshape(-1)
 
 
-def _large_depthwise_grad(x: Value, dy: Value, weight: Value, a: dict) -> Value:
-    """Columns along the rows alone, and a product of every row of x with every row of dy, of which those are summed
-    that meet under one row of the kernel: for 13×13, a thirteenth of the columns."""
-    (_, channels, height, _), (rows, width), (kh, kw) = x.shape, dy.shape[2:], weight.shape[2:]
-    top, sides = a["padding"][0][0], ((0, 0), a["padding"][1])
-    meet = np.zeros((height, rows, kh), np.float32)
-    for i in range(kh):
-        for row in range(rows):
-            if 0 <= (at := row * a["stride"][0] + i * a["dilation"][0] - top) < height:
-                meet[at, row, i] = 1
-    along_rows = {"stride": (1, a["stride"][1]), "padding": sides, "dilation": (1, a["dilation"][1])}
-    start, parts = 0, []
-    for columns in _column_parts(x, along_rows, (1, kw), height * width):
-        images = columns.shape[0]
-        lines = columns.reshape(images * channels, kw * height, width)
-        of_dy = dy.narrow(0, start, start + images).reshape(images * channels, rows, width)
-        parts.append((lines @ of_dy.swap()).reshape(images, -1).sum(0))
-        start += images
-    total = reduce(operator.add, parts).reshape(channels * kw, height * rows)
-    sums = total @ x.graph.constant(meet.reshape(-1, kh))
-    return sums.reshape(channels, kw, kh).transpose(0, 2, 1).reshape(*weight.shape)
+def _stages(x: Value, a: dict) -> list[dict]:
+    """Poolings one after the other that a max pooling is the same as. Halves: rows first, because they are contiguous
+    and the first pass is the larger one."""
+    row, column = by_axis(a)
+    if _is_halves(x, a):
+        return [one for one in (column, row) if math.prod(one["kernel"]) > 1]
+    return [row, column] if min(a["kernel"]) > 1 and math.prod(a["kernel"]) > WINDOW else [a]
 
 
 def _is_halves(x: Value, a: dict) -> bool:
-    halves = a["kernel"] == a["stride"] == (2, 2) and a["padding"] == NONE and a["dilation"] == (1, 1)
-    return halves and x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
+    """Windows of one or two pixels a side that tile the image: the larger of each two rows, then of each two columns,
+    whose masks are of half and quarter size."""
+    tiles = a["kernel"] == a["stride"] and a["padding"] == NONE and a["dilation"] == (1, 1)
+    whole = all(size % k == 0 for size, k in zip(x.shape[2:], a["kernel"], strict=True))
+    return tiles and whole and max(a["kernel"]) == 2
 
 
-def _halves(x: Value) -> tuple[Value, ...]:
-    """Windows of 2×2: the larger of each two rows, then of each two columns, whose masks are of half and quarter size.
-    Rows first, because they are contiguous and the first pass is the larger one."""
-    width = x.shape[3]
-    rows = x.reshape(-1, 2, width)
-    upper, lower = rows.narrow(1, 0, 1), rows.narrow(1, 1, 2)
-    higher = upper.apply("maximum", lower)
-    pairs = higher.reshape(-1, 2).transpose(1, 0)
-    return upper, lower, higher, pairs.narrow(0, 0, 1), pairs.narrow(0, 1, 2)
+def _pooled(x: Value, stage: dict) -> Value:
+    halves = _is_halves(x, stage)
+    return largest(x, CHANNELS_FIRST, stage) if halves else x.apply("max_pool2d", **stage)
 
 
 def _max_pool2d(node: Node, x: Value) -> Value | None:
-    if not _is_halves(x, node.attributes):
-        return None
-    *_, left, right = _halves(x)
-    return left.apply("maximum", right).reshape(*node.outputs[0].shape)
+    return reduce(_pooled, _stages(x, node.attributes), x) if _is_halves(x, node.attributes) else None
 
 
 def _max_pool2d_grad(node: Node, dy: Value, x: Value, y: Value) -> Value:
@@ -176,95 +159,54 @@ def _max_pool2d_grad(node: Node, dy: Value, x: Value, y: Value) -> Value:
 
     It is the first in PyTorch's order but for a tie of only the upper right and the lower left of a 2×2 window.
     """
-    a = node.attributes
-    if _is_halves(x, a):
-        upper, lower, higher, left, right = _halves(x)
-        of_columns = _shared(dy.reshape(1, -1), left, right, 0)
-        of_rows = _shared(of_columns.transpose(1, 0).reshape(*higher.shape), upper, lower, 1)
-        return of_rows.reshape(*x.shape)
-    (height, width), (top, left) = a["kernel"], a["padding"]
-    if height * width > WINDOW:
-        if height > 1 and width > 1:  # the first largest of a row, then the row of the first of them
-            row = {"kernel": (1, width), "stride": (1, a["stride"][1]), "padding": ((0, 0), left)}
-            row["dilation"] = (1, a["dilation"][1])
-            column = {"kernel": (height, 1), "stride": (a["stride"][0], 1), "padding": (top, (0, 0))}
-            column["dilation"] = (a["dilation"][0], 1)
-            rows = x.apply("max_pool2d", **row)
-            return _grad_along(_grad_along(dy, rows, y, column), x, rows, row)
-        return _grad_along(dy, x, y, a)
-    return _grad_by_windows(dy, x, y, **a)
+    stages = _stages(x, node.attributes)
+    values = [*accumulate(stages[:-1], _pooled, initial=x), y]
+    for stage, x, y in reversed([*zip(stages, values, values[1:], strict=False)]):
+        tiles, places = stage["kernel"] == stage["stride"] and stage["dilation"] == (1, 1), math.prod(stage["kernel"])
+        if tiles and places > WINDOW:
+            dy = _to_largest_of_tiles(dy, x, y, stage)
+        elif places > WINDOW or _is_halves(x, stage):
+            dy = to_largest(dy, x, y, CHANNELS_FIRST, stage)
+        else:
+            dy = _to_largest_of_columns(dy, x, y, **stage)
+    return dy
 
 
-def _shared(dy: Value, first: Value, second: Value, axis: int) -> Value:
-    to_first = dy.apply("masked", first.apply("greater_equal", second))
-    return dy.graph.apply("concat", to_first, dy - to_first, axis=axis)
-
-
-def _grad_by_windows(dy: Value, x: Value, y: Value, kernel, stride, padding, dilation) -> Value:
+def _to_largest_of_columns(dy: Value, x: Value, y: Value, kernel, stride, padding, dilation) -> Value:
     """Small windows, overlapping ones too."""
-    graph, (n, channels, height, width) = x.graph, y.shape
-    (top, bottom), (left, right) = padding
-    size = kernel[0] * kernel[1]
-    source = x.pad((0, 0, top, left), (0, 0, bottom, right), -3e38)  # a padded pixel never wins
-    windows = _columns(source, kernel, stride, NONE, dilation)
-    hits = windows.apply("greater_equal", y.reshape(n, channels, 1, -1))
+    begins, ends = zip(NONE[0], NONE[0], *padding, strict=True)
+    rows = (*y.shape[:2], 1, -1)
+
+    def cut(x: Value) -> Value:
+        return _columns(x.pad(begins, ends, LOWEST), kernel, stride, NONE, dilation)
+
+    hits = cut(x).apply("greater_equal", y.reshape(*rows))
     # A hit minus the hits before it is above zero for the first one only.
-    first = np.eye(size, dtype=np.float32) - np.tri(size, k=-1, dtype=np.float32)
-    winners = (graph.constant(first) @ hits).apply("relu")
-    parts = (winners * dy.reshape(n, channels, 1, -1)).reshape(n, channels * size, height, width)
-    kernels = _one_hot_kernels(graph, channels, kernel)
-    dx = parts.apply(
-        "conv2d_transpose", kernels, size=source.shape[2:], stride=stride, padding=NONE, dilation=dilation,
-        groups=channels,
-    )  # fmt: skip
-    return dx.pad((0, 0, -top, -left), (0, 0, -bottom, -right))
+    first = np.eye(hits.shape[2], dtype=np.float32) - np.tri(hits.shape[2], k=-1, dtype=np.float32)
+    winners = (x.graph.constant(first) @ hits).apply("relu")
+    return pull_back(cut, [winners * dy.reshape(*rows)], [x])[0]
 
 
-def _grad_along(dy: Value, x: Value, y: Value, a: dict) -> Value:
-    """Windows along one axis, of any length."""
+def _to_largest_of_tiles(dy: Value, x: Value, y: Value, a: dict) -> Value:
+    """Windows along one axis, of any length, that do not overlap."""
     axis = 2 if a["kernel"][1] == 1 else 3
-    size, step, dilation = (a[key][axis - 2] for key in ("kernel", "stride", "dilation"))
-    before, after = a["padding"][axis - 2]
-    padded = x.pad([0] * axis + [before] + [0] * (3 - axis), [0] * axis + [after] + [0] * (3 - axis), -3e38)
-    shape = (*x.shape[:axis], y.shape[axis], size, *x.shape[axis + 1 :])
-    if step == size and dilation == 1:  # every pixel is in one window
-        whole = padded.narrow(axis, 0, y.shape[axis] * size)
-        first = whole.reshape(*shape).apply("argmax", axis=axis + 1)
-        places = x.graph.constant(np.arange(size).reshape([-1 if i == axis + 1 else 1 for i in range(5)]))
-        hits = first.apply("equal", places)
-        dx = dy.reshape(*first.shape).expand(*shape).apply("masked", hits).reshape(*whole.shape)
-    else:  # each place in turn passes on what it does not keep
-        reach, parts, left = (y.shape[axis] - 1) * step + 1, [], dy
-        for k in range(size):
-            place = padded.narrow(axis, k * dilation, k * dilation + reach, step)
-            kept = left.apply("masked", place.apply("greater_equal", y))
-            left = left - kept
-            parts.append((k * dilation, kept))
-        dx = _laid_out(parts, axis, step, padded.shape[axis])
-    missing = padded.shape[axis] - dx.shape[axis]
-    ends = [missing - after if i == axis else 0 for i in range(4)]
-    return dx.pad([-before if i == axis else 0 for i in range(4)], ends)
+    before, size, after = y.shape[: axis + 1], math.prod(a["kernel"]), y.shape[axis + 1 :]
 
+    def cut(x: Value) -> Value:
+        whole = Windows(x, CHANNELS_FIRST, **a, fill=LOWEST).padded.narrow(axis, 0, y.shape[axis] * size)
+        return whole.reshape(*before, size, *after)
 
-def _laid_out(parts: list[tuple[int, Value]], axis: int, step: int, size: int) -> Value:
-    """Parts with `step` between their entries, each moved to its start, summed."""
-    spread = []
-    for start, part in parts:
-        shape, n = part.shape, part.shape[axis]
-        if step > 1:
-            part = part.reshape(*shape[: axis + 1], 1, *shape[axis + 1 :])
-            part = part.pad([0] * 5, [step - 1 if i == axis + 1 else 0 for i in range(5)])
-            part = part.reshape(*shape[:axis], n * step, *shape[axis + 1 :])
-        after = size - start - part.shape[axis]
-        spread.append(part.pad(*([size if i == axis else 0 for i in range(4)] for size in (start, after))))
-    return reduce(operator.add, spread)
+    places = np.arange(size).reshape(-1, *(1,) * len(after))
+    hits = cut(x).apply("argmax", axis=axis + 1).apply("equal", x.graph.constant(places[(None,) * len(before)]))
+    return pull_back(cut, [dy.reshape(*before, 1, *after).apply("masked", hits)], [x])[0]
 
 
 def _sum(node: Node, x: Value) -> Value | None:
     """Over the first axis as a product with ones, which uses every thread."""
-    if node.attributes["axes"] != (0,) or x.rank != 2:
+    if node.attributes["axes"] != (0,) or x.rank < 2:
         return None
-    return x.graph.constant(np.ones((1, x.shape[0]))) @ x
+    ones = x.graph.constant(np.ones((1, x.shape[0])))
+    return (ones @ x.reshape(x.shape[0], -1)).reshape(*node.outputs[0].shape)
 
 
 def _affine(node: Node, a: Value, b: Value) -> Value | None:
@@ -287,6 +229,5 @@ REWRITES = COMPOSITES | {
     "conv2d_weight_grad": _conv2d_weight_grad,
     "max_pool2d": _max_pool2d,
     "max_pool2d_grad": _max_pool2d_grad,
-    "avg_pool2d_grad": EXPANSIONS["avg_pool2d_grad"],
 }
 PATTERNS = {"reduce_sum": _sum, "add": _affine}

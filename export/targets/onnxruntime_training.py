@@ -6,10 +6,8 @@ around them is plain ONNX. So everything that is an operator of the Graph and ha
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
-import onnx
 from onnx import helper
 
 from edgestill.export.lowering.graph import Graph, Node
@@ -17,7 +15,7 @@ from edgestill.export.lowering.layout import cancel_turns
 from edgestill.export.lowering.rewrite import EXPANSIONS, rewrite_fully
 from edgestill.export.step.graphs import build_encode, build_train_step
 from edgestill.export.step.spec import StepSpec
-from edgestill.export.targets.onnx_emitter import MICROSOFT, TYPES, Rule, Writer, convolution, sides, to_onnx
+from edgestill.export.targets.onnx_emitter import MICROSOFT, TYPES, Rule, Writer, convolution, pooling, write
 
 KEPT = ("batch_norm", "batch_norm_grad", "standardize")
 
@@ -25,24 +23,12 @@ KEPT = ("batch_norm", "batch_norm_grad", "standardize")
 def emit(spec: StepSpec, folder: Path) -> dict[str, dict]:
     """Writes `train_step.onnx` and `encode.onnx` into `folder`; returns what the manifest says of each graph."""
     graphs = {"train_step": build_train_step(spec, fused=False), "encode": build_encode(spec)}
-    return {name: _write(lower(graph), folder / f"{name}.onnx") for name, graph in graphs.items()}
+    return write({name: lower(graph) for name, graph in graphs.items()}, folder, GRADIENTS)
 
 
 def lower(graph: Graph) -> Graph:
     """The graph in operators that the training build has."""
     return cancel_turns(rewrite_fully(graph, {name: r for name, r in EXPANSIONS.items() if name not in KEPT}))
-
-
-def _write(graph: Graph, path: Path) -> dict[str, object]:
-    model: onnx.ModelProto = to_onnx(graph, GRADIENTS)
-    path.write_bytes(model.SerializeToString(deterministic=True))
-    return {
-        "file": path.name,
-        "inputs": [value.name for value in graph.inputs],
-        "outputs": list(graph.outputs),
-        "operators": dict(sorted(Counter(node.op_type for node in model.graph.node).items())),
-        "planned_memory_bytes": None,
-    }
 
 
 def _weight_grad(w: Writer, node: Node, x: list[str], y: str) -> None:
@@ -62,20 +48,14 @@ def _batch_norm_grad(w: Writer, node: Node, x: list[str], y: str) -> None:
     )
 
 
-def _pool(node: Node) -> dict:
-    a = node.attributes
-    sizes = {"kernel_shape": a["kernel"], "strides": a["stride"], "dilations": a["dilation"]}
-    return sizes | {"pads": sides(a["padding"])}
-
-
 def _max_pool(w: Writer, node: Node, x: list[str], y: str) -> None:
-    w.emit("MaxPool", x, [y, y + ".indices"], **_pool(node))
+    w.emit("MaxPool", x, [y, y + ".indices"], **pooling(node))
 
 
 def _max_pool_grad(w: Writer, node: Node, x: list[str], y: str) -> None:
     # Without the recorded type of its output, which nothing infers, loading crashes.
     w.types.append(helper.make_tensor_value_info(y, TYPES["float32"], node.outputs[0].shape))
-    w.emit("MaxPoolGrad", [x[0], x[2] + ".indices"], y, **_pool(node))
+    w.emit("MaxPoolGrad", [x[0], x[2] + ".indices"], y, **pooling(node))
 
 
 GRADIENTS: dict[str, Rule] = {

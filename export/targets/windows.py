@@ -1,129 +1,105 @@
-"""Sliding windows over images [N, H, W, C] from reshape, contiguous slices, padding and sums alone."""
+"""Sliding windows over images from contiguous slices, padding, products of masks and sums alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator
 from functools import reduce
-
-import numpy as np
+from itertools import product
+from operator import add
 
 from edgestill.export.lowering.graph import Value
+from edgestill.export.lowering.operators import LOWEST
+from edgestill.export.lowering.rewrite import pull_back
 
 Pair = tuple[int, int]
+NONE = ((0, 0), (0, 0))
+CHANNELS_FIRST, CHANNELS_LAST = (2, 3), (1, 2)
 
 
-def concat(parts: Sequence[Value], axis: int) -> Value:
-    return parts[0] if len(parts) == 1 else parts[0].graph.apply("concat", *parts, axis=axis)
+def total(parts: list[Value]) -> Value:
+    return reduce(add, parts)
 
 
-def total(parts: Sequence[Value]) -> Value:
-    return reduce(lambda a, b: a + b, parts)
-
-
-def pad(x: Value, height: Pair, width: Pair, value: float = 0.0) -> Value:
-    if not any(height) and not any(width):
+def phase(x: Value, axis: int, first: int, step: int) -> Value:
+    """Entries first, first + step, … of an axis, `first` being less than `step`: of rows of `step` one slice."""
+    if step == 1:
         return x
-    return x.pad((0, height[0], width[0], 0), (0, height[1], width[1], 0), value)
+    missing = -x.shape[axis] % step
+    x = x.pad([0] * x.rank, [missing if i == axis else 0 for i in range(x.rank)])
+    before, rows, behind = x.shape[:axis], x.shape[axis] // step, x.shape[axis + 1 :]
+    after = math.prod(behind)
+    if after == 1:  # a pass that turns is quicker than one that picks single entries
+        x = x.reshape(-1, step).transpose(1, 0).narrow(0, first, first + 1)
+    else:
+        x = x.reshape(*before, rows, step * after).narrow(axis + 1, first * after, (first + 1) * after)
+    return x.reshape(*before, rows, *behind)
+
+
+def strided(x: Value, axis: int, start: int, count: int, step: int) -> Value:
+    """Entries start, start + step, … of an axis, from contiguous slices."""
+    start, first = divmod(start, step)
+    return phase(x, axis, first, step).narrow(axis, start, start + count)
 
 
 class Windows:
-    """The sliding windows over images [N, H, W, C]: cut out as one tensor a window position, and summed back.
-
-    With a stride the padded image is split into phases (row and column remainders) by reshape and slice, in each of
-    which a window position is a contiguous slice.
-    """
+    """The sliding windows over the two axes of images [N, C, H, W] or [N, H, W, C]."""
 
     def __init__(
-        self,
-        shape: tuple[int, ...],
-        kernel: Pair,
-        stride: Pair,
-        padding: tuple[Pair, Pair],
-        dilation: Pair = (1, 1),
-    ):
-        self.shape, self.kernel, self.stride, self.dilation = shape, kernel, stride, dilation
-        self.padding, self.after = tuple(side[0] for side in padding), tuple(side[1] for side in padding)
-        self.size = tuple(
-            (shape[1 + i] + sum(padding[i]) - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
-            for i in range(2)
-        )
-        reach = [dilation[i] * (kernel[i] - 1) // stride[i] + self.size[i] for i in range(2)]
-        self.grid = tuple(max(reach[i], -(-(shape[1 + i] + self.padding[i]) // stride[i])) for i in range(2))
+        self, x: Value, axes: Pair, kernel: Pair, stride: Pair, padding: tuple[Pair, Pair], dilation: Pair = (1, 1),
+        fill: float = 0.0,
+    ):  # fmt: skip
+        self.axes, self.kernel, self.stride, self.dilation = axes, kernel, stride, dilation
+        begins, ends, self.size = [0] * 4, [0] * 4, ()
+        for axis, k, step, sides, gap in zip(axes, kernel, stride, padding, dilation, strict=True):
+            size, reach = x.shape[axis], gap * (k - 1) + 1
+            count = (size + sum(sides) - reach) // step + 1
+            whole = max(size + sides[0], (count - 1) * step + reach)
+            begins[axis], ends[axis] = sides[0], whole + -whole % step - size - sides[0]
+            self.size += (count,)
+        self.padded = x.pad(begins, ends, fill)
 
-    def _offsets(self):
-        """Row-major over the kernel: (phase, start within the phase) of each axis."""
-        for i in range(self.kernel[0]):
-            for j in range(self.kernel[1]):
-                at = (i * self.dilation[0], j * self.dilation[1])
-                yield [(at[k] % self.stride[k], at[k] // self.stride[k]) for k in range(2)]
+    def along(self, x: Value, i: int) -> list[Value]:
+        """For each place along one side of the kernel what the windows have there of x, padded as `padded` is."""
+        places = (k * self.dilation[i] for k in range(self.kernel[i]))
+        return [strided(x, self.axes[i], place, self.size[i], self.stride[i]) for place in places]
 
-    def cut(self, x: Value, fill: float = 0.0) -> list[Value]:
-        """Row-major over the kernel, each [N, oh, ow, C]."""
-        ends = [self.grid[i] * self.stride[i] - self.shape[1 + i] - self.padding[i] for i in range(2)]
-        x = pad(x, (self.padding[0], max(ends[0], 0)), (self.padding[1], max(ends[1], 0)), fill)
+    def cut(self) -> list[Value]:
+        """For each place of the kernel, row by row, what the windows have there: images of their number."""
         parts = []
-        for (phase_h, top), (phase_w, left) in self._offsets():
-            phase = self._phase(x, phase_h, phase_w)
-            parts.append(phase.narrow(1, top, top + self.size[0]).narrow(2, left, left + self.size[1]))
+        for place in product(*map(range, self.kernel)):
+            part, starts = self.padded, []
+            for axis, k, gap, step in zip(self.axes, place, self.dilation, self.stride, strict=True):
+                start, first = divmod(k * gap, step)
+                part, starts = phase(part, axis, first, step), [*starts, start]
+            for axis, start, count in zip(self.axes, starts, self.size, strict=True):
+                part = part.narrow(axis, start, start + count)
+            parts.append(part)
         return parts
 
-    def _phase(self, x: Value, phase_h: int, phase_w: int) -> Value:
-        if self.stride == (1, 1):
-            return x
-        n, _, _, c = x.shape
-        x = x.reshape(n, self.grid[0], self.stride[0], -1).narrow(2, phase_h, phase_h + 1)
-        x = x.reshape(n, self.grid[0], self.grid[1], -1)
-        return x.narrow(3, phase_w * c, (phase_w + 1) * c)
 
-    def sum_back(self, parts: Sequence[Value]) -> Value:
-        """The adjoint of `cut`: parts summed into images of the original shape."""
-        if self.stride == (1, 1):
-            return self._sum_shifted(parts)
-        phases: dict[Pair, list[Value]] = {}
-        for part, ((phase_h, top), (phase_w, left)) in zip(parts, self._offsets(), strict=True):
-            height = (top, self.grid[0] - top - self.size[0])
-            width = (left, self.grid[1] - left - self.size[1])
-            phases.setdefault((phase_h, phase_w), []).append(pad(part, height, width))
-        graph, (n, _, _, c) = parts[0].graph, self.shape
-        zero = graph.constant(np.zeros((n, *self.grid, c)))
-        # A row of phases that no window reaches is one constant: engines do not delegate a concatenation of constants.
-        zero_row = graph.constant(np.zeros((n, self.grid[0], 1, self.grid[1] * self.stride[1] * c)))
-        rows = []
-        for phase_h in range(self.stride[0]):
-            columns = [
-                total(phases[phase_h, w]) if (phase_h, w) in phases else zero for w in range(self.stride[1])
-            ]
-            reached = any(column is not zero for column in columns)
-            rows.append(concat(columns, 3).reshape(n, self.grid[0], 1, -1) if reached else zero_row)
-        whole = concat(rows, 2).reshape(n, self.grid[0] * self.stride[0], self.grid[1] * self.stride[1], c)
-        missing = [max(self.padding[i] + self.shape[1 + i] - whole.shape[1 + i], 0) for i in range(2)]
-        whole = pad(whole, (0, missing[0]), (0, missing[1]))
-        for i in range(2):
-            whole = whole.narrow(1 + i, self.padding[i], self.padding[i] + self.shape[1 + i])
-        return whole
-
-    def _sum_shifted(self, parts: Sequence[Value]) -> Value:
-        """Stride 1: the parts of each kernel row shifted along the width and summed, then the rows along the height."""
-        kernel_h, kernel_w = self.kernel
-        rows = []
-        for i in range(kernel_h):
-            row = [
-                _shift(parts[i * kernel_w + j], 2, j * self.dilation[1] - self.padding[1], self.shape[2])
-                for j in range(kernel_w)
-            ]
-            row = [part for part in row if part is not None]
-            offset = i * self.dilation[0] - self.padding[0]
-            rows.append(_shift(total(row), 1, offset, self.shape[1]) if row else None)
-        rows = [row for row in rows if row is not None]
-        return total(rows) if rows else parts[0].graph.constant(np.zeros(self.shape))
+def by_axis(a: dict) -> Iterator[dict]:
+    """The attributes of a pooling along the rows, and of one along the columns."""
+    for i in (1, 0):
+        alone = {"kernel": (1, 1), "stride": (1, 1), "padding": NONE, "dilation": (1, 1)}
+        yield {key: (value[0], a[key][1]) if i else (a[key][0], value[1]) for key, value in alone.items()}
 
 
-def _shift(x: Value, axis: int, offset: int, size: int) -> Value | None:
-    """x moved by `offset` along its height (axis 1) or width (2) into `size`: the outside is cut, the rest zero; None
-    where nothing is left inside."""
-    start, stop = max(0, -offset), min(x.shape[axis], size - offset)
-    if start >= stop:
-        return None
-    x = x.narrow(axis, start, stop)
-    edges = (offset + start, size - offset - stop)
-    return pad(x, edges, (0, 0)) if axis == 1 else pad(x, (0, 0), edges)
+def _places(x: Value, axes: Pair, a: dict) -> list[Value]:
+    return Windows(x, axes, **a, fill=LOWEST if any(map(any, a["padding"])) else 0.0).cut()
+
+
+def largest(x: Value, axes: Pair, a: dict) -> Value:
+    """Max pooling."""
+    return reduce(lambda left, right: left.apply("maximum", right), _places(x, axes, a))
+
+
+def to_largest(dy: Value, x: Value, y: Value, axes: Pair, a: dict) -> Value:
+    """The gradient of max pooling, whose value is y: to the first largest pixel of a window alone, as in PyTorch. After
+    ReLU, ties are common."""
+    left, kept = dy, []
+    for place in _places(x, axes, a)[:-1]:
+        passed_on = left.apply("masked", y.apply("greater", place))
+        kept.append(left - passed_on)
+        left = passed_on
+    return pull_back(lambda x: _places(x, axes, a), [*kept, left], [x])[0]

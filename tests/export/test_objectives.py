@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from edgestill.export.exporter import ExportOptions
+from edgestill.export.exporter import ExportOptions, default_input
 from edgestill.export.lowering.graph import Graph
 from edgestill.export.step.graphs import build_train_step, count_flops
 from edgestill.export.step.objectives import objective_inputs
@@ -311,7 +311,11 @@ SMALL = {"ds-cnn", "gru", "text-attention"}
     ],
 )
 def test_students_by_their_papers(name: str) -> None:
-    options = ExportOptions(student=name, latent_size=6, classes=3, batch=2)
+    # Images as floats: rounding the normalisation's constants to float32 moves millions of activations, and one that
+    # crosses the kink of a ReLU changes the first gradients by more than the tolerance.
+    given = default_input(name)
+    given = InputSpec(given.shape, "float32") if given.dtype == "uint8" else given
+    options = ExportOptions(student=name, latent_size=6, classes=3, batch=4, input=given)
     spec, student = prepare(options)
     assert_step_equals_eager(spec, options, student, make_inputs(spec, 1))
 
