@@ -35,7 +35,7 @@ def write_atomically(path: Path, chunks: Iterable[bytes | memoryview], mode: int
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    sync_folder(folder)
+    sync(folder)
 
 
 def sha256_of_file(path: Path) -> str:
@@ -60,11 +60,11 @@ def _umask() -> int:
     return mask
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes the folder's names durable, such as those that `os.replace` has just changed."""
+def sync(path: Path) -> None:
+    """Makes a file's bytes durable, or a folder's names, such as those that `os.replace` has just changed."""
     if os.name != "posix":  # Windows cannot open a folder; its rename is durable on its own journal
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

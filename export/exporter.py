@@ -118,11 +118,18 @@ def prepare_step(options: ExportOptions, student: nn.Module) -> StepSpec:
     samples = tuple(_with_statistics(given) for given in options.samples)
     _check_weights(student)
     parts = student_parts(student, options.split, options.freeze)
+    names = [sample.name for sample in samples]
+    _check_names(names, [], parts.own([*parts.named_parameters(), *parts.named_buffers()]))
     shapes = [
         SampleSpec(s.name, (options.batch, *s.shape), "int64" if s.dtype == "int64" else "float32")
         for s in samples
     ]
     captured = {training: capture(parts, shapes, training, parts.prefix) for training in (True, False)}
+    if captured[False].noise:
+        raise LoweringError(
+            "the student draws random numbers in inference mode, too",
+            hint="use nn.Dropout, or F.dropout(x, p, self.training)",
+        )
     latent_size, classes = captured[True].latents.shape[1], captured[True].logits.shape[1]
     for what, flag, got, wanted in (
         ("latents", "--latent-size", latent_size, options.latent_size),
@@ -136,7 +143,7 @@ def prepare_step(options: ExportOptions, student: nn.Module) -> StepSpec:
     own = objective_parameters(objective, latent_size, options.seed)
     for name in own.keys() & initial.keys():
         raise UsageError(f"the student has a parameter {name}, as objective {objective.name} has", "rename it")
-    return StepSpec(
+    spec = StepSpec(
         captured[True],
         captured[False],
         initial | own,
@@ -147,6 +154,20 @@ def prepare_step(options: ExportOptions, student: nn.Module) -> StepSpec:
         objective,
         options.optimizer,
     )
+    others = [tensor.name for tensor in (*spec.step_inputs()[len(names) :], *spec.metrics())]
+    _check_names(names, others, spec.initial)
+    return spec
+
+
+def _check_names(samples: list[str], others: list[str], state: Iterable[str]) -> None:
+    """Errors: UsageError where a step would have two tensors of one name."""
+    own = ("noise.", "next.", "optimizer.")
+    for i, name in enumerate(samples):
+        if name in samples[:i] + others or name.startswith(own):
+            raise UsageError(f"a sample has a tensor {name}, as a step has", hint="give it another name")
+    for name in state:
+        if name in samples + others or name.startswith(own):
+            raise UsageError(f"the student has a tensor {name}, as a step has", hint="rename it, or its module")
 
 
 def _check_weights(student: nn.Module) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from edgestill.runtime.errors import EdgestillError
-from edgestill.runtime.files import sync_folder
+from edgestill.runtime.files import sync
 
 CHUNK_BYTES = 1 << 20
 _ABANDONED_S = 86_400.0
@@ -150,7 +150,7 @@ class FileBlobs:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-        sync_folder(place.parent)
+        sync(place.parent)
         return digest
 
     def _make_folders(self) -> None:
@@ -158,7 +158,7 @@ class FileBlobs:
         self._incoming.mkdir(parents=True, exist_ok=True)
         for number in range(256):
             (self.folder / f"{number:02x}").mkdir(exist_ok=True)
-        sync_folder(self.folder)
+        sync(self.folder)
 
     def _place(self, digest: str) -> Path:
         return self.folder / digest[:2] / digest

@@ -13,7 +13,7 @@ from typing import Any
 
 from edgestill.runtime.bundle.manifest import FORMAT
 from edgestill.runtime.errors import UsageError
-from edgestill.runtime.files import sha256_of_file, write_atomically
+from edgestill.runtime.files import sha256_of_file, sync, write_atomically
 
 
 @contextmanager
@@ -31,6 +31,8 @@ def replacing(output: Path, source: Path | None = None) -> Iterator[Path]:
         yield new
         if output.suffix == ".zip" or output.is_file():
             new = zip_bundle(new, Path(scratch) / "bundle.zip")
+        for path in [new, *new.rglob("*")] if new.is_dir() else [new]:
+            sync(path)
         if output.is_dir():  # stays until the scratch folder goes, so that a failing move loses nothing
             output.rename(old)
         try:
@@ -39,6 +41,7 @@ def replacing(output: Path, source: Path | None = None) -> Iterator[Path]:
             if old.exists():
                 old.rename(output)
             raise
+        sync(output.parent)
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

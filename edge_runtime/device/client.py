@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from edgestill.runtime.device.address import check_url, hint_unreachable, tls_context
 from edgestill.runtime.errors import EdgestillError, UsageError
-from edgestill.runtime.files import sha256_of_file, sync_folder
+from edgestill.runtime.files import sha256_of_file, sync
 
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 """Statuses after which the same request may succeed."""
@@ -176,7 +176,7 @@ class HttpCoordinator:
             self._download(digest, size_bytes, partial)
             if sha256_of_file(partial) == digest:
                 os.replace(partial, target)
-                sync_folder(target.parent)
+                sync(target.parent)
                 return target
             partial.unlink()
         raise DamagedBlob(

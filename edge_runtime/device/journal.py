@@ -24,7 +24,7 @@ from edgestill.runtime.bundle import wire
 from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.device.participant import Participant
 from edgestill.runtime.errors import EdgestillError, StateError, UsageError
-from edgestill.runtime.files import sync_folder, write_atomically
+from edgestill.runtime.files import sync, write_atomically
 
 FORMAT = "edgestill-journal"
 _MAX_JSON_BYTES = 2**20
@@ -194,7 +194,7 @@ class WorkFolder:
         trained = self.folder / f"training-{round_name}.safetensors"
         if trained.exists():  # else it happened before the device was killed
             os.replace(trained, self._student_path(bundle))
-            sync_folder(self.folder)
+            sync(self.folder)
 
     def clean(self, current_round: str | None) -> None:
         kept = {f"training-{current_round}.safetensors", f"upload-{current_round}.bin"}

@@ -1,1 +1,1 @@
-"""The engines of this package: `registry` lists them, `protocol` says what each has."""
+"""The engines of this package: `registry` lists them, `program` says what each has."""

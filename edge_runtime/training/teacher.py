@@ -66,11 +66,15 @@ class Teacher:
         """Errors: BundleError or UsageError when the teacher's outputs do not fit the student."""
         path, checkpoint = split_teacher_name(name)
         self._bundle = Bundle.open(path)
-        _check_fits(self._bundle, student)
-        if checkpoint is None:
-            self._state = self._bundle.initial_state()
-        else:
-            self._state = self._bundle.check_state(wire.load(checkpoint).arrays, source=str(checkpoint))
+        try:
+            _check_fits(self._bundle, student)
+            if checkpoint is None:
+                self._state = self._bundle.initial_state()
+            else:
+                self._state = self._bundle.check_state(wire.load(checkpoint).arrays, source=str(checkpoint))
+        except BaseException:
+            self._bundle.close()
+            raise
         # the student's engine if the teacher has it, else the teacher's own first choice
         self._engine_name = engine_name if engine_name in self._bundle.engines else None
         self._threads = threads

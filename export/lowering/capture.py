@@ -141,15 +141,15 @@ class _Reader:
             raise _joined(list(self.refusals.values()))
         graph = self.context.graph
         self._outputs()
-        graph.prune({value.name for value in graph.inputs})
+        drawn = {value.name: value for value in self.context.noise}
+        graph.prune({value.name for value in graph.inputs} - drawn.keys())
         for value in graph.inputs:
             if value.name in self.counts:
                 raise LoweringError(
                     f"the student's outputs depend on its buffer {value.name}, which changes and is not float32",
                     hint="make it a float32 buffer: those are state",
                 )
-        noise = {value.name: value.shape for value in graph.inputs if value.name.startswith("noise.")}
-        return Captured(graph, tuple(noise[f"noise.{i}"] for i in range(len(noise))))
+        return Captured(graph, tuple(value.shape for value in drawn.values()))
 
     def _inputs(self) -> None:
         """Values of the graph for what is given at run time, tensors for what is not."""

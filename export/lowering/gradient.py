@@ -99,7 +99,7 @@ def _merged(parts: Sequence[Value]) -> Value | None:
 
 def _joined(parts: Sequence[Value]) -> Value | None:
     """The gradients of slices that leave no gap between them, put end to end instead of padded and added."""
-    if any(part.operator != "pad" for part in parts):
+    if any(part.operator != "pad" or part.node.attributes["value"] for part in parts):
         return None
     spans, axes = [], set()
     for part in parts:

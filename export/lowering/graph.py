@@ -137,8 +137,13 @@ class Graph:
     path: str = ""  # what new nodes are marked with
     _seen: dict[tuple, Any] = field(default_factory=dict)
     _named: int = 0
+    _taken: set[str] = field(default_factory=set)
 
     def input(self, name: str, shape: tuple[int, ...], dtype: str = "float32") -> Value:
+        """Errors: ValueError for a name that something has: values are told apart by their names."""
+        if name in self._taken:
+            raise ValueError(f"two values of a graph are called {name!r}")
+        self._taken.add(name)
         value = Value(self, name, tuple(shape), dtype)
         self.inputs.append(value)
         return value
@@ -164,6 +169,8 @@ class Graph:
         known = [value for value in inputs if isinstance(value, Value)]
         rank = max((value.rank for value in known), default=0)
         kind = np.int64 if known and all(value.dtype == "int64" for value in known) else np.float32
+        if kind is np.int64 and any(int(n) != n for n in inputs if not isinstance(n, Value)):
+            raise ValueError(f"{operator} of integers and a number that is none")
         values = tuple(
             value if isinstance(value, Value) else self.constant(np.full((1,) * rank, value, kind))
             for value in inputs
@@ -194,8 +201,10 @@ class Graph:
         return node.outputs
 
     def _name(self, kind: str) -> str:
-        self._named += 1
-        return f"{kind}_{self._named - 1}"
+        while (name := f"{kind}_{self._named}") in self._taken:
+            self._named += 1
+        self._taken.add(name)
+        return name
 
     def output(self, name: str, value: Value) -> None:
         self.outputs[name] = value
@@ -232,6 +241,13 @@ class Graph:
         kept = {value.name for value in self.outputs.values()}
         live = peak = 0
         sizes: dict[str, int] = {}
+        root: dict[str, str] = {}  # a reshape's memory is that of what it reshapes
+        for node in self.nodes:
+            if node.operator == "reshape":
+                own, of = node.outputs[0].name, node.inputs[0].name
+                root[own] = of = root.get(of, of)
+                last[of] = max(last.get(of, 0), last.get(own, 0))
+                kept |= {of} if own in kept else set()
         for i, node in enumerate(self.nodes):
             for value in node.outputs:
                 sizes[value.name] = (
@@ -239,8 +255,10 @@ class Graph:
                 )
                 live += sizes[value.name]
             peak = max(peak, live)
-            for name in {value.name for value in node.inputs} & sizes.keys() - kept:
-                live -= sizes[name] if last[name] == i else 0
+            read = {root.get(value.name, value.name) for value in node.inputs}
+            unread = {value.name for value in node.outputs if value.name not in last}
+            for name in (read | unread) & sizes.keys() - kept:
+                live -= sizes[name] if last.get(name, i) == i else 0
         return peak
 
     def operators(self) -> dict[str, int]:

@@ -47,7 +47,7 @@ def _multiply(a: Value, b: Value) -> Value | None:
         return kept
     if a.operator == "multiply" and b.rank <= a.rank:
         inner, factor = a.node.inputs
-        if (first := _number(factor)) is not None and (second := _number(b)) is not None:
+        if inner.rank == a.rank and (first := _number(factor)) is not None and (second := _number(b)) is not None:
             return inner * (first * second)
     return None
 

@@ -44,17 +44,17 @@ def check_fidelity(
                      f"output(representation(perception(x))) in {mode} mode",
                      "a student's own forward() is not part of a bundle: put what it does into the three parts, or "
                      "export the model as it is with --split")  # fmt: skip
+        if graph.noise != (drawn := tuple(tuple(tensor.shape) for tensor in generator.drawn)):
+            raise LoweringError(
+                f"the student draws {len(drawn)} random tensors in {mode} mode, its graph {len(graph.noise)}",
+                hint="draw with torch.rand, torch.randn or nn.Dropout, the same number of times at every call",
+            )
         noise = {f"noise.{i}": tensor for i, tensor in enumerate(generator.drawn)}
         with torch.no_grad():
             found = run_graph(graph.graph, state | named | noise)
         for name, ours in expected.items():
             _compare(found[name], ours, f"the captured graph gives other {name} than the student in {mode} mode",
                      "this is a defect of edgestill, or the student keeps state outside of its buffers")  # fmt: skip
-        if len(graph.noise) != len(generator.drawn):
-            raise LoweringError(
-                f"the student draws {len(generator.drawn)} random tensors in {mode} mode, its graph {len(graph.noise)}",
-                hint="draw with torch.rand, torch.randn or nn.Dropout, the same number of times at every call",
-            )
     parts.train()
     _check_gradients_are_torchs(parts, inputs)
 

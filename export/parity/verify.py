@@ -48,9 +48,10 @@ def verify_bundle(
     path, report, running = Path(path), {}, {}
     with Bundle.open(path) as bundle, ExitStack() as opened:
         chosen = engines or bundle.engines
-        for name in set(chosen) - set(bundle.engines):
+        for name in (name for name in chosen if name not in bundle.engines):
             raise UsageError(f"{path} has no graphs for {name!r}", hint=f"it has {', '.join(bundle.engines)}")
         # One thread: PyTorch's threads wait by spinning, which on a busy machine takes ten times as long.
+        opened.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)
         model, random = rebuild_student(bundle, student), np.random.default_rng(seed)
         batches = draw_batches(bundle, *_samples(bundle, model, data, random, progress), random)

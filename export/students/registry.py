@@ -73,7 +73,12 @@ def build_student(name: str, options: StudentOptions, seed: int = 0) -> nn.Modul
     """A built-in architecture by name, or the user's own by `package.module:factory` or `file.py:factory`.
 
     A factory may take any of `latent_size`, `classes`, `input_shape` as keywords. Initial weights follow `seed`."""
-    torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _build(name, options)
+
+
+def _build(name: str, options: StudentOptions) -> nn.Module:
     if name.startswith(INSTANCE):
         message = f"the student was exported as an instance of {name.removeprefix(INSTANCE)}, which has no factory"
         raise UsageError(message, hint="name what makes it: --student package.module:factory or file.py:factory")
@@ -104,8 +109,9 @@ def find_student(student: object, seed: int, given: Mapping[str, object]) -> str
     module, name = getattr(student, "__module__", ""), getattr(student, "__qualname__", "a factory")
     if module != "__main__" and getattr(sys.modules.get(module), name, None) is student:
         return f"{module}:{name}"
-    torch.manual_seed(seed)
-    return _call(student, name, given)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _call(student, name, given)
 
 
 def _call(factory: Callable[..., nn.Module], name: str, given: Mapping[str, object]) -> nn.Module:
@@ -128,9 +134,10 @@ def _find_factory(name: str) -> Callable[..., nn.Module]:
             path = Path(module_name)
             if not path.is_file():
                 raise UsageError(f"no file {module_name}", hint=hint)
-            spec = importlib.util.spec_from_file_location(path.stem, path)
+            own = f"edgestill_student_{path.stem}"  # of no other module's name
+            spec = importlib.util.spec_from_file_location(own, path)
             module = importlib.util.module_from_spec(spec)
-            sys.modules[path.stem] = module
+            sys.modules[own] = module
             spec.loader.exec_module(module)
         else:
             sys.path[:0] = [""] * ("" not in sys.path)  # an installed script does not see the user's folder

@@ -46,6 +46,7 @@ def _emit_graph(graph: Graph, path: Path) -> dict:
     plan = MemoryPlanningPass(alloc_graph_input=False, alloc_graph_output=False)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporter warns of its own deprecations
+        disabled = logging.root.manager.disable
         logging.disable(logging.WARNING)
         try:
             edge = EdgeProgramManager(edge_program(graph), None, CONFIG)
@@ -54,7 +55,7 @@ def _emit_graph(graph: Graph, path: Path) -> dict:
             operators = _operators(lowered.exported_program().graph_module)
             program = lowered.to_executorch(ExecutorchBackendConfig(memory_planning_pass=plan))
         finally:
-            logging.disable(logging.NOTSET)
+            logging.disable(disabled)
     with path.open("wb") as file:
         program.write_to_file(file)
     plan = program.executorch_program.execution_plan[0]

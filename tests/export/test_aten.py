@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from edgestill.export.lowering.aten.context import ATEN, RANDOM, Context
+from edgestill.export.lowering.capture import SampleSpec, capture
 from edgestill.export.lowering.graph import LoweringError, run_graph
 from edgestill.export.lowering.operators import OPERATORS
+from edgestill.export.parts import student_parts
+from edgestill.export.students import Student
 from tests.support.lowering import Studied, of_the_corpus, studied, study
 from tests.support.networks.layers import Recurrent
 from tests.support.networks.network import IMAGE, VOLUME, WINDOW, Apply, network
@@ -95,6 +98,17 @@ FUNCTIONS: dict[str, Function] = {
     "nothing-to-attend": lambda x: F.scaled_dot_product_attention(
         x, x, x, attn_mask=torch.ones(16, 16, dtype=torch.bool).tril(-1)
     ),
+    "clamp-by-a-tensor-that-ties": lambda x: torch.clamp(x, max=x.detach()) + torch.clamp(x, min=x.detach() * 1),
+    "softplus-with-a-low-threshold": lambda x: F.softplus(x, 1, 0.5) + F.softplus(x, 2, 1),
+    "logic-of-numbers": lambda x: x * torch.logical_and(x.floor(), x - 1) + x * torch.logical_or(x.floor(), x > 1),
+    "sum-of-masks": lambda x: x * ((x > 0) + (x > 1)),
+    "whole-choice": lambda x: x * torch.where(x.argmax(1, keepdim=True) == 1, 0, x.argmax(1, keepdim=True)),
+    "whole-product-with-a-mask": lambda x: x * (x.argmax(1, keepdim=True) * (x.argmax(1, keepdim=True) != 1)),
+    "whole-cumulative": lambda x: x * x.argmax(1, keepdim=True).cumsum(2),
+    "power-by-a-constant-tensor": lambda x: x ** torch.tensor(2.0) + x ** torch.full((16,), 3.0),
+    "two-folds": lambda x: F.fold(F.unfold(x, 3), (16, 16), 3) + F.fold(F.unfold(x, 2), (16, 16), 2),
+    "two-transposed": lambda x: x * F.conv_transpose2d(x, torch.ones(6, 1, 3, 3), padding=1)
+    + x * F.conv_transpose2d(x[:, :, :8, :8], torch.ones(6, 1, 2, 2), stride=2),
     "lp-distance": lambda x: F.pairwise_distance(x.flatten(2), x.flip(1).flatten(2), p=3.0),
 }
 
@@ -102,6 +116,35 @@ FUNCTIONS: dict[str, Function] = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_function_computes_what_eager_pytorch_does(name: str) -> None:
     case = study_layers(Apply(FUNCTIONS[name]))
+    case.check(run_graph(case.graph, case.inputs))
+
+
+@pytest.mark.parametrize("function", [torch.log1p, torch.expm1, torch.asin], ids=["log1p", "expm1", "asin"])
+def test_small_numbers_keep_their_digits_in_float32(function: Function) -> None:
+    """Of what 1 + x would round away, and of what 1 − x² would."""
+    values = torch.tensor([1e-7, -3e-6, 2e-4, -0.01, 0.3, 0.999]).repeat(4, 1)
+    model = Student(Apply(function), nn.Linear(6, 5), nn.Linear(5, 3))
+    graph = capture(student_parts(model), [SampleSpec("images", (4, 6), "float32")], True).graph
+    node = next(node for node in graph.nodes if node.operator == "matmul")
+    graph.outputs = {"y": node.inputs[0]}
+    state = {name: tensor.detach() for name, tensor in model.named_parameters()}
+    found = run_graph(graph, state | {"images": values})["y"].reshape(4, 6).double()
+    assert float((found / function(values.double()) - 1).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("layer", [nn.Hardswish(), nn.Hardtanh(), nn.ReLU6(), nn.Hardsigmoid(), nn.Softshrink()])
+def test_the_gradient_at_a_kink_is_pytorchs(layer: nn.Module) -> None:
+    values = torch.tensor([-3.0, -1.0, -0.5, 0.0, 0.5, 1.0, 3.0, 6.0]).repeat(4, 1)
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift, self.layer = nn.Parameter(torch.zeros(8)), layer
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x + self.shift)
+
+    case = study(Student(Shifted(), nn.Linear(8, 5), nn.Linear(5, 3)), {"images": values})
     case.check(run_graph(case.graph, case.inputs))
 
 
@@ -252,6 +295,7 @@ REFUSALS: dict[str, tuple[Function, str]] = {
         lambda x: x[:, :, torch.arange(24) % 3 == 0],
         "a mask as index|aten.nonzero|aten.sym_size",
     ),
+    "bits": (lambda x: x * (x.argmax(1, keepdim=True) & x.argmin(1, keepdim=True)), "bits of integers"),
     "positions": (
         lambda x: F.max_unpool1d(*F.max_pool1d(x, 2, return_indices=True), 2),
         r"perception\.1 \(Apply\): .*max_pool2d_with_indices",

@@ -163,3 +163,71 @@ def test_widths_and_normalization_are_for_built_in_students(own: Path) -> None:
         assert "--widths" in error.value.hint
     with pytest.raises(UsageError, match="normalization 'layer'"):
         replace(OPTIONS, student="cnn3", normalization="layer").build()
+
+
+class Drawing(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(x, 0.5, True)
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(8, 4, scale_grad_by_freq=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.embed(x).flatten(1)
+
+
+def test_random_numbers_in_inference_mode() -> None:
+    with pytest.raises(LoweringError, match="random numbers in inference mode"):
+        prepare(OPTIONS, student_with(Drawing()))
+
+
+def test_gradients_by_frequency() -> None:
+    student = Student(Tokens(), nn.Linear(12, 6), nn.Linear(6, 4))
+    with pytest.raises(LoweringError, match="scale_grad_by_freq"):
+        prepare(replace(OPTIONS, input=InputSpec((3,), "int64")), student)
+
+
+class Named(nn.Module):
+    """A model with tensors of names that a step or a graph has, too."""
+
+    def __init__(self, name: str, module: bool = False) -> None:
+        super().__init__()
+        self.name, self.body, self.head = name, nn.Linear(5, 6), nn.Linear(6, 4)
+        if module:
+            self.add_module(name, nn.Linear(6, 6))
+        else:
+            self.register_parameter(name, nn.Parameter(torch.ones(6)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        own = getattr(self, self.name)
+        x = self.body(x).tanh() * 2
+        return self.head(own(x) if isinstance(own, nn.Module) else x * own)
+
+
+@pytest.mark.parametrize(("name", "module"), [("labels", False), ("alpha", False), ("noise", True), ("images", False)])
+def test_a_tensor_of_a_name_that_the_step_has(name: str, module: bool) -> None:
+    options = replace(OPTIONS, input=InputSpec((5,), "float32"), split=("body", "head"))
+    with pytest.raises(UsageError, match="as a step has") as error:
+        prepare_step(options, Named(name, module))
+    assert error.value.hint and "rename" in error.value.hint
+
+
+@pytest.mark.parametrize("name", ["tanh_0", "multiply_0", "constant_1"])
+def test_a_tensor_of_a_name_that_the_graph_would_give(name: str) -> None:
+    options = replace(OPTIONS, input=InputSpec((5,), "float32"), split=("body", "head"))
+    assert name in prepare_step(options, Named(name)).initial
+
+
+@pytest.mark.parametrize("name", ["images", "labels", "loss", "noise.0"])
+def test_a_second_sample_of_a_name_that_the_step_has(name: str) -> None:
+    class Both(nn.Module):
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return a + b
+
+    given = InputSpec((5,), "float32")
+    options = replace(OPTIONS, input=given, more_inputs=(replace(given, name=name),))
+    with pytest.raises(UsageError, match=f"{name}"):
+        prepare(options, Student(Both(), nn.Linear(5, 6), nn.Linear(6, 4)))

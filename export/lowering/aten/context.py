@@ -90,7 +90,11 @@ class Context:
 
 
 def _shaped(made: Any, result: Any) -> Any:
-    return made.reshape(*result.shape) if isinstance(made, Value) else made
+    if not isinstance(made, Value):
+        return made
+    if result.dtype in WHOLE and made.dtype == "float32":  # masks are float32, and make so what they meet
+        made = made.apply("to_integer")
+    return made.reshape(*result.shape)
 
 
 Row = Callable[..., Any]

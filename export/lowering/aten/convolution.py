@@ -24,7 +24,7 @@ def _convolution(c, x, weight, bias, stride, padding, dilation, transposed, _, g
 
 def _adjoint(c: Context, dy: Value, function: Callable[[Value], Value]) -> Value:
     """The gradient of a linear function in an image of the shape of c's result, where dy is that in its value."""
-    image = c.graph.input("image", c.shape)
+    image = c.graph.input(f"image of {c.node.name}", c.shape)
     c.graph.inputs.remove(image)
     loss = (function(image).reshape(*dy.shape) * dy).sum(*range(dy.rank))
     return gradients(c.graph, loss, [image])[image.name]

@@ -26,8 +26,35 @@ def clamped(x: Value, low: float | None, high: float | None, closed: bool = True
     return x.apply("clamp", low=low, high=high, closed=closed)
 
 
+def _clamped_by(x: Value, low: Value | None, high: Value | None) -> Value:
+    x = x if low is None else where(x.apply("greater_equal", low), x, low)
+    return x if high is None else where(high.apply("greater_equal", x), x, high)
+
+
 def _arcsine(x: Value) -> Value:
-    return (x * (1.0 - x * x).apply("rsqrt")).apply("atan")
+    return (x * ((1.0 - x) * (x + 1.0)).apply("rsqrt")).apply("atan")
+
+
+def _log1p(x: Value) -> Value:
+    """What 1 + x rounds away comes back as a correction, which is too small to have a gradient."""
+    whole = x + 1.0
+    return whole.apply("log") + ((x - (whole - 1.0)) / whole).apply("stop_gradient")
+
+
+def _expm1(x: Value) -> Value:
+    """tanh(x/2)·(eˣ + 1), which loses no digits near zero."""
+    return (x * 0.5).apply("tanh") * (x.apply("exp") + 1.0)
+
+
+def _softplus(c: Context, x: Value, beta: float, threshold: float) -> Value:
+    y = (x * beta).apply("softplus") * (1 / beta)
+    # from 15 on they differ by less than rounding
+    return y if threshold >= 15 else where((x * beta).apply("greater", threshold), x, y)
+
+
+def _truth(x: Value) -> Value:
+    """1 or 0; of what is no mask already."""
+    return x if x.operator in ("greater", "greater_equal", "equal") else 1.0 - x.apply("equal", 0.0)
 
 
 def _elu(c: Context, x: Value, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Value:
@@ -50,10 +77,10 @@ rows(
         "neg": lambda c, x: -x,
         "reciprocal": lambda c, x: 1.0 / x,
         "square": lambda c, x: x * x,
-        "log1p": lambda c, x: (x + 1.0).apply("log"),
+        "log1p": lambda c, x: _log1p(x),
         "log2": lambda c, x: x.apply("log") * (1 / math.log(2)),
         "log10": lambda c, x: x.apply("log") * (1 / math.log(10)),
-        "expm1": lambda c, x: x.apply("exp") - 1.0,
+        "expm1": lambda c, x: _expm1(x),
         "ceil": lambda c, x: -(-x).apply("floor"),
         "tan": lambda c, x: x.apply("sin") / x.apply("cos"),
         "asin": lambda c, x: _arcsine(x),
@@ -63,9 +90,9 @@ rows(
         "sign": lambda c, x: sign(x),
         "hardtanh": lambda c, x, low, high: clamped(x, low, high, closed=False),
         "hardsigmoid": lambda c, x: clamped(x + 3.0, 0.0, 6.0, closed=False) * (1 / 6),
-        "hardswish": lambda c, x: x * clamped(x + 3.0, 0.0, 6.0) * (1 / 6),
+        "hardswish": lambda c, x: x * clamped(x + 3.0, 0.0, 6.0, closed=False) * (1 / 6),
         "gelu": _gelu,
-        "softplus": lambda c, x, beta, threshold: (x * beta).apply("softplus") * (1 / beta),
+        "softplus": _softplus,
         "log_sigmoid_forward": lambda c, x: (-(-x).apply("softplus"), None),
         "elu": _elu,
         "celu": lambda c, x, alpha: _elu(c, x, alpha, 1.0, 1.0 / alpha),
@@ -74,14 +101,20 @@ rows(
         "hardshrink": lambda c, x, lambd: where(x.apply("abs").apply("greater", lambd), x, 0.0),
         "threshold": lambda c, x, bound, number: where(x.apply("greater", bound), x, number),
         "clamp": lambda c, x, low, high: clamped(x, low, high),
-        "clamp_min.Tensor": lambda c, a, b: a.apply("maximum", b),
-        "clamp_max.Tensor": lambda c, a, b: a.apply("minimum", b),
-        "add.Tensor add.Scalar": lambda c, a, b, alpha: a + b * alpha,
+        # unlike maximum and minimum they do not halve the gradient of a tie
+        "clamp.Tensor": lambda c, x, low, high: _clamped_by(x, low, high),
+        "clamp_min.Tensor": lambda c, x, low: _clamped_by(x, low, None),
+        "clamp_max.Tensor": lambda c, x, high: _clamped_by(x, None, high),
+        "add.Tensor add.Scalar": lambda c, a, b, alpha: _truth(a + b) if c.dtype is torch.bool else a + b * alpha,
         "sub.Tensor sub.Scalar": lambda c, a, b, alpha: a - b * alpha,
         "rsub.Tensor rsub.Scalar": lambda c, a, b, alpha: c.graph.apply("subtract", b, a * alpha),
-        "mul.Tensor mul.Scalar logical_and bitwise_and.Tensor": lambda c, a, b: a * b,
-        "logical_or bitwise_or.Tensor": lambda c, a, b: a.apply("maximum", b),
-        "logical_not bitwise_not": lambda c, x: x.apply("equal", 0.0),
+        "mul.Tensor mul.Scalar": lambda c, a, b: a * b,
+        "logical_and": lambda c, a, b: _truth(a) * _truth(b),
+        "logical_or": lambda c, a, b: _truth(a).apply("maximum", _truth(b)),
+        "logical_not": lambda c, x: x.apply("equal", 0.0),
+        "bitwise_and.Tensor": lambda c, a, b: _of_masks(c, a * b),
+        "bitwise_or.Tensor": lambda c, a, b: _of_masks(c, a.apply("maximum", b)),
+        "bitwise_not": lambda c, x: _of_masks(c, x.apply("equal", 0.0)),
         "gt.Tensor gt.Scalar": lambda c, a, b: a.apply("greater", b),
         "ge.Tensor ge.Scalar": lambda c, a, b: a.apply("greater_equal", b),
         "lt.Tensor lt.Scalar": lambda c, a, b: c.graph.apply("greater", b, a),
@@ -89,7 +122,6 @@ rows(
         "eq.Tensor eq.Scalar": lambda c, a, b: a.apply("equal", b),
         "ne.Tensor ne.Scalar": lambda c, a, b: 1.0 - a.apply("equal", b),
         "where.self": lambda c, mask, a, b: where(mask, a, b),
-        "pow.Tensor_Tensor": lambda c, x, y: (x.apply("log") * y).apply("exp"),  # of positive bases
         "pow.Scalar": lambda c, x, y: (y * math.log(x)).apply("exp"),
         "detach": lambda c, x: x.apply("stop_gradient"),
         "full_like": lambda c, x, number, *_: torch.full(c.shape, number, dtype=c.dtype),
@@ -97,6 +129,12 @@ rows(
         "_assert_tensor_metadata _assert_async _assert_async.msg": lambda c, *_: None,
     }
 )
+
+
+def _of_masks(c: Context, made: Value) -> Value:
+    if c.dtype is not torch.bool:
+        raise Refusal("an operator on the bits of integers", hint="use it on masks")
+    return made
 
 
 @row("div.Tensor div.Scalar")
@@ -121,6 +159,14 @@ def _pow(c: Context, x: Value, exponent: float) -> Value:
         return reduce(mul, [x] * int(exponent))
     special = {0.5: lambda: x.apply("sqrt"), -0.5: lambda: x.apply("rsqrt"), -1: lambda: 1.0 / x}
     return special.get(exponent, lambda: x.apply("power", exponent=float(exponent)))()
+
+
+@row("pow.Tensor_Tensor")
+def _pow_tensor(c: Context, x: Value, y: Value) -> Value:
+    """Of positive bases; of any by one constant for all."""
+    if y.constant is not None and (y.constant == y.constant.reshape(-1)[0]).all():
+        return _pow(c, x.expand(*c.shape), float(y.constant.reshape(-1)[0]))
+    return (x.apply("log") * y).apply("exp")
 
 
 @row("_to_copy")

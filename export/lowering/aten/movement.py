@@ -119,8 +119,14 @@ def _gather(c: Context, x: Value, dim: int, index: Value, *_: Any) -> Value:
     return chosen(x, index, axis)
 
 
+def _check_plain(by_frequency: bool) -> None:
+    if by_frequency:
+        raise Refusal("an embedding with scale_grad_by_freq", hint="leave scale_grad_by_freq out")
+
+
 @row("embedding")
-def _embedding(c: Context, weight: Value, indices: Value, padding_idx: int, *_: Any) -> Value:
+def _embedding(c: Context, weight: Value, indices: Value, padding_idx: int, by_frequency: bool, *_: Any) -> Value:
+    _check_plain(by_frequency)
     rows = take(weight, indices.reshape(-1), 0)
     if padding_idx < 0:
         return rows
@@ -129,8 +135,9 @@ def _embedding(c: Context, weight: Value, indices: Value, padding_idx: int, *_: 
 
 
 @row("_embedding_bag _embedding_bag_forward_only")
-def _embedding_bag(c, weight, indices, offsets, _, mode, __, factors, include_last, padding_idx):
+def _embedding_bag(c, weight, indices, offsets, by_frequency, mode, _, factors, include_last, padding_idx):
     """The sum, mean or largest of the rows of each bag; bags of one size, as nn.EmbeddingBag makes of [B, length]."""
+    _check_plain(by_frequency)
     starts = [] if offsets.constant is None else offsets.constant.tolist()[: -1 if include_last else None]
     size = indices.size // max(len(starts), 1)
     if starts != list(range(0, indices.size, size)) or factors is not None or padding_idx >= 0:

@@ -120,7 +120,7 @@ rows(
         "prod.dim_int": lambda c, x, dim, *_: reduce(
             mul, [x.narrow(dim % x.rank, i, i + 1) for i in range(x.shape[dim])]
         ),
-        "cumsum": lambda c, x, dim, *_: mapped(x, dim % x.rank, np.tri(x.shape[dim])),
+        "cumsum": lambda c, x, dim, *_: mapped(c.float(x), dim % x.rank, np.tri(x.shape[dim])),
         "_log_softmax": lambda c, x, dim, *_: _along(x, dim, lambda v: v.apply("log_softmax")),
         "mm bmm": lambda c, a, b: a @ b,
         "mv": lambda c, a, b: a @ b.reshape(-1, 1),
