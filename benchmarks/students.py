@@ -17,7 +17,8 @@ def _ratios(engine: str) -> dict[str, float]:
     """Step time over eager PyTorch's by student, from the record that `make networks` wrote."""
     file = MEASURED / f"{engine}.jsonl"
     records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    return {r["network"].removeprefix("built-in:"): r["ratio"] for r in records if "ratio" in r}
+    measured = {r["network"]: r["ratio"] for r in records if "ratio" in r}
+    return {n.removeprefix("built-in:"): ratio for n, ratio in measured.items() if n.startswith("built-in:")}
 
 
 def students_table() -> str:
