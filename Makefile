@@ -11,7 +11,8 @@ EXTRAS := onnxruntime,executorch,export,plots,images,device,discovery,coordinato
 WORKERS ?= 2
 PYTEST := $(PY) -m pytest -n $(WORKERS)
 BENCH_OPTIONS ?= --students cnn3 --batches 32 --threads 1 --steps 40
-NATIVE_SOURCES := $(wildcard edge_runtime/native/*.cpp edge_runtime/native/*.h) edge_runtime/native/build.py
+NATIVE_SOURCES := $(wildcard edge_runtime/native/*.cpp edge_runtime/native/*.h edge_runtime/native/library/*) \
+  edge_runtime/native/build.py edge_runtime/native/compile.py
 
 .DELETE_ON_ERROR:
 ENGINE ?= onnxruntime
@@ -71,6 +72,7 @@ $(STAMPS)/packages: constraints.txt pyproject.toml Makefile $(STAMPS)/torch
 
 $(STAMPS)/native: $(NATIVE_SOURCES) $(STAMPS)/packages
 	CXX='$(CXX)' $(PY) -m edgestill.runtime.native.build
+	$(PY) -m edgestill.runtime.native.compile
 	touch $@
 
 # onnxruntime-training installs into the import package `onnxruntime`, so it lives in an environment of its own.

@@ -34,6 +34,7 @@ class EngineRecord:
     """What to type to have it."""
 
 
+NATIVE_HINT = "pip install ziglang && python -m edgestill.runtime.native.compile"
 ENGINES = {
     record.name: record
     for record in (
@@ -62,6 +63,14 @@ ENGINES = {
             hint="python3.11 -m venv .venv-ort-training && "
             ".venv-ort-training/bin/pip install onnxruntime-training==1.19.2 numpy; "
             "an environment elsewhere is named by EDGESTILL_ORT_TRAINING_PYTHON",
+        ),
+        EngineRecord(
+            name="native",
+            exporter="edgestill.export.targets.native",
+            runner="edgestill.runtime.engines.native",
+            tolerance=6.0,
+            extra=None,
+            hint=NATIVE_HINT,
         ),
     )
 }

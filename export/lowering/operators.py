@@ -150,6 +150,19 @@ def _standardize(x, eps):
     return (x - mean) * inverse, inverse
 
 
+def _on_images(meaning, images=(0,), result=True):
+    """With `last`, the images that it takes and gives are [N, H, W, C]."""
+
+    def function(*tensors, last=False, **attributes):
+        if not last:
+            return meaning(*tensors, **attributes)
+        turned = [t.permute(0, 3, 1, 2) if i in images else t for i, t in enumerate(tensors)]
+        found = meaning(*turned, **attributes)
+        return found.permute(0, 2, 3, 1).contiguous() if result else found
+
+    return function
+
+
 def _one_hot(labels, classes):
     return torch.eq(labels.unsqueeze(-1), torch.arange(classes, device=labels.device)).to(torch.float32)
 
@@ -216,13 +229,13 @@ OPERATORS: dict[str, Meaning] = {
     ),  # the adjoint of gather
     "one_hot": _one_hot,
     # images
-    "conv2d": _conv2d,
-    "conv2d_transpose": _conv2d_transpose,
-    "conv2d_weight_grad": _conv2d_weight_grad,
-    "max_pool2d": _max_pool2d,
-    "max_pool2d_grad": _max_pool2d_grad,
-    "avg_pool2d": _avg_pool2d,
-    "avg_pool2d_grad": _avg_pool2d_grad,
+    "conv2d": _on_images(_conv2d),
+    "conv2d_transpose": _on_images(_conv2d_transpose),
+    "conv2d_weight_grad": _on_images(_conv2d_weight_grad, (0, 1), False),
+    "max_pool2d": _on_images(_max_pool2d),
+    "max_pool2d_grad": _on_images(_max_pool2d_grad, (0, 1, 2)),
+    "avg_pool2d": _on_images(_avg_pool2d),
+    "avg_pool2d_grad": _on_images(_avg_pool2d_grad),
     "normalize": _normalize,  # (x − mean) / sqrt(variance + eps) · weight + bias, a channel
     "batch_norm": _batch_norm,  # by the batch's own mean and biased variance, which it returns too
     "batch_norm_grad": _batch_norm_grad,

@@ -16,7 +16,14 @@ from edgestill.export.lowering.graph import Graph, Value, run_graph, run_operato
 from edgestill.export.lowering.layout import cancel_turns
 from edgestill.export.lowering.operators import OPERATORS
 from edgestill.export.lowering.rewrite import EXPANSIONS, fuse_pooled_norms, rewrite_fully
-from edgestill.export.targets import ENGINES, onnx_emitter, onnxruntime, onnxruntime_training
+from edgestill.export.targets import (
+    ENGINES,
+    native,
+    native_plan,
+    onnx_emitter,
+    onnxruntime,
+    onnxruntime_training,
+)
 from edgestill.export.targets import executorch as executorch_target
 from tests.support.lowering import assert_alike, of_the_corpus, studied
 from tests.support.operator_cases import CASES, FLAT_CASES
@@ -25,8 +32,10 @@ LOWER: dict[str, Callable[[Graph], Graph]] = {
     "onnxruntime": onnxruntime.lower,
     "executorch": executorch_target.lower,
     "onnxruntime-training": onnxruntime_training.lower,
+    "native": native.lower,
 }
 CLOSED = {
+    "native": native_plan.TAKEN,
     "onnxruntime": onnx_emitter.RULES.keys(),
     "onnxruntime-training": onnx_emitter.RULES.keys() | onnxruntime_training.GRADIENTS.keys(),
     # What PyTorch's functions say in core ATen; inspect shows which of them XNNPACK leaves to portable kernels.

@@ -1,0 +1,163 @@
+"""Engine `native`: a bundle's plans on libedgestill, which needs nothing else (docs/native.md)."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from edgestill.runtime.bundle.manifest import TensorSpec
+from edgestill.runtime.engines.program import ALIGNMENT_BYTES, Arrays, allocate
+from edgestill.runtime.errors import EngineError
+from edgestill.runtime.native.compile import HINT, LEVELS, library_path, machine
+
+_WORD = ctypes.c_int64
+HEAD_WORDS = 8
+LIMIT_VARIABLE = "EDGESTILL_NATIVE_LEVEL"
+"""3 keeps the engine to AVX2 on a processor with AVX-512: for comparisons."""
+
+
+class _Run(ctypes.Structure):
+    """`struct run` of library/plan.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("plan", "bases", "scratch")),
+        *((name, _WORD) for name in ("threads", "arrived", "generation")),
+    ]
+
+
+def check() -> str | None:
+    """None if the engine works on this machine, else the reason."""
+    try:
+        _library()
+    except EngineError as error:
+        return error.message
+    return None
+
+
+def version() -> str:
+    """What plans it runs, and on which instructions. Errors: EngineError."""
+    names = {3: "AVX2", 4: "AVX-512"}
+    return f"plan 1, {names.get(_library().edgestill_level(), 'NEON')}"
+
+
+@lru_cache
+def _library() -> ctypes.CDLL:
+    path = library_path()
+    if machine() not in LEVELS:
+        raise EngineError(f"libedgestill is not made for {machine()} (it is for {', '.join(LEVELS)})")
+    if not path.is_file():
+        raise EngineError("libedgestill is not compiled for this machine", HINT)
+    try:
+        library = ctypes.CDLL(str(path))
+        library.edgestill_check.restype = ctypes.c_char_p
+        library.edgestill_check.argtypes = (ctypes.c_void_p, _WORD, ctypes.POINTER(_WORD))
+        library.edgestill_run.restype = None
+        library.edgestill_run.argtypes = (ctypes.POINTER(_Run), _WORD, ctypes.c_int)
+    except (OSError, AttributeError) as error:
+        raise EngineError(f"libedgestill cannot be loaded: {error}", HINT) from error
+    if library.edgestill_level() == 0:
+        raise EngineError("this processor has no AVX2 and FMA, which libedgestill needs (x86-64-v3, since 2013)")
+    return library
+
+
+def open_runner(threads: int) -> Native:
+    """`threads` 0 means all cores. Errors: EngineError where the library does not work here."""
+    return Native(threads or len(os.sched_getaffinity(0)))
+
+
+class Native:
+    """Loads plans; its threads share the work of each kernel."""
+
+    allocate = staticmethod(allocate)
+
+    def __init__(self, threads: int) -> None:
+        _library()
+        self.threads = threads
+        self._pool = ThreadPoolExecutor(threads, "edgestill-native") if threads > 1 else None
+        self._lock = threading.Lock()
+
+    def load(self, path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> PlanProgram:
+        return PlanProgram(self, path, inputs, outputs)
+
+    def run(self, call: Callable[[int], None]) -> None:
+        """call(0) … call(threads − 1) at the same time."""
+        if self._pool is None:
+            call(0)
+            return
+
+        def lead() -> None:  # not in the caller's thread: an interrupt there would leave the others waiting
+            others = [self._pool.submit(call, thread) for thread in range(1, self.threads)]
+            call(0)
+            for other in others:
+                other.result()
+
+        with self._lock:
+            self._pool.submit(lead).result()
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+
+class PlanProgram:
+    """A plan that has been checked, and its memory."""
+
+    def __init__(
+        self, runner: Native, path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+    ) -> None:
+        data = np.fromfile(path, np.uint8)
+        self._plan = _aligned(data.nbytes)
+        self._plan[:] = data
+        call = _WORD()
+        if wrong := _library().edgestill_check(self._plan.ctypes.data, data.nbytes, ctypes.byref(call)):
+            where = f" (call {call.value})" if call.value >= 0 else ""
+            raise EngineError(f"{path.name}: {wrong.decode()}{where}", "export the bundle again")
+        head = self._plan[: 8 * HEAD_WORDS].view(np.int64)
+        bases, self._arena_bytes, self._scratch_bytes, self._constants = (int(head[i]) for i in (2, 3, 4, 7))
+        sizes = self._plan[8 * HEAD_WORDS : 8 * (HEAD_WORDS + 2 * bases)].view(np.int64)[4::2]
+        wanted = [spec.size_bytes for spec in (*inputs, *outputs)]
+        if [int(size) for size in sizes] != wanted:
+            raise EngineError(
+                f"{path.name} takes other tensors than the manifest says: {len(sizes)} of {int(sizes.sum())} bytes, "
+                f"not {len(wanted)} of {sum(wanted)}",
+                "export the bundle again",
+            )
+        self._runner, self._memory = runner, None
+
+    def bind(self, inputs: Arrays, outputs: Arrays) -> Callable[[], None]:
+        if self._memory is None:
+            try:
+                self._memory = _aligned(self._arena_bytes), _aligned(self._scratch_bytes * self._runner.threads)
+            except MemoryError as error:
+                raise EngineError(f"no memory for a plan of {self._arena_bytes} bytes") from error
+        arena, scratch = self._memory
+        constants = self._plan.ctypes.data + 8 * self._constants
+        given = [array.ctypes.data for array in (*inputs.values(), *outputs.values())]
+        bases = np.array([arena.ctypes.data, constants, *given], np.uint64)
+        state = _Run(self._plan.ctypes.data, bases.ctypes.data, scratch.ctypes.data, self._runner.threads, 0, 0)
+        level, plan = int(os.environ.get(LIMIT_VARIABLE, "4")), self._plan
+        held = (bases, arena, scratch, plan)
+
+        def call(thread: int) -> None:
+            _library().edgestill_run(ctypes.byref(state), thread, level)
+
+        def run(held: tuple = held) -> None:
+            self._runner.run(call)
+
+        return run
+
+    def close(self) -> None:
+        self._memory = None
+
+
+def _aligned(size: int) -> np.ndarray:
+    block = np.zeros(size + ALIGNMENT_BYTES, np.uint8)
+    start = -block.ctypes.data % ALIGNMENT_BYTES
+    return block[start : start + size]

@@ -1,0 +1,904 @@
+/* The kernels: each is a number of phases, each phase a number of tasks that write apart from one another.
+
+   How work is cut into tasks depends on the plan alone, and what is summed over several tasks is summed in their order.
+   So the bits are the same for any number of threads, any tile size and any width of the processor's vectors.
+*/
+#include "layout.h"
+
+#ifdef __x86_64__
+INLINE void pause_a_little(void) { __builtin_ia32_pause(); }
+INLINE void give_way(void) { /* sched_yield */
+  long result;
+  __asm__ volatile("syscall" : "=a"(result) : "a"(24L) : "rcx", "r11", "memory");
+}
+#else
+INLINE void pause_a_little(void) { __asm__ volatile("yield"); }
+INLINE void give_way(void) {
+  register long number __asm__("x8") = 124, result __asm__("x0");
+  __asm__ volatile("svc 0" : "=r"(result) : "r"(number) : "memory");
+}
+#endif
+
+#ifdef __AVX512F__
+#define ROWS 12
+#else
+#define ROWS 6
+#endif
+
+struct call {
+  const word *a;
+  char **bases;
+  char *scratch;
+};
+
+INLINE void *at(const struct call *c, int i) { return c->bases[c->a[i]] + c->a[i + 1]; }
+
+/* --- copy: [0,1] from, [2,3] to, item bytes, fill (bits), filled elements, rank, sizes, strides from, strides to ------
+   First the destination's `filled` elements, which lie together, take the fill; then the items move. */
+
+static word copy_tasks(const word *a, int phase) {
+  if (phase == 0) return parts_of(a[COPY_FILLED], 16384);
+  return a[COPY_SIZES];
+}
+
+INLINE void copy_items(char *to, const char *from, word n, word ts, word fs, word item) {
+  if (item == 4 && ts == 4 && fs == 4) {
+    word i = 0;
+    for (; i + LANES <= n; i += LANES) store((float *)to + i, load((const float *)from + i));
+    for (; i < n; i++) ((int32_t *)to)[i] = ((const int32_t *)from)[i];
+  } else if (item == 4)
+    for (word i = 0; i < n; i++) *(int32_t *)(to + i * ts) = *(const int32_t *)(from + i * fs);
+  else if (item == 8)
+    for (word i = 0; i < n; i++) *(int64_t *)(to + i * ts) = *(const int64_t *)(from + i * fs);
+  else
+    for (word i = 0; i < n; i++) to[i * ts] = from[i * fs];
+}
+
+static void copy_task(const struct call *c, int phase, word task) {
+  const word *a = c->a, *n = a + COPY_SIZES, *fs = a + COPY_FROM, *ts = a + COPY_TO, item = a[COPY_ITEM];
+  char *to = at(c, 2);
+  if (phase == 0) {
+    word stop = least((task + 1) * 16384, a[COPY_FILLED]);
+    for (word i = task * 16384; i < stop; i++)
+      if (item == 4) ((int32_t *)to)[i] = (int32_t)a[COPY_FILL];
+      else if (item == 8) ((int64_t *)to)[i] = a[COPY_FILL];
+      else to[i] = (char)a[COPY_FILL];
+    return;
+  }
+  const char *from = (const char *)at(c, 0) + task * fs[0];
+  to += task * ts[0];
+  for (word i = 0; i < n[1]; i++)
+    for (word j = 0; j < n[2]; j++) {
+      const char *f = from + i * fs[1] + j * fs[2];
+      char *t = to + i * ts[1] + j * ts[2];
+      if (item == 4 && fs[5] != 4 && fs[4] == 4 && n[3] == 1) { /* a transpose: in squares, that stay in the cache */
+        for (word y = 0; y < n[4]; y += 16)
+          for (word x = 0; x < n[5]; x += 16)
+            for (word yy = y; yy < least(y + 16, n[4]); yy++)
+              copy_items(t + yy * ts[4] + x * ts[5], f + yy * fs[4] + x * fs[5], least(16, n[5] - x), ts[5], fs[5], 4);
+        continue;
+      }
+      for (word k = 0; k < n[3]; k++)
+        for (word l = 0; l < n[4]; l++)
+          copy_items(t + k * ts[3] + l * ts[4], f + k * fs[3] + l * fs[4], n[5], ts[5], fs[5], item);
+    }
+}
+
+/* --- elementwise program: elements, sizes of 4 axes, loads, instructions, stores; then each load (base, offset, kind,
+   4 strides in elements), instruction (operator, to, a, b, c, number's bits), store (base, offset, register) ---------- */
+
+static word map_tasks(const word *a, int phase) { return parts_of(a[MAP_COUNT], MAP_TASK); }
+
+INLINE float as_float(const void *p, word i, word kind) {
+  return kind == FLOAT32 ? ((const float *)p)[i] : kind == UINT8 ? (float)((const uint8_t *)p)[i] : (float)((const int64_t *)p)[i];
+}
+
+static void fill_block(float *to, const void *from, const word *load, const word *sizes, word start, word count) {
+  const word *s = load + 3, kind = load[2];
+  word index[4], rest = start;
+  for (int d = 3; d >= 0; d--) index[d] = rest % sizes[d], rest /= sizes[d];
+  for (word done = 0; done < count;) {
+    word n = least(sizes[3] - index[3], count - done);
+    word p = index[0] * s[0] + index[1] * s[1] + index[2] * s[2] + index[3] * s[3];
+    if (kind == FLOAT32 && s[3] == 1) copy_items((char *)(to + done), (const char *)((const float *)from + p), n, 4, 4, 4);
+    else if (kind == FLOAT32 && s[3] == 0) for (word i = 0; i < n; i++) to[done + i] = ((const float *)from)[p];
+    else for (word i = 0; i < n; i++) to[done + i] = as_float(from, p + i * s[3], kind);
+    done += n;
+    index[3] += n;
+    for (int d = 3; d > 0 && index[d] == sizes[d]; d--) index[d] = 0, index[d - 1]++;
+  }
+}
+
+#define EACH(expression) for (word i = 0; i < n; i += LANES) { v16 x = load(a + i); (void)x; store(to + i, expression); } break
+#define PAIR(expression) for (word i = 0; i < n; i += LANES) { v16 x = load(a + i), y = load(b + i); store(to + i, expression); } break
+#define LANEWISE(function) for (word i = 0; i < n; i++) to[i] = function; break
+
+static void map_step(word operator, float *to, const float *a, const float *b, const float *c, float number, word n) {
+  const v16 one = all(1.f), zero = all(0.f);
+  switch (operator) {
+    case ADD: PAIR(x + y);
+    case SUBTRACT: PAIR(x - y);
+    case MULTIPLY: PAIR(x * y);
+    case DIVIDE: PAIR(x / y);
+    case MAXIMUM: PAIR(larger(x, y));
+    case MINIMUM: PAIR(smaller(x, y));
+    case GREATER: PAIR(choose(x > y, one, zero));
+    case GREATER_EQUAL: PAIR(choose(x >= y, one, zero));
+    case EQUAL: PAIR(choose(x == y, one, zero));
+    case MASKED: PAIR(choose(y != zero, x, zero));
+    case WHERE: for (word i = 0; i < n; i += LANES) store(to + i, choose(load(a + i) != zero, load(b + i), load(c + i))); break;
+    case MULTIPLY_ADD: for (word i = 0; i < n; i += LANES) store(to + i, fma(load(a + i), load(b + i), load(c + i))); break;
+    case RELU: EACH(choose((x > zero) | (x != x), x, zero));
+    case CLAMP_LOW: EACH(larger(x, all(number)));
+    case CLAMP_HIGH: EACH(smaller(x, all(number)));
+    case ABS: EACH(absolute(x));
+    case EXP: EACH(exponential(x));
+    case LOG: EACH(logarithm(x));
+    case SQRT: EACH(square_root(x));
+    case RSQRT: EACH(one / square_root(x));
+    case ERF: EACH(error_function(x));
+    case TANH: EACH(hyperbolic_tangent(x));
+    case SIGMOID: EACH(sigmoid(x));
+    case SOFTPLUS: EACH(softplus(x));
+    case FLOOR: EACH(__builtin_elementwise_floor(x));
+    case NUMBER: EACH(all(number));
+    case POWER: LANEWISE(power(a[i], number));
+    case SIN: LANEWISE(turned(a[i], 0));
+    case COS: LANEWISE(turned(a[i], 1));
+    case ATAN: LANEWISE(arc_tangent(a[i]));
+  }
+}
+
+static void map_task(const struct call *c, int phase, word task) {
+  const word *a = c->a, *loads = a + MAP_BODY, *steps = loads + a[MAP_LOADS] * LOAD_WORDS;
+  const word *stores = steps + a[MAP_STEPS] * STEP_WORDS;
+  float *buffers = (float *)c->scratch;
+  const float *registers[REGISTERS];
+  word first = task * MAP_TASK, stop = least(first + MAP_TASK, a[MAP_COUNT]);
+  for (word start = first; start < stop; start += BLOCK) {
+    word n = least(BLOCK, stop - start), whole = (n + LANES - 1) / LANES * LANES;
+    for (word i = 0; i < REGISTERS; i++) registers[i] = buffers + i * BLOCK;
+    for (word i = 0; i < a[MAP_LOADS]; i++) {
+      const word *l = loads + i * LOAD_WORDS, *z = a + MAP_SIZES;
+      const char *from = c->bases[l[0]] + l[1];
+      int dense = l[2] == FLOAT32 && l[6] == 1 && l[5] == z[3] && l[4] == z[2] * z[3] && l[3] == z[1] * z[2] * z[3];
+      int same = !(l[3] | l[4] | l[5]) && (!l[6] || (l[6] == 1 && BLOCK % z[3] == 0)) && start > first;
+      if (dense && n == whole) registers[i] = (const float *)from + start;
+      else if (!same) fill_block(buffers + i * BLOCK, from, l, z, start, n);
+    }
+    for (word i = 0; i < a[MAP_STEPS]; i++) {
+      const word *s = steps + i * STEP_WORDS;
+      union { int32_t i; float f; } number = {(int32_t)s[5]};
+      registers[s[1]] = buffers + s[1] * BLOCK;
+      map_step(s[0], buffers + s[1] * BLOCK, registers[s[2]], registers[s[3]], registers[s[4]], number.f, whole);
+    }
+    for (word i = 0; i < a[MAP_STORES]; i++) {
+      const word *s = stores + i * STORE_WORDS;
+      copy_items(c->bases[s[0]] + s[1] + 4 * start, (const char *)registers[s[2]], n, 4, 4, 4);
+    }
+  }
+}
+
+/* --- reduce: [0,1] from, [2,3] to, [4,5] partial results, maximum?, outer, reduced, inner ---------------------------- */
+
+
+static word reduce_tasks(const word *a, int phase) {
+  if (phase == 0) return a[REDUCE_OUTER] * reduce_parts(a);
+  return parts_of(a[REDUCE_OUTER] * a[REDUCE_INNER], 1024);
+}
+
+INLINE float joined(float x, float y, word maximum) { return !maximum ? x + y : y > x || y != y ? y : x; }
+
+static void reduce_task(const struct call *c, int phase, word task) {
+  const word *a = c->a, maximum = a[REDUCE_MAX], size = a[REDUCE_SIZE], inner = a[REDUCE_INNER], parts = reduce_parts(a);
+  float *partial = at(c, 4);
+  if (phase == 0) {
+    word outer = task / parts, part = task % parts;
+    const float *from = (const float *)at(c, 0) + outer * size * inner;
+    float *to = partial + task * inner;
+    if (inner == 1) {
+      word i = part * 4096, stop = least(i + 4096, size);
+      v16 total = maximum ? all(from[i]) : all(0.f);
+      for (; i + LANES <= stop; i += LANES) total = maximum ? larger(total, load(from + i)) : total + load(from + i);
+      for (int lane = 0; i < stop; i++, lane++) total[lane] = joined(total[lane], from[i], maximum);
+      *to = maximum ? max_of(total) : sum_of(total);
+      return;
+    }
+    word i = part * REDUCE_PART, stop = least(i + REDUCE_PART, size), j = 0;
+    for (; j + LANES <= inner; j += LANES) {
+      v16 total = load(from + i * inner + j);
+      for (word k = i + 1; k < stop; k++) {
+        v16 x = load(from + k * inner + j);
+        total = maximum ? larger(total, x) : total + x;
+      }
+      store(to + j, total);
+    }
+    for (; j < inner; j++) {
+      float total = from[i * inner + j];
+      for (word k = i + 1; k < stop; k++) total = joined(total, from[k * inner + j], maximum);
+      to[j] = total;
+    }
+    return;
+  }
+  float *to = at(c, 2);
+  for (word i = task * 1024; i < least((task + 1) * 1024, a[REDUCE_OUTER] * inner); i++) {
+    const float *p = partial + i / inner * parts * inner + i % inner;
+    float total = p[0];
+    for (word k = 1; k < parts; k++) total = joined(total, p[k * inner], maximum);
+    to[i] = total;
+  }
+}
+
+/* --- products: panels of the right side, 16 columns wide, are packed first; then each task makes a piece of the result */
+INLINE void multiply_run(v16 *total, const float *const *rows, word stride, const float *panel, word n, int count) {
+  for (word k = 0; k < n; k++) {
+    v16 b = load(panel + k * LANES);
+    for (int m = 0; m < ROWS; m++) total[m] = fma(all(rows[m][k * stride]), b, total[m]);
+  }
+}
+
+/* adds n products to each row's sum, RUN at a time */
+INLINE void multiply_rows(v16 *total, const float *const *rows, word stride, const float *panel, word n) {
+  const float *p[ROWS];
+  for (int m = 0; m < ROWS; m++) p[m] = rows[m];
+  for (word k = 0; k < n; k += RUN) {
+    v16 part[ROWS];
+    for (int m = 0; m < ROWS; m++) part[m] = all(0.f);
+    multiply_run(part, p, stride, panel + k * LANES, least(RUN, n - k), ROWS);
+    for (int m = 0; m < ROWS; m++) total[m] += part[m], p[m] += RUN * stride;
+  }
+}
+
+INLINE v16 load_part(const float *from, word n) {
+  if (n >= LANES) return load(from);
+  v16 x = all(0.f);
+  for (word i = 0; i < n; i++) x[i] = from[i];
+  return x;
+}
+
+INLINE void store_part(float *to, v16 x, word n, word stride) {
+  if (n >= LANES && stride == 1) store(to, x);
+  else for (word i = 0; i < least(n, LANES); i++) to[i * stride] = x[i];
+}
+
+/* matrix product: [0,1] a, [2,3] b, [4,5] to, [6,7] packed, batches, m, n, k; strides of a (batch, row, k), of b (batch,
+   k, column) in elements; panels a task */
+
+
+static word product_tasks(const word *a, int phase) {
+  word panels = panels_of(a[PRODUCT_N]), batches = a[PRODUCT_B] ? a[PRODUCT_BATCHES] : 1;
+  if (phase == 0) return batches * panels;
+  return a[PRODUCT_BATCHES] * parts_of(a[PRODUCT_M], TASK_ROWS) * parts_of(panels, a[PRODUCT_PANELS]);
+}
+
+static void product_task(const struct call *c, int phase, word task) {
+  const word *a = c->a, m = a[PRODUCT_M], n = a[PRODUCT_N], k = a[PRODUCT_K], panels = panels_of(n);
+  float *packed = at(c, 6);
+  if (phase == 0) {
+    word batch = task / panels, column = task % panels * LANES, width = least(LANES, n - column);
+    const float *b = (const float *)at(c, 2) + batch * a[PRODUCT_B] + column * a[PRODUCT_B + 2];
+    word ks = a[PRODUCT_B + 1], cs = a[PRODUCT_B + 2];
+    float *to = packed + task * k * LANES;
+    for (word i = 0; i < k; i++, to += LANES)
+      if (cs == 1 && width == LANES) store(to, load(b + i * ks));
+      else for (word j = 0; j < LANES; j++) to[j] = j < width ? b[i * ks + j * cs] : 0;
+    return;
+  }
+  word groups = parts_of(panels, a[PRODUCT_PANELS]), pieces = parts_of(m, TASK_ROWS);
+  word group = task % groups, piece = task / groups % pieces, batch = task / groups / pieces;
+  const float *left = (const float *)at(c, 0) + batch * a[PRODUCT_A];
+  const float *right = packed + (a[PRODUCT_B] ? batch : 0) * panels * k * LANES;
+  float *to = (float *)at(c, 4) + batch * m * n;
+  word stop = least((piece + 1) * TASK_ROWS, m);
+  for (word p = group * a[PRODUCT_PANELS]; p < least((group + 1) * a[PRODUCT_PANELS], panels); p++)
+    for (word i = piece * TASK_ROWS; i < stop; i += ROWS) {
+      const float *rows[ROWS];
+      v16 total[ROWS];
+      for (int r = 0; r < ROWS; r++) rows[r] = left + least(i + r, stop - 1) * a[PRODUCT_A + 1], total[r] = all(0.f);
+      multiply_rows(total, rows, a[PRODUCT_A + 2], right + p * k * LANES, k);
+      for (int r = 0; r < ROWS && i + r < stop; r++) store_part(to + (i + r) * n + p * LANES, total[r], n - p * LANES, 1);
+    }
+}
+
+/* --- convolution of images [N, H, W, C], and its adjoints -------------------------------------------------------------
+   [0,1] x, [2,3] weight, [4,5] to, [6,7] bias (base −1: none), [8,9] packed; then N, H, W, C of x, height, width and
+   channels of the result; kernel h, w; stride h, w; padding top, left; dilation h, w; groups; strides of the weight by
+   output channel, input channel, row, column. For the adjoint x is dy, and a result's pixel takes those pixels of dy
+   whose windows hold it. */
+
+static word conv_tasks(const word *a, int phase) {
+  word panels = a[CONV_GROUPS] * panels_of(a[CONV_O] / a[CONV_GROUPS]);
+  if (phase == 0) return panels;
+  return parts_of(a[CONV_N] * a[CONV_OH] * a[CONV_OW], TASK_ROWS);
+}
+
+/* the pixel of x under tap (i, j) of the result's pixel, or none */
+INLINE const float *tap(const word *a, const float *x, word image, word row, word column, word i, word j) {
+  word y, z;
+  if (!a[CONV_ADJOINT]) {
+    y = row * a[CONV_SH] + i * a[CONV_DH] - a[CONV_TOP];
+    z = column * a[CONV_SW] + j * a[CONV_DW] - a[CONV_LEFT];
+  } else {
+    y = row + a[CONV_TOP] - i * a[CONV_DH];
+    z = column + a[CONV_LEFT] - j * a[CONV_DW];
+    if (y < 0 || z < 0 || y % a[CONV_SH] || z % a[CONV_SW]) return 0;
+    y /= a[CONV_SH], z /= a[CONV_SW];
+  }
+  if (y < 0 || z < 0 || y >= a[CONV_H] || z >= a[CONV_W]) return 0;
+  return x + ((image * a[CONV_H] + y) * a[CONV_W] + z) * a[CONV_C];
+}
+
+static void conv_task(const struct call *c, int phase, word task) {
+  const word *a = c->a, taps = a[CONV_KH] * a[CONV_KW], groups = a[CONV_GROUPS];
+  const word in = a[CONV_C] / groups, out = a[CONV_O] / groups, panels = panels_of(out), k = taps * in;
+  float *packed = at(c, 8);
+  if (phase == 0) { /* a panel: taps × input channels × 16 output channels */
+    const word *s = a + CONV_WEIGHT;
+    word group = task / panels, first = task % panels * LANES;
+    const float *w = (const float *)at(c, 2);
+    float *to = packed + task * k * LANES;
+    for (word t = 0; t < taps; t++)
+      for (word i = 0; i < in; i++, to += LANES)
+        for (word o = 0; o < LANES; o++) {
+          word from = a[CONV_ADJOINT] ? (group * in + i) * s[0] + (first + o) * s[1] : (group * out + first + o) * s[0] + i * s[1];
+          to[o] = first + o < out ? w[from + t / a[CONV_KW] * s[2] + t % a[CONV_KW] * s[3]] : 0;
+        }
+    return;
+  }
+  const float *x = at(c, 0), *bias = a[6] < 0 ? 0 : at(c, 6);
+  word pixels = a[CONV_N] * a[CONV_OH] * a[CONV_OW], start = task * TASK_ROWS, count = least(TASK_ROWS, pixels - start);
+  const float **under = (const float **)c->scratch; /* taps × TASK_ROWS */
+  float *gathered = (float *)(under + taps * TASK_ROWS), *none = gathered + (in < GATHERED ? TASK_ROWS * k : 0);
+  for (word i = 0; i < in; i++) none[i] = 0;
+  word places[TASK_ROWS];
+  /* of an adjoint, pixels that the same taps reach come one after the other */
+  int even = a[CONV_ADJOINT] && a[CONV_OH] % a[CONV_SH] == 0 && a[CONV_OW] % a[CONV_SW] == 0;
+  word down = even ? a[CONV_SH] : 1, across = even ? a[CONV_SW] : 1;
+  for (word r = 0; r < TASK_ROWS; r++) {
+    word p = start + least(r, count - 1), columns = a[CONV_OW] / across, rows = a[CONV_OH] / down;
+    word column = p % columns, row = p / columns % rows, phase = p / columns / rows % (down * across), image = p / columns / rows / (down * across);
+    column = column * across + phase % across, row = row * down + phase / across;
+    places[r] = ((image * a[CONV_OH] + row) * a[CONV_OW] + column) * a[CONV_O];
+    for (word t = 0; t < taps; t++) under[t * TASK_ROWS + r] = tap(a, x, image, row, column, t / a[CONV_KW], t % a[CONV_KW]);
+  }
+  for (word group = 0; group < groups; group++) {
+    if (in < GATHERED)
+      for (word r = 0; r < TASK_ROWS; r++)
+        for (word t = 0; t < taps; t++) {
+          const float *from = under[t * TASK_ROWS + r];
+          float *to = gathered + r * k + t * in;
+          for (word i = 0; i < in; i++) to[i] = from ? from[group * in + i] : 0;
+        }
+    for (word p = 0; p < panels; p++) {
+      const float *panel = packed + (group * panels + p) * k * LANES;
+      word channel = group * out + p * LANES, width = least(LANES, out - p * LANES);
+      v16 offset = all(0.f);
+      if (bias) for (word o = 0; o < width; o++) offset[o] = bias[channel + o];
+      for (word r = 0; r < count; r += ROWS) {
+        const float *rows[ROWS];
+        v16 total[ROWS];
+        for (int m = 0; m < ROWS; m++) total[m] = offset;
+        if (in < GATHERED) {
+          for (int m = 0; m < ROWS; m++) rows[m] = gathered + (r + m) * k;
+          multiply_rows(total, rows, 1, panel, k);
+        } else
+          for (word t = 0; t < taps; t++) {
+            int some = 0;
+            for (int m = 0; m < ROWS; m++) {
+              const float *from = under[t * TASK_ROWS + r + m];
+              some |= from != 0;
+              rows[m] = from ? from + group * in : none;
+            }
+            if (some) multiply_rows(total, rows, 1, panel + t * in * LANES, in);
+          }
+        float *to = (float *)at(c, 4) + channel;
+        for (int m = 0; m < ROWS && r + m < count; m++) store_part(to + places[r + m], total[m], width, 1);
+      }
+    }
+  }
+}
+
+/* weight gradient: [0,1] x, [2,3] dy, [4,5] to, [6,7] unused, [8,9] partial results; the words of the convolution, whose
+   result is dy; then images a part. Partial results are [part, tap, input channel of the group, output channel]. */
+
+
+static word conv_grad_tasks(const word *a, int phase) {
+  word taps = a[CONV_KH] * a[CONV_KW], in = a[CONV_C] / a[CONV_GROUPS];
+  if (phase == 0) return grad_parts(a) * taps * parts_of(in, TASK_ROWS);
+  return taps * in;
+}
+
+static void conv_grad_task(const struct call *c, int phase, word task) {
+  const word *a = c->a, groups = a[CONV_GROUPS], in = a[CONV_C] / groups, out = a[CONV_O] / groups, outputs = a[CONV_O];
+  const word taps = a[CONV_KH] * a[CONV_KW], each = taps * in * outputs;
+  float *partial = at(c, 8);
+  if (phase == 1) {
+    word t = task / in, i = task % in;
+    const word *s = a + CONV_WEIGHT;
+    const float *from = partial + task * outputs;
+    float *to = (float *)at(c, 4) + i * s[1] + t / a[CONV_KW] * s[2] + t % a[CONV_KW] * s[3];
+    for (word o = 0; o < outputs; o++) {
+      float total = from[o];
+      for (word p = 1; p < grad_parts(a); p++) total += from[p * each + o];
+      to[o * s[0]] = total;
+    }
+    return;
+  }
+  word pieces = parts_of(in, TASK_ROWS), piece = task % pieces, t = task / pieces % taps, part = task / pieces / taps;
+  word i = t / a[CONV_KW], j = t % a[CONV_KW], first = part * a[GRAD_IMAGES], last = least(first + a[GRAD_IMAGES], a[CONV_N]);
+  /* the columns of dy whose windows hold a pixel of x under this tap */
+  word shift = j * a[CONV_DW] - a[CONV_LEFT], left = shift < 0 ? parts_of(-shift, a[CONV_SW]) : 0;
+  word right = a[CONV_W] - 1 - shift < 0 ? 0 : least(a[CONV_OW], (a[CONV_W] - 1 - shift) / a[CONV_SW] + 1);
+  for (word group = 0; group < groups; group++)
+    for (word channel = piece * TASK_ROWS; channel < least((piece + 1) * TASK_ROWS, in); channel += ROWS)
+      for (word o = 0; o < out; o += LANES) {
+        word width = least(LANES, out - o), height = least(ROWS, least((piece + 1) * TASK_ROWS, in) - channel);
+        v16 total[ROWS];
+        word offset[ROWS]; /* rows beyond the last channel repeat it */
+        for (int m = 0; m < ROWS; m++) total[m] = all(0.f), offset[m] = least(m, height - 1);
+        v16 sum[ROWS];
+        for (int m = 0; m < ROWS; m++) sum[m] = all(0.f);
+        word summed = 0;
+        for (word n = first; n < last; n++)
+          for (word row = 0; row < a[CONV_OH]; row++) {
+            word y = row * a[CONV_SH] + i * a[CONV_DH] - a[CONV_TOP];
+            if (y < 0 || y >= a[CONV_H] || left >= right) continue;
+            const float *x = (const float *)at(c, 0) + ((n * a[CONV_H] + y) * a[CONV_W] + left * a[CONV_SW] + shift) * a[CONV_C] + group * in + channel;
+            const float *dy = (const float *)at(c, 2) + ((n * a[CONV_OH] + row) * a[CONV_OW] + left) * outputs + group * out + o;
+            word step = a[CONV_SW] * a[CONV_C];
+            for (word q = left; q < right; q++, x += step, dy += outputs) {
+              v16 b = load_part(dy, width);
+              for (int m = 0; m < ROWS; m++) sum[m] = fma(all(x[offset[m]]), b, sum[m]);
+            }
+            if ((summed += right - left) < RUN / 4) continue;
+            for (int m = 0; m < ROWS; m++) total[m] += sum[m], sum[m] = all(0.f);
+            summed = 0;
+          }
+        for (int m = 0; m < ROWS; m++) total[m] += sum[m];
+        float *to = partial + part * each + (t * in + channel) * outputs + group * out + o;
+        for (int m = 0; m < height; m++) store_part(to + m * outputs, total[m], width, 1);
+      }
+}
+
+/* --- 3×3 convolutions of stride 1 by Winograd's F(4×4, 3×3) (Lavin and Gray 2016): the words of the convolution, tiles a
+   task. Packed: [spot, panel, input channel, 16]. The adjoint is the same with the kernel turned and swapped. ---------- */
+INLINE void transform_in(const v16 *d, v16 *o) { /* Bᵀ */
+  o[0] = fma(all(4.f), d[0], fma(all(-5.f), d[2], d[4]));
+  v16 p = fma(all(-4.f), d[2], d[4]), q = fma(all(-4.f), d[1], d[3]);
+  o[1] = p + q, o[2] = p - q;
+  v16 r = d[4] - d[2], t = all(2.f) * (d[3] - d[1]);
+  o[3] = r + t, o[4] = r - t;
+  o[5] = fma(all(4.f), d[1], fma(all(-5.f), d[3], d[5]));
+}
+INLINE void transform_out(const v16 *m, v16 *y) { /* Aᵀ */
+  v16 s = m[1] + m[2], d = m[1] - m[2], s2 = m[3] + m[4], d2 = m[3] - m[4];
+  y[0] = m[0] + s + s2, y[1] = fma(all(2.f), d2, d), y[2] = fma(all(4.f), s2, s), y[3] = fma(all(8.f), d2, d) + m[5];
+}
+INLINE void transform_back(const v16 *y, v16 *m) { /* A */
+  v16 e = y[0] + y[2], o = y[1] + y[3];
+  m[0] = y[0], m[1] = e + o, m[2] = e - o;
+  v16 e2 = fma(all(4.f), y[2], y[0]), o2 = fma(all(8.f), y[3], all(2.f) * y[1]);
+  m[3] = e2 + o2, m[4] = e2 - o2, m[5] = y[3];
+}
+static const float G[6][3] = {{.25f, 0, 0}, {-1 / 6.f, -1 / 6.f, -1 / 6.f}, {-1 / 6.f, 1 / 6.f, -1 / 6.f}, {1 / 24.f, 1 / 12.f, 1 / 6.f}, {1 / 24.f, -1 / 12.f, 1 / 6.f}, {0, 0, 1}};
+
+/* image, row and column of a tile's first pixel in the result */
+INLINE void place_of(const word *a, word tile, word *at) {
+  word across = parts_of(a[CONV_OW], 4), down = parts_of(a[CONV_OH], 4);
+  at[2] = tile % across * 4, at[1] = tile / across % down * 4, at[0] = tile / across / down;
+}
+INLINE v16 pixel(const float *x, const word *at, word height, word width, word channels, word k, word n) {
+  if (at[1] < 0 || at[2] < 0 || at[1] >= height || at[2] >= width) return all(0.f);
+  return load_part(x + ((at[0] * height + at[1]) * width + at[2]) * channels + k, n);
+}
+/* 16 channels of the 6×6 pixels of x under a tile, transformed, to spots that lie `apart` */
+INLINE void tile_in(const word *a, const float *x, word tile, word k, float *to, word apart, word top, word left) {
+  word n = least(LANES, a[CONV_C] - k), at[3], here[3];
+  v16 q[6][6], u[6], r[6];
+  place_of(a, tile, at);
+  here[0] = at[0];
+  for (int j = 0; j < 6; j++) {
+    for (int i = 0; i < 6; i++) {
+      here[1] = at[1] + i - top, here[2] = at[2] + j - left;
+      u[i] = pixel(x, here, a[CONV_H], a[CONV_W], a[CONV_C], k, n);
+    }
+    transform_in(u, r);
+    for (int i = 0; i < 6; i++) q[i][j] = r[i];
+  }
+  for (int i = 0; i < 6; i++) {
+    transform_in(q[i], r);
+    for (int j = 0; j < 6; j++) store_part(to + (i * 6 + j) * apart, r[j], n, 1);
+  }
+}
+
+static word winograd_tasks(const word *a, int phase) {
+  return phase == 0 ? panels_of(a[CONV_O]) : parts_of(tiles_of(a), a[WINOGRAD_TILES]);
+}
+
+static void winograd_task(const struct call *c, int phase, word task) {
+  const word *a = c->a, in = a[CONV_C], out = a[CONV_O], panels = panels_of(out), adjoint = a[CONV_ADJOINT];
+  float *packed = at(c, 8);
+  if (phase == 0) {
+    const word *s = a + CONV_WEIGHT;
+    const float *w = (const float *)at(c, 2);
+    for (word i = 0; i < in; i++) {
+      v16 t[6][3], taps[9];
+      for (int tap = 0; tap < 9; tap++) {
+        word row = adjoint ? 2 - tap / 3 : tap / 3, column = adjoint ? 2 - tap % 3 : tap % 3;
+        taps[tap] = all(0.f);
+        for (word o = 0; o < least(LANES, out - task * LANES); o++) {
+          word channel = task * LANES + o;
+          taps[tap][o] = w[(adjoint ? i * s[0] + channel * s[1] : channel * s[0] + i * s[1]) + row * s[2] + column * s[3]];
+        }
+      }
+      for (int r = 0; r < 6; r++)
+        for (int x = 0; x < 3; x++) t[r][x] = fma(all(G[r][2]), taps[6 + x], fma(all(G[r][1]), taps[3 + x], all(G[r][0]) * taps[x]));
+      for (int r = 0; r < 6; r++)
+        for (int q = 0; q < 6; q++)
+          store(packed + (((r * 6 + q) * panels + task) * in + i) * LANES, fma(all(G[q][2]), t[r][2], fma(all(G[q][1]), t[r][1], all(G[q][0]) * t[r][0])));
+    }
+    return;
+  }
+  word tiles = a[WINOGRAD_TILES], first = task * tiles, count = least(tiles, tiles_of(a) - first);
+  float *v = (float *)c->scratch, *m = v + SPOTS * tiles * in; /* [spot, tile, channel] and [spot, tile, panel, 16] */
+  word top = adjoint ? 2 - a[CONV_TOP] : a[CONV_TOP], left = adjoint ? 2 - a[CONV_LEFT] : a[CONV_LEFT];
+  for (word t = 0; t < count; t++)
+    for (word k = 0; k < in; k += LANES) tile_in(a, at(c, 0), first + t, k, v + t * in + k, tiles * in, top, left);
+  for (word spot = 0; spot < SPOTS; spot++)
+    for (word p = 0; p < panels; p++)
+      for (word t = 0; t < count; t += ROWS) {
+        const float *rows[ROWS];
+        v16 total[ROWS];
+        for (int r = 0; r < ROWS; r++) rows[r] = v + (spot * tiles + least(t + r, count - 1)) * in, total[r] = all(0.f);
+        multiply_rows(total, rows, 1, packed + (spot * panels + p) * in * LANES, in);
+        for (int r = 0; r < ROWS && t + r < count; r++) store(m + ((spot * tiles + t + r) * panels + p) * LANES, total[r]);
+      }
+  const float *bias = a[6] < 0 ? 0 : at(c, 6);
+  for (word t = 0; t < count; t++)
+    for (word p = 0; p < panels; p++) {
+      word n = least(LANES, out - p * LANES), at_[3];
+      v16 q[4][6], u[6], r[4], offset = bias ? load_part(bias + p * LANES, n) : all(0.f);
+      place_of(a, first + t, at_);
+      for (int j = 0; j < 6; j++) {
+        for (int i = 0; i < 6; i++) u[i] = load(m + (((i * 6 + j) * tiles + t) * panels + p) * LANES);
+        transform_out(u, r);
+        for (int i = 0; i < 4; i++) q[i][j] = r[i];
+      }
+      for (int i = 0; i < 4 && at_[1] + i < a[CONV_OH]; i++) {
+        transform_out(q[i], r);
+        float *to = (float *)at(c, 4) + ((at_[0] * a[CONV_OH] + at_[1] + i) * a[CONV_OW] + at_[2]) * out + p * LANES;
+        for (int j = 0; j < 4 && at_[2] + j < a[CONV_OW]; j++) store_part(to + j * out, r[j] + offset, n, 1);
+      }
+    }
+}
+
+/* its weight gradient: [8,9] holds x's tiles [spot, tile, channel], those of dy [spot, panel, tile, 16] and the gradient of
+   the transformed weight [spot, channel, panel, 16], one after the other */
+static word winograd_grad_tasks(const word *a, int phase) {
+  if (phase == 0) return parts_of(tiles_of(a), 8);
+  return phase == 1 ? SPOTS * parts_of(a[CONV_C], TASK_ROWS) : a[CONV_C];
+}
+
+static void winograd_grad_task(const struct call *c, int phase, word task) {
+  const word *a = c->a, in = a[CONV_C], out = a[CONV_O], panels = panels_of(out), tiles = tiles_of(a);
+  float *v = at(c, 8), *m = v + SPOTS * tiles * in, *g = m + SPOTS * tiles * panels * LANES;
+  if (phase == 0) {
+    for (word t = task * 8; t < least(task * 8 + 8, tiles); t++) {
+      word at_[3], here[3];
+      for (word k = 0; k < in; k += LANES) tile_in(a, at(c, 0), t, k, v + t * in + k, tiles * in, a[CONV_TOP], a[CONV_LEFT]);
+      place_of(a, t, at_);
+      here[0] = at_[0];
+      for (word p = 0; p < panels; p++) {
+        v16 q[6][4], u[4], r[6];
+        for (int j = 0; j < 4; j++) {
+          for (int i = 0; i < 4; i++) {
+            here[1] = at_[1] + i, here[2] = at_[2] + j;
+            u[i] = pixel(at(c, 2), here, a[CONV_OH], a[CONV_OW], out, p * LANES, least(LANES, out - p * LANES));
+          }
+          transform_back(u, r);
+          for (int i = 0; i < 6; i++) q[i][j] = r[i];
+        }
+        for (int i = 0; i < 6; i++) {
+          transform_back(q[i], r);
+          for (int j = 0; j < 6; j++) store(m + (((i * 6 + j) * panels + p) * tiles + t) * LANES, r[j]);
+        }
+      }
+    }
+  } else if (phase == 1) {
+    word pieces = parts_of(in, TASK_ROWS), spot = task / pieces, channel = task % pieces * TASK_ROWS, stop = least(channel + TASK_ROWS, in);
+    for (word p = 0; p < panels; p++)
+      for (word i = channel; i < stop; i += ROWS) {
+        const float *rows[ROWS];
+        v16 total[ROWS];
+        for (int r = 0; r < ROWS; r++) rows[r] = v + spot * tiles * in + least(i + r, stop - 1), total[r] = all(0.f);
+        multiply_rows(total, rows, in, m + (spot * panels + p) * tiles * LANES, tiles);
+        for (int r = 0; r < ROWS && i + r < stop; r++) store(g + ((spot * in + i + r) * panels + p) * LANES, total[r]);
+      }
+  } else {
+    const word *s = a + CONV_WEIGHT;
+    for (word p = 0; p < panels; p++) {
+      v16 t[3][6];
+      for (int y = 0; y < 3; y++)
+        for (int j = 0; j < 6; j++) {
+          t[y][j] = all(0.f);
+          for (int i = 0; i < 6; i++) t[y][j] = fma(all(G[i][y]), load(g + (((i * 6 + j) * in + task) * panels + p) * LANES), t[y][j]);
+        }
+      for (int y = 0; y < 3; y++)
+        for (int x = 0; x < 3; x++) {
+          v16 z = all(0.f);
+          for (int j = 0; j < 6; j++) z = fma(all(G[j][x]), t[y][j], z);
+          store_part((float *)at(c, 4) + p * LANES * s[0] + task * s[1] + y * s[2] + x * s[3], z, out - p * LANES, s[0]);
+        }
+    }
+  }
+}
+
+/* --- depthwise convolution (groups = channels): the words of the convolution; what = 0 forward, 1 adjoint, 2 weight ---- */
+
+static word depthwise_tasks(const word *a, int phase) {
+  if (a[DEPTH_WHAT] == 2) return phase == 0 ? parts_of(a[CONV_N], a[DEPTH_IMAGES]) * a[CONV_KH] * a[CONV_KW] : a[CONV_KH] * a[CONV_KW];
+  return phase == 0 ? a[CONV_KH] * a[CONV_KW] : a[CONV_N] * a[CONV_OH];
+}
+
+static void depthwise_task(const struct call *c, int phase, word task) {
+  const word *a = c->a, taps = a[CONV_KH] * a[CONV_KW], channels = a[CONV_C], *s = a + CONV_WEIGHT;
+  float *packed = at(c, 8); /* [taps, channels]; of the weight gradient [parts, taps, channels] */
+  if (a[DEPTH_WHAT] == 2) {
+    if (phase == 1) {
+      float *to = (float *)at(c, 4) + task / a[CONV_KW] * s[2] + task % a[CONV_KW] * s[3];
+      for (word k = 0; k < channels; k++) {
+        float total = packed[task * channels + k];
+        for (word p = 1; p < parts_of(a[CONV_N], a[DEPTH_IMAGES]); p++) total += packed[(p * taps + task) * channels + k];
+        to[k * s[0]] = total;
+      }
+      return;
+    }
+    word t = task % taps, part = task / taps, i = t / a[CONV_KW], j = t % a[CONV_KW];
+    word first = part * a[DEPTH_IMAGES], last = least(first + a[DEPTH_IMAGES], a[CONV_N]);
+    word shift = j * a[CONV_DW] - a[CONV_LEFT], left = shift < 0 ? parts_of(-shift, a[CONV_SW]) : 0;
+    word right = a[CONV_W] - 1 - shift < 0 ? 0 : least(a[CONV_OW], (a[CONV_W] - 1 - shift) / a[CONV_SW] + 1);
+    for (word k = 0; k < channels; k += LANES) {
+      word width = least(LANES, channels - k);
+      v16 total = all(0.f);
+      for (word n = first; n < last; n++)
+        for (word row = 0; row < a[CONV_OH]; row++) {
+          word y = row * a[CONV_SH] + i * a[CONV_DH] - a[CONV_TOP];
+          if (y < 0 || y >= a[CONV_H] || left >= right) continue;
+          const float *x = (const float *)at(c, 0) + ((n * a[CONV_H] + y) * a[CONV_W] + left * a[CONV_SW] + shift) * channels + k;
+          const float *dy = (const float *)at(c, 2) + ((n * a[CONV_OH] + row) * a[CONV_OW] + left) * channels + k;
+          v16 sum = all(0.f);
+          for (word q = left; q < right; q++, x += a[CONV_SW] * channels, dy += channels)
+            if (width == LANES) sum = fma(load(x), load(dy), sum);
+            else for (word l = 0; l < width; l++) sum[l] = __builtin_fmaf(x[l], dy[l], sum[l]);
+          total += sum;
+        }
+      store_part(packed + task * channels + k, total, width, 1);
+    }
+    return;
+  }
+  if (phase == 0) {
+    const float *w = (const float *)at(c, 2) + task / a[CONV_KW] * s[2] + task % a[CONV_KW] * s[3];
+    for (word k = 0; k < channels; k++) packed[task * channels + k] = w[k * s[0]];
+    return;
+  }
+  const float *x = at(c, 0), *bias = a[6] < 0 ? 0 : at(c, 6);
+  word row = task % a[CONV_OH], image = task / a[CONV_OH];
+  const float **under = (const float **)c->scratch; /* of one pixel */
+  const float **weights = under + taps;
+  float *to = (float *)at(c, 4) + task * a[CONV_OW] * channels;
+  for (word column = 0; column < a[CONV_OW]; column++, to += channels) {
+    word some = 0;
+    for (word t = 0; t < taps; t++) {
+      const float *from = tap(a, x, image, row, column, t / a[CONV_KW], t % a[CONV_KW]);
+      if (from) under[some] = from, weights[some++] = packed + t * channels;
+    }
+    for (word k = 0; k < channels; k += LANES) {
+      word n = least(LANES, channels - k);
+      v16 total = bias ? load_part(bias + k, n) : all(0.f);
+      if (n == LANES) for (word t = 0; t < some; t++) total = fma(load(under[t] + k), load(weights[t] + k), total);
+      else for (word t = 0; t < some; t++) total = fma(load_part(under[t] + k, n), load_part(weights[t] + k, n), total);
+      store_part(to + k, total, n, 1);
+    }
+  }
+}
+
+/* --- pooling of images [N, H, W, C]: [0,1] x, [2,3] dy, [4,5] to, then the words of the convolution; what = 0 largest,
+   1 its gradient (to the first largest of a window), 2 mean, 3 its gradient ------------------------------------------ */
+
+static word pool_tasks(const word *a, int phase) { return a[POOL_WHAT] & 1 ? a[CONV_N] * panels_of(a[CONV_C]) : a[CONV_N] * a[CONV_OH]; }
+
+static void pool_task(const struct call *c, int phase, word task) {
+  const word *a = c->a, channels = a[CONV_C], taps = a[CONV_KH] * a[CONV_KW], backward = a[POOL_WHAT] & 1, mean = a[POOL_WHAT] & 2;
+  const word images = a[CONV_H] * a[CONV_W] * channels;
+  word image = backward ? task / panels_of(channels) : task / a[CONV_OH];
+  word k0 = backward ? task % panels_of(channels) * LANES : 0, k1 = backward ? least(k0 + LANES, channels) : channels;
+  const float *x = (const float *)at(c, 0), share = 1.f / (float)taps;
+  float *to = at(c, 4);
+  if (backward)
+    for (word p = 0; p < a[CONV_H] * a[CONV_W]; p++)
+      for (word k = k0; k < k1; k++) to[image * images + p * channels + k] = 0;
+  word start = backward ? 0 : task % a[CONV_OH], stop = backward ? a[CONV_OH] : start + 1;
+  for (word row = start; row < stop; row++)
+    for (word column = 0; column < a[CONV_OW]; column++) {
+      word result = ((image * a[CONV_OH] + row) * a[CONV_OW] + column) * channels;
+      for (word k = k0; k < k1; k += LANES) {
+        word width = least(LANES, k1 - k);
+        v16 best = all(mean ? 0.f : -__builtin_inff());
+        i16 where = (i16){} - 1;
+        if (!(backward && mean))
+          for (word t = 0; t < taps; t++) {
+            const float *from = tap(a, x, image, row, column, t / a[CONV_KW], t % a[CONV_KW]);
+            if (!from) continue;
+            v16 value = all(0.f);
+            if (width == LANES) value = load(from + k);
+            else for (word l = 0; l < width; l++) value[l] = from[k + l];
+            if (mean) { best += value; continue; }
+            i16 above = (value > best) | (value != value) | (where < 0);
+            best = choose(above, value, best);
+            where = (where & ~above) | (((i16){} + (int32_t)t) & above);
+          }
+        if (!backward) {
+          store_part(to + result + k, mean ? best * all(share) : best, width, 1);
+          continue;
+        }
+        const float *dy = (const float *)at(c, 2) + result + k;
+        for (word t = 0; t < taps; t++) {
+          const float *from = tap(a, to, image, row, column, t / a[CONV_KW], t % a[CONV_KW]);
+          if (!from) continue;
+          float *p = (float *)from + k;
+          if (width == LANES) {
+            v16 d = mean ? load(dy) * all(share) : choose(where == (int32_t)t, load(dy), all(0.f));
+            store(p, load(p) + d);
+          } else
+            for (word l = 0; l < width; l++) p[l] += mean ? dy[l] * share : where[l] == t ? dy[l] : 0;
+        }
+      }
+    }
+}
+
+/* --- rows [n, size]: [0,1] from, [2,3] to, [4,5] second result, what, rows, size, number -------------------------------- */
+
+static word rows_tasks(const word *a, int phase) { return parts_of(a[ROWS_COUNT], 8); }
+
+static float row_sum(const float *x, word n) {
+  v16 total = all(0.f);
+  word i = 0;
+  for (; i + LANES <= n; i += LANES) total += load(x + i);
+  for (int lane = 0; i < n; i++, lane++) total[lane] += x[i];
+  return sum_of(total);
+}
+
+static void rows_task(const struct call *c, int phase, word task) {
+  const word *a = c->a, n = a[ROWS_SIZE], what = a[ROWS_WHAT];
+  union { int32_t i; float f; } number = {(int32_t)a[ROWS_NUMBER]};
+  for (word row = task * 8; row < least((task + 1) * 8, a[ROWS_COUNT]); row++) {
+    const float *x = (const float *)at(c, 0) + row * n;
+    float *y = (float *)at(c, 2) + row * n;
+    if (what == STANDARDIZE) {
+      float mean = row_sum(x, n) / (float)n;
+      v16 squares = all(0.f);
+      word i = 0;
+      for (; i + LANES <= n; i += LANES) { v16 d = load(x + i) - all(mean); squares = fma(d, d, squares); }
+      for (int lane = 0; i < n; i++, lane++) { float d = x[i] - mean; squares[lane] = __builtin_fmaf(d, d, squares[lane]); }
+      float inverse = 1.f / __builtin_elementwise_sqrt(sum_of(squares) / (float)n + number.f);
+      for (i = 0; i < n; i++) y[i] = (x[i] - mean) * inverse;
+      ((float *)at(c, 4))[row] = inverse;
+      continue;
+    }
+    float top = x[0];
+    for (word i = 1; i < n; i++) top = x[i] > top || x[i] != x[i] ? x[i] : top;
+    v16 total = all(0.f);
+    for (word i = 0; i < n; i += LANES) {
+      v16 v = all(-__builtin_inff());
+      word width = least(LANES, n - i);
+      if (width == LANES) v = load(x + i);
+      else for (word l = 0; l < width; l++) v[l] = x[i + l];
+      v16 shifted = v - all(top), e = exponential(shifted);
+      total += e;
+      store_part(y + i, what == SOFTMAX ? e : shifted, width, 1);
+    }
+    float sum = sum_of(total), share = 1.f / sum;
+    if (what == LOG_SOFTMAX) share = logarithm(all(sum))[0];
+    for (word i = 0; i < n; i++) y[i] = what == SOFTMAX ? y[i] * share : y[i] - share;
+  }
+}
+
+/* --- indexed: [0,1] x, [2,3] index (int64), [4,5] to, what, outer, size along the axis, indices, inner ------------------ */
+
+static word index_tasks(const word *a, int phase) {
+  switch (a[INDEX_WHAT]) {
+    case GATHER: return a[INDEX_OUTER] * a[INDEX_COUNT];
+    case SCATTER_ADD: return a[INDEX_OUTER] * parts_of(a[INDEX_INNER], 64);
+    case ARGMAX: return a[INDEX_OUTER];
+    default: return parts_of(a[INDEX_COUNT], 1024);
+  }
+}
+
+static void index_task(const struct call *c, int phase, word task) {
+  const word *a = c->a, size = a[INDEX_SIZE], count = a[INDEX_COUNT], inner = a[INDEX_INNER];
+  const float *x = at(c, 0);
+  const int64_t *index = a[INDEX_WHAT] == ARGMAX || a[INDEX_WHAT] == TO_INTEGER ? 0 : at(c, 2);
+  switch (a[INDEX_WHAT]) {
+    case GATHER: {
+      word i = index[task % count];
+      i += i < 0 ? size : 0;
+      float *to = (float *)at(c, 4) + task * inner;
+      if (i < 0 || i >= size) for (word k = 0; k < inner; k++) to[k] = __builtin_nanf("");
+      else copy_items((char *)to, (const char *)(x + (task / count * size + i) * inner), inner, 4, 4, 4);
+      return;
+    }
+    case SCATTER_ADD: {
+      word parts = parts_of(inner, 64), outer = task / parts, k0 = task % parts * 64, k1 = least(k0 + 64, inner);
+      float *to = (float *)at(c, 4) + outer * size * inner;
+      for (word i = 0; i < size; i++) for (word k = k0; k < k1; k++) to[i * inner + k] = 0;
+      for (word j = 0; j < count; j++) {
+        word i = index[j] + (index[j] < 0 ? size : 0);
+        if (i >= 0 && i < size) for (word k = k0; k < k1; k++) to[i * inner + k] += x[(outer * count + j) * inner + k];
+      }
+      return;
+    }
+    case ARGMAX: {
+      int64_t *to = (int64_t *)at(c, 4) + task * inner;
+      for (word k = 0; k < inner; k++) {
+        const float *p = x + task * size * inner + k;
+        word best = 0;
+        for (word i = 1; i < size; i++)
+          if (p[i * inner] > p[best * inner] || (p[i * inner] != p[i * inner] && p[best * inner] == p[best * inner])) best = i;
+        to[k] = best;
+      }
+      return;
+    }
+    case ONE_HOT:
+      for (word i = task * 1024; i < least((task + 1) * 1024, count); i++)
+        for (word k = 0; k < size; k++) ((float *)at(c, 4))[i * size + k] = index[i] == k ? 1 : 0;
+      return;
+    case TO_INTEGER:
+      for (word i = task * 1024; i < least((task + 1) * 1024, count); i++)
+        ((int64_t *)at(c, 4))[i] = x[i] > -9e18f && x[i] < 9e18f ? (int64_t)x[i] : 0;
+      return;
+  }
+}
+
+/* --- all kernels ------------------------------------------------------------------------------------------------------ */
+struct kernel {
+  int phases;
+  word (*tasks)(const word *, int);
+  void (*task)(const struct call *, int, word);
+};
+
+static const struct kernel KERNELS[] = { /* the order of export/targets/native */
+  {2, copy_tasks, copy_task}, {1, map_tasks, map_task}, {2, reduce_tasks, reduce_task},
+  {2, product_tasks, product_task}, {2, conv_tasks, conv_task}, {2, conv_grad_tasks, conv_grad_task},
+  {2, depthwise_tasks, depthwise_task}, {1, pool_tasks, pool_task}, {1, rows_tasks, rows_task},
+  {1, index_tasks, index_task}, {2, winograd_tasks, winograd_task}, {3, winograd_grad_tasks, winograd_grad_task},
+};
+
+/* All threads of a run meet here; the last one to arrive lets the others go. */
+static void meet(struct run *run) {
+  if (run->threads == 1) return;
+  word generation = __atomic_load_n(&run->generation, __ATOMIC_ACQUIRE);
+  if (__atomic_add_fetch(&run->arrived, 1, __ATOMIC_ACQ_REL) == run->threads) {
+    __atomic_store_n(&run->arrived, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&run->generation, generation + 1, __ATOMIC_RELEASE);
+    return;
+  }
+  for (word tries = 0; __atomic_load_n(&run->generation, __ATOMIC_ACQUIRE) == generation; tries++)
+    if (tries > 4096) give_way();
+    else pause_a_little();
+}
+
+void RUN_PLAN(struct run *run, word thread) {
+  const word *plan = run->plan, *next = plan + sizeof(struct plan) / sizeof(word) + 2 * plan[2];
+  struct call call = {0, run->bases, run->scratch + thread * plan[4]};
+  for (word i = 0; i < plan[5]; i++, next += 2 + next[1]) {
+    const struct kernel *kernel = KERNELS + next[0];
+    call.a = next + 2;
+    for (int phase = 0; phase < kernel->phases; phase++) {
+      word tasks = kernel->tasks(call.a, phase);
+      if (!tasks) continue;
+      for (word task = tasks * thread / run->threads; task < tasks * (thread + 1) / run->threads; task++)
+        kernel->task(&call, phase, task);
+      meet(run);
+    }
+  }
+}

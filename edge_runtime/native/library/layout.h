@@ -1,0 +1,35 @@
+/* The words of each kernel's call, in order, and how its work is cut: what kernels.c runs and check.c checks. */
+#pragma once
+#include "plan.h"
+#include "vectors.h"
+
+#define TASK_ROWS 96 /* a multiple of every ROWS */
+#define RUN 256      /* so many products are summed before they join the total: the error grows with RUN, not with K */
+#define BLOCK 256    /* elements of an elementwise program at a time */
+enum { COPY_ITEM = 4, COPY_FILL, COPY_FILLED, COPY_RANK, COPY_SIZES, COPY_FROM = COPY_SIZES + RANK, COPY_TO = COPY_FROM + RANK, COPY_WORDS = COPY_TO + RANK };
+enum { MAP_COUNT, MAP_SIZES, MAP_LOADS = 5, MAP_STEPS, MAP_STORES, MAP_BODY, LOAD_WORDS = 7, STEP_WORDS = 6, STORE_WORDS = 3 };
+enum { FLOAT32, UINT8, INT64 };
+enum { ADD, SUBTRACT, MULTIPLY, DIVIDE, MAXIMUM, MINIMUM, GREATER, GREATER_EQUAL, EQUAL, MASKED, WHERE, RELU, CLAMP_LOW, CLAMP_HIGH, ABS, EXP, LOG, SQRT, RSQRT, POWER, ERF, TANH, SIGMOID, SOFTPLUS, SIN, COS, ATAN, FLOOR, NUMBER, MULTIPLY_ADD, OPERATORS };
+#define REGISTERS 48
+#define MAP_TASK (16 * BLOCK)
+enum { REDUCE_MAX = 6, REDUCE_OUTER, REDUCE_SIZE, REDUCE_INNER };
+#define REDUCE_PART 128
+enum { PRODUCT_BATCHES = 8, PRODUCT_M, PRODUCT_N, PRODUCT_K, PRODUCT_A, PRODUCT_B = PRODUCT_A + 3, PRODUCT_PANELS = PRODUCT_B + 3 };
+enum { CONV_N = 10, CONV_H, CONV_W, CONV_C, CONV_OH, CONV_OW, CONV_O, CONV_KH, CONV_KW, CONV_SH, CONV_SW, CONV_TOP, CONV_LEFT, CONV_DH, CONV_DW, CONV_GROUPS, CONV_WEIGHT, CONV_ADJOINT = CONV_WEIGHT + 4, CONV_WORDS };
+#define GATHERED 32 /* channels below which a window's pixels are put side by side first */
+enum { GRAD_IMAGES = CONV_WORDS };
+enum { DEPTH_WHAT = CONV_WORDS, DEPTH_IMAGES };
+enum { POOL_WHAT = CONV_WORDS };
+enum { WINOGRAD_TILES = CONV_WORDS }; /* of 4×4 pixels a task; of the weight gradient: unused */
+#define SPOTS 36 /* of a transformed tile */
+enum { ROWS_WHAT = 6, ROWS_COUNT, ROWS_SIZE, ROWS_NUMBER };
+enum { SOFTMAX, LOG_SOFTMAX, STANDARDIZE };
+enum { INDEX_WHAT = 6, INDEX_OUTER, INDEX_SIZE, INDEX_COUNT, INDEX_INNER };
+enum { GATHER, SCATTER_ADD, ARGMAX, ONE_HOT, TO_INTEGER, FROM_INTEGER };
+
+INLINE word least(word a, word b) { return a < b ? a : b; }
+INLINE word parts_of(word n, word size) { return (n + size - 1) / size; }
+INLINE word reduce_parts(const word *a) { return a[REDUCE_INNER] == 1 ? parts_of(a[REDUCE_SIZE], 4096) : parts_of(a[REDUCE_SIZE], REDUCE_PART); }
+INLINE word panels_of(word n) { return parts_of(n, LANES); }
+INLINE word grad_parts(const word *a) { return parts_of(a[CONV_N], a[GRAD_IMAGES]); }
+INLINE word tiles_of(const word *a) { return a[CONV_N] * parts_of(a[CONV_OH], 4) * parts_of(a[CONV_OW], 4); }

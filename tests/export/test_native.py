@@ -1,0 +1,230 @@
+"""Engine `native`: plans on the library itself, against the same graph in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from edgestill.export.lowering.gradient import RULES, gradients
+from edgestill.export.lowering.graph import Graph, run_graph
+from edgestill.export.targets import native
+from edgestill.export.targets.native_plan import KERNELS, STEPS, Plan
+from edgestill.runtime.bundle.manifest import TensorSpec
+from edgestill.runtime.engines.native import open_runner
+from edgestill.runtime.errors import EngineError
+from edgestill.runtime.native.compile import SOURCES
+from tests.support.lowering import assert_alike, assert_as_exact_as_eager, of_the_corpus, studied
+from tests.support.operator_cases import CASES, FLAT_CASES
+
+RANDOM = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def run_native(
+    graph: Graph, inputs: dict[str, torch.Tensor], folder: Path, threads: int = 1
+) -> dict[str, torch.Tensor]:
+    """The graph's outputs on the library; floating-point inputs are rounded to float32."""
+    path = folder / "graph.plan"
+    path.write_bytes(Plan(graph).to_bytes())
+    specs = [
+        [TensorSpec(name, value.shape, value.dtype) for name, value in side]
+        for side in ([(v.name, v) for v in graph.inputs], graph.outputs.items())
+    ]
+    runner = open_runner(threads)
+    try:
+        given, made = (runner.allocate(side) for side in specs)
+        for name, array in given.items():
+            array[...] = inputs[name].numpy()
+        for array in made.values():
+            array.reshape(-1).view(np.uint8).fill(255)  # so that what is not written shows
+        program = runner.load(path, *specs)
+        program.bind(given, made)()
+        return {name: torch.from_numpy(array.copy()) for name, array in made.items()}
+    finally:
+        runner.close()
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("name", of_the_corpus(150, "native"))
+def test_a_network(name: str, tmp_path: Path) -> None:
+    for seed in range(3):  # rounding may decide a kink
+        case = studied(name, seed=seed)
+        try:
+            found = run_native(native.lower(case.graph), case.inputs, tmp_path)
+            assert_as_exact_as_eager(found, case)
+            return
+        except AssertionError as error:
+            last = error
+    raise last
+
+
+@pytest.mark.parametrize("operator", sorted(CASES | FLAT_CASES))
+@settings(RANDOM, max_examples=10)
+@given(seed=SEEDS)
+def test_an_operator_and_its_gradients(
+    operator: str, seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    arrays, attributes = (CASES | FLAT_CASES)[operator](np.random.default_rng(seed))
+    rounded = [a.astype(np.float32).astype(a.dtype) if a.dtype.kind == "f" else a for a in arrays]
+    graph, inputs = Graph(), {f"x{i}": torch.tensor(array) for i, array in enumerate(rounded)}
+    for name, tensor in inputs.items():
+        graph.input(name, tuple(tensor.shape), "int64" if tensor.dtype == torch.int64 else "float32")
+    values = graph.apply_many(operator, *graph.inputs, **attributes)
+    for i, value in enumerate(values):
+        graph.output(f"y{i}", value)
+    if operator in RULES:
+        y, probe = values[0], graph.input("probe", values[0].shape)
+        weights = np.random.default_rng(seed).standard_normal(y.shape).astype(np.float32)
+        inputs["probe"] = torch.from_numpy(weights.astype(float))
+        trained = [v for v in graph.inputs if v.dtype == "float32" and v is not probe]
+        trained = trained[:3] if operator == "normalize" else trained
+        for name, value in gradients(graph, (y * probe).sum(*range(y.rank)), trained).items():
+            graph.output(f"gradient.{name}", value)
+    expected = run_graph(graph, inputs)
+    found = run_native(native.lower(graph), inputs, tmp_path_factory.mktemp("plan"))
+    try:
+        assert_alike(found, expected, 2e-5)
+    except AssertionError as error:
+        raise AssertionError(f"{[a.shape for a in arrays]}, {attributes}: {error}") from error
+
+
+FUNCTIONS = {
+    # function, its input, and the error that docs/native.md states, in units of the last place of the result
+    "exp": (torch.exp, (-104.0, 88.7), 2),
+    "log": (torch.log, (1e-38, 1e38), 2),
+    "sqrt": (torch.sqrt, (0.0, 1e30), 0.5),
+    "rsqrt": (torch.rsqrt, (1e-30, 1e30), 1.5),
+    "tanh": (torch.tanh, (-12.0, 12.0), 3),
+    "sigmoid": (torch.sigmoid, (-80.0, 80.0), 4),
+    "softplus": (torch.nn.functional.softplus, (-80.0, 80.0), 4),
+    "erf": (torch.erf, (-5.0, 5.0), 8),
+    "sin": (torch.sin, (-1e5, 1e5), 1),
+    "cos": (torch.cos, (-1e5, 1e5), 1),
+    "atan": (torch.atan, (-1e6, 1e6), 1),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_error_of_a_function(name: str, tmp_path: Path) -> None:
+    function, (low, high), most = FUNCTIONS[name]
+    random, n = np.random.default_rng(0), 200_000
+    if low > 0 or name in ("sqrt",):
+        x = np.exp(random.uniform(np.log(max(low, 1e-38)), np.log(high), n))
+    else:  # over the whole range, and near zero
+        x = np.concatenate([random.uniform(low, high, n // 2), random.standard_normal(n // 2) * 0.5])
+    x = torch.from_numpy(x.astype(np.float32))
+    graph = Graph()
+    graph.output("y", graph.input("x", tuple(x.shape)).apply(name))
+    found = run_native(graph, {"x": x}, tmp_path)["y"].double()
+    expected = function(x.double()) if name != "softplus" else function(x.double(), threshold=1e9)
+    place = torch.from_numpy(np.spacing(np.abs(expected.numpy()).astype(np.float32)).astype(float))
+    place = place.clamp_min(float(np.spacing(np.float32(1.2e-38))))
+    assert float(((found - expected).abs() / place).max()) <= most
+
+
+@pytest.mark.parametrize(
+    "name", ["exp", "log", "tanh", "sigmoid", "softplus", "erf", "sqrt", "rsqrt", "relu", "abs", "floor"]
+)
+def test_a_function_of_what_is_no_number(name: str, tmp_path: Path) -> None:
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-40, -1e-40, 3e38, -3e38])
+    graph = Graph()
+    graph.output("y", graph.input("x", (9,)).apply(name))
+    found = run_native(graph, {"x": x}, tmp_path)["y"]
+    expected = run_graph(graph, {"x": x})["y"]
+    assert torch.equal(found.isnan(), expected.isnan()), (found, expected)
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-38, equal_nan=True), (found, expected)
+
+
+@pytest.mark.parametrize("name", ["conv2d-strided", "resnet20", "mobilenet-v1", "lstm", "vit"])
+def test_the_bits_do_not_depend_on_the_number_of_threads(name: str, tmp_path: Path) -> None:
+    case = studied(name)
+    graph = native.lower(case.graph)
+    first, *others = (run_native(graph, case.inputs, tmp_path, threads) for threads in (1, 2, 3, 8))
+    for other in others:
+        assert all(torch.equal(first[key], other[key]) for key in first)
+
+
+def small_plan() -> tuple[Graph, bytes]:
+    graph = Graph()
+    x, w = graph.input("x", (2, 3, 8, 8)), graph.input("w", (4, 3, 3, 3))
+    a = {"stride": (1, 1), "padding": ((1, 1), (1, 1)), "dilation": (1, 1), "groups": 1}
+    y = (
+        x.apply("conv2d", w, **a)
+        .apply("relu")
+        .apply("max_pool2d", kernel=(2, 2), stride=(2, 2), padding=((0, 0), (0, 0)), dilation=(1, 1))
+    )
+    loss = (y * y).sum(0, 1, 2, 3).reshape(1)
+    graph.output("dw", gradients(graph, loss, [w])["w"])
+    graph.output("loss", loss)
+    graph = native.lower(graph)
+    return graph, Plan(graph).to_bytes()
+
+
+@settings(RANDOM, max_examples=400)
+@given(data=st.data())
+def test_a_hostile_plan_is_refused_or_harmless(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    graph, plan = small_plan()
+    words = np.frombuffer(plan[: len(plan) // 8 * 8], np.int64).copy()
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, len(words) - 1))
+        value = data.draw(
+            st.sampled_from([0, 1, -1, 2, 7, 2**31, 2**40, -(2**63), 2**63 - 1])
+            | st.integers(-(2**63), 2**63 - 1)
+        )
+        words[place] = value
+    cut = data.draw(st.integers(0, 8)) if data.draw(st.booleans()) else 0
+    path = tmp_path_factory.mktemp("hostile") / "graph.plan"
+    path.write_bytes(words.tobytes()[: len(plan) - cut])
+    sides = [
+        [TensorSpec(name, value.shape, value.dtype) for name, value in side]
+        for side in ([(v.name, v) for v in graph.inputs], graph.outputs.items())
+    ]
+    runner = open_runner(1)
+    given_, made = (runner.allocate(side) for side in sides)
+    try:
+        program = runner.load(path, *sides)
+    except EngineError as error:
+        assert str(path.name) in error.message
+        return
+    if len(words) < 5000 and words[3] < 2**24 and words[4] < 2**24:
+        program.bind(given_, made)()
+    assert all(np.isfinite(array).all() or True for array in made.values())
+
+
+def test_what_is_no_plan(tmp_path: Path) -> None:
+    graph, plan = small_plan()
+    sides = [
+        [TensorSpec(name, value.shape, value.dtype) for name, value in side]
+        for side in ([(v.name, v) for v in graph.inputs], graph.outputs.items())
+    ]
+    path, runner = tmp_path / "graph.plan", open_runner(1)
+    for data, message in (
+        (b"", "no plan"),
+        (b"0" * 64, "no plan"),
+        (plan[:-8], "cut off"),
+        (plan + b"\0" * 8, "cut off"),
+        (plan[:8] + (9).to_bytes(8, "little") + plan[16:], "another version"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(EngineError, match=message):
+            runner.load(path, *sides)
+    path.write_bytes(plan)
+    with pytest.raises(EngineError, match="other tensors"):
+        runner.load(path, sides[0][:1], sides[1])
+
+
+def test_the_library_and_the_planner_number_kernels_alike() -> None:
+    text = (SOURCES / "kernels.c").read_text()
+    table = text[text.index("KERNELS[] = {") :]
+    named = [part.split("_tasks")[0].split()[-1] for part in table.split("};")[0].split("{")[2:]]
+    assert tuple(named) == KERNELS
+    layout = (SOURCES / "layout.h").read_text()
+    line = next(line for line in layout.splitlines() if line.startswith("enum { ADD"))
+    assert [name.strip().lower() for name in line.strip("enum {};").split(",")][:-1] == list(STEPS)
