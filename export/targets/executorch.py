@@ -27,6 +27,9 @@ from edgestill.export.step.spec import StepSpec
 from edgestill.export.targets.edge_program import CONFIG, edge_program
 from edgestill.export.targets.executorch_rewrites import PLAIN, WINDOWED
 
+MOST_AXES = 6
+"""Of a tensor of XNNPACK's; its partitioner takes more, which then fails on the device."""
+
 
 def emit(spec: StepSpec, folder: Path) -> dict[str, dict]:
     """Writes `train_step.pte` and `encode.pte` into `folder`; returns what the manifest says of each graph."""
@@ -73,7 +76,7 @@ class _Partitioner(XnnpackPartitioner):
     piece is what lies before the same number of operators that are not delegated."""
 
     def generate_partitions(self, program: torch.export.ExportedProgram) -> list[Partition]:
-        groups = self.get_matched_nodes_from_configs(program)
+        groups = [g for g in self.get_matched_nodes_from_configs(program) if max(map(_rank, g)) <= MOST_AXES]
         if any(sum(node.op == "call_function" for node in group) > 1 for group in groups):
             return super().generate_partitions(program)
         together = {node: group for group in groups for node in group}
@@ -85,6 +88,10 @@ class _Partitioner(XnnpackPartitioner):
             if taken and node.op == "call_function":
                 pieces.setdefault(height[node], []).extend(together[node])
         return [Partition(id=i, nodes=nodes) for i, nodes in sorted(pieces.items(), reverse=True)]
+
+
+def _rank(node: torch.fx.Node) -> int:
+    return max(one.meta["val"].dim() for one in (node, *node.all_input_nodes))
 
 
 class _Untraced(XNNPACKPass):

@@ -36,10 +36,11 @@ def _convolved(
     if x.rank == 5:  # what lies under the kernel in depth are channels of slices
         n, depth, reach = x.shape[0], size[0], (size[0] - 1) * stride[0] + 1
         x = x.transpose(0, 2, 1, 3, 4).pad([0, padding[0], 0, 0, 0], [0, padding[0], 0, 0, 0])
-        x = x.reshape(*x.shape[:2], groups, 1, -1, *x.shape[3:])
+        plane = x.shape[3:]
+        x = x.reshape(*x.shape[:2], groups, 1, -1)
         starts = [k * dilation[0] for k in range(weight.shape[2])]
         slices = [x.narrow(1, start, start + reach, stride[0]) for start in starts]
-        columns = x.graph.apply("concat", *slices, axis=3).reshape(n * depth, -1, *x.shape[5:])
+        columns = x.graph.apply("concat", *slices, axis=3).reshape(n * depth, -1, *plane)
         flat = weight.transpose(0, 2, 1, 3, 4).reshape(weight.shape[0], -1, *weight.shape[3:])
         form = [v[1:] for v in (stride, padding, dilation)]
         y = _convolved(columns, flat, bias, size[1:], *form, groups)
