@@ -12,6 +12,8 @@ class EdgestillError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        if hint is not None:
+            self.add_note(f"hint: {hint}")  # what Python prints below an error that nobody caught
 
 
 class UsageError(EdgestillError):

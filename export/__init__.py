@@ -32,6 +32,7 @@ class _Export(ModuleType):
         normalization: str = "batch",
         input_shape: tuple[int, ...] | None = None,
         input_dtype: str | None = None,
+        also_input: str | tuple[str, ...] = (),
         mean: tuple[float, ...] = (),
         std: tuple[float, ...] = (),
         split: tuple[str, ...] = (),
@@ -54,13 +55,19 @@ class _Export(ModuleType):
 
         student: a module, whose weights become the initial state and which stays as it is; a factory of one; a
         built-in student's name; or `package.module:factory`. latent_size, classes: read from a module, else 128 and 10.
+        also_input: further tensors of a sample, "tokens:int64:20" each. Of what are names, one may be given alone.
         The other options are those of `edgestill export` (docs/students.md).
         Errors: UsageError, LoweringError and TargetError, which say what to do in their `hint`.
         """
         given = locals()
+        from edgestill.export.cli import read_input
         from edgestill.export.exporter import export_bundle, options_of
         from edgestill.runtime.opened_bundle import OpenedBundle
 
+        for name in ("split", "freeze", "engines"):
+            given[name] = tuple(given[name].split(",")) if isinstance(given[name], str) else tuple(given[name])
+        also = (also_input,) if isinstance(also_input, str) else also_input
+        given["more_inputs"] = tuple(read_input(text) for text in also)
         return OpenedBundle(export_bundle(options_of(given), output, progress, overwrite), engine, threads)
 
 

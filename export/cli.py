@@ -49,7 +49,7 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
     add("--input-dtype", "uint8 is normalised in the graph, float32 enters as it is, int64 are indices (the student's, "
         "else uint8)", choices=tuple(DTYPES))  # fmt: skip
     add("--also-input", "a further tensor that perception is called with; repeatable (tokens:int64:20)",
-        "NAME:DTYPE:N,…", _input, action="append", dest="more_inputs")  # fmt: skip
+        "NAME:DTYPE:N,…", read_input, action="append", dest="more_inputs")  # fmt: skip
     add("--mean", "a channel, of values 0-1 (CIFAR-10's for 3 channels)", "M,…", _numbers)
     add("--std", "a channel, of values 0-1", "S,…", _numbers)
     add("--objective", "labels alone, or besides them a teacher's logits, latents, both, latents against those of "
@@ -141,8 +141,12 @@ def _numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(","))
 
 
-def _input(text: str) -> InputSpec:
-    name, dtype, shape = text.split(":")
-    if not name.isidentifier() or dtype not in DTYPES:
-        raise ValueError(text)
-    return InputSpec(_integers(shape), dtype, name=name)
+def read_input(text: str) -> InputSpec:
+    """From NAME:DTYPE:N,… Errors: UsageError."""
+    try:
+        name, dtype, shape = text.split(":")
+        if name.isidentifier() and dtype in DTYPES:
+            return InputSpec(_integers(shape), dtype, name=name)
+    except ValueError:
+        pass
+    raise UsageError(f"a further tensor {text!r}", hint="write NAME:DTYPE:N,… as in tokens:int64:20")

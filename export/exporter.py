@@ -68,7 +68,14 @@ class ExportOptions:
 
     def build(self) -> nn.Module:
         if not isinstance(self.student, str):
-            return copy.deepcopy(self.student)
+            _check_hooks(self.student)
+            try:
+                return copy.deepcopy(self.student)
+            except Exception as error:
+                raise UsageError(
+                    f"{type(self.student).__name__} cannot be copied: {type(error).__name__}: {error}",
+                    hint="give a factory of it: --student package.module:factory",
+                ) from error
         shape = self.samples[0].shape
         options = StudentOptions(shape, self.latent_size, self.classes, self.widths, self.normalization)
         return build_student(self.student, options, self.seed)
@@ -104,6 +111,16 @@ def options_of(given: Mapping[str, Any]) -> ExportOptions:
         objective=filled(Objective(), "kd_loss", *CRD_SIZES, name="objective"),
         optimizer=filled(Optimizer(), "nesterov", name="optimizer"),
     )
+
+
+def _check_hooks(student: nn.Module) -> None:
+    """A copy has no hooks on parameters, and a graph none at all."""
+    for name, parameter in student.named_parameters():
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise LoweringError(
+                f"the student's {name} has a backward hook, which would be lost",
+                hint="leave it out: a step's gradients are those of its forward pass",
+            )
 
 
 def default_input(student: object) -> InputSpec:
@@ -178,7 +195,10 @@ def _check_weights(student: nn.Module) -> None:
                 f"{name}: {type(module).__name__} with momentum=None averages over a count of its own",
                 hint="give it a fixed momentum, such as 0.1",
             )
+    _check_hooks(student)
     for name, tensor in student.named_parameters():
+        if isinstance(tensor, nn.parameter.UninitializedParameter):
+            raise LoweringError(f"the student's {name} has no shape yet", hint="call the student on a sample first")
         if not bool(torch.isfinite(tensor).all()):
             raise LoweringError(
                 f"the student's {name} holds NaN or infinity", hint="export it with weights that are numbers"

@@ -50,11 +50,16 @@ class SplitModel(Parts):
     def forward(self, *samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         seen: list[torch.Tensor] = []
         module = self.student.get_submodule(self.place)
-        handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        handle = module.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[:1]))
         try:
             logits = self.student(*samples)
         finally:
             handle.remove()
+        if not isinstance(logits, torch.Tensor):
+            raise UsageError(
+                f"--split: {type(self.student).__name__} returns {type(logits).__name__}, not a tensor of logits",
+                hint="wrap it in a module that returns the logits alone",
+            )
         if len(seen) != 1:
             raise UsageError(
                 f"--split: {self.place} is called {len(seen)} times, not once",

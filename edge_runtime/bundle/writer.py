@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import shutil
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ def replacing(output: Path, source: Path | None = None) -> Iterator[Path]:
     It is packed if `output` ends in `.zip` or is a file. After an error, also of the move, `output` is as it was.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(output)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
         new, old = Path(scratch) / "bundle", Path(scratch) / "replaced"
         new.mkdir(mode=0o755)
@@ -42,6 +45,14 @@ def replacing(output: Path, source: Path | None = None) -> Iterator[Path]:
                 old.rename(output)
             raise
         sync(output.parent)
+
+
+def _remove_stale(output: Path) -> None:
+    """Removes what a killed export left over an hour ago; a younger one may belong to a writer."""
+    for folder in output.parent.glob(f".{glob.escape(output.name)}.????????"):
+        with suppress(OSError):
+            if time.time() - folder.stat().st_mtime > 3600:
+                shutil.rmtree(folder)
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -75,6 +86,8 @@ def zip_bundle(folder: Path, target: Path) -> Path:
 
 def check_output(output: Path, overwrite: bool) -> None:
     """Errors: UsageError for a bundle that is there already, unless `overwrite`, and for anything else there."""
+    if output.is_symlink() and not output.exists():
+        raise UsageError(f"{output} is a link to nothing", hint="give another --output")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     is_bundle = _is_bundle(output)

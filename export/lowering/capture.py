@@ -6,10 +6,15 @@ else differs between the modes is in the right graph. What would be altered on t
 
 from __future__ import annotations
 
+import logging
 import operator
+import os
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,10 +73,18 @@ def capture(parts: nn.Module, samples: Sequence[SampleSpec], training: bool, pre
                 hint="make the student float32: student.float()",
             )
     parts.train(training)
-    examples = tuple(torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in samples)
+    for name, buffer in parts.named_buffers():
+        if buffer.is_floating_point() and buffer.dtype != torch.float32:
+            raise LoweringError(
+                f"the student's buffer {name.removeprefix(prefix)} is {buffer.dtype}", hint="make the student float32"
+            )
+    try:
+        examples = tuple(torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in samples)
+    except RuntimeError as error:
+        raise LoweringError(f"no memory for a batch of {samples[0].shape[0]}", hint="a smaller --batch") from error
     buffers = {name: tensor.clone() for name, tensor in parts.named_buffers()}
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        with warnings.catch_warnings(), _silenced(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")  # PyTorch's tracing warns of PyTorch's own code
             program = torch.export.export(parts, examples)
             _detach_results_without_gradient(program)
@@ -82,7 +95,7 @@ def capture(parts: nn.Module, samples: Sequence[SampleSpec], training: bool, pre
     except Exception as error:
         shapes = ", ".join(f"{spec.name} {list(spec.shape)} of {spec.dtype}" for spec in samples)
         raise LoweringError(
-            f"PyTorch cannot trace the student on {shapes}: {_first_line(error)}",
+            f"PyTorch cannot trace the student on {shapes}: {_first_line(error)}{_line_of(error)}",
             hint=_ONE_VALUE
             if "more than 1 value per channel" in str(error)
             else "check --input-shape, put nn.Flatten() before the first nn.Linear, and keep Python branches on "
@@ -90,7 +103,7 @@ def capture(parts: nn.Module, samples: Sequence[SampleSpec], training: bool, pre
         ) from error
     finally:
         for name, tensor in parts.named_buffers():
-            if name in buffers and tensor.shape == buffers[name].shape:
+            if name in buffers and tensor.shape == buffers[name].shape and not torch.equal(tensor, buffers[name]):
                 tensor.data.copy_(buffers[name])
     return _Reader(program, parts, samples, prefix).read()
 
@@ -113,6 +126,24 @@ def _detach_results_without_gradient(program: torch.export.ExportedProgram) -> N
 
 def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _line_of(error: Exception) -> str:
+    """The line of the student's own code that PyTorch names last, if it names one."""
+    lines = re.findall(r'File "([^"]+)", line (\d+)', str(error))
+    lines = [(path, line) for path, line in lines if f"{os.sep}torch{os.sep}" not in path]
+    return f" ({Path(lines[-1][0]).name}, line {lines[-1][1]})" if lines else ""
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """PyTorch's tracing logs its own stack for what it then raises."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 class _Reader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random as python_random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -9,14 +10,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgestill.export.lowering.capture import Captured
-from edgestill.export.lowering.graph import LoweringError, run_graph
+from edgestill.export.lowering.capture import Captured, is_state
+from edgestill.export.lowering.gradient import gradients
+from edgestill.export.lowering.graph import Graph, LoweringError, run_graph
+from edgestill.export.lowering.rewrite import inline
 from edgestill.export.parity.noise import GivenNoise
 from edgestill.export.parts import Parts
 from edgestill.runtime.bundle.manifest import InputSpec
 
 TOLERANCE = 1e-3
 """Of the largest entry; two orders of float32 operations differ by far less, another function by far more."""
+GRADIENT_TOLERANCE, SEEDS = 0.1, 3
+"""Of a gradient's norm, on one of so many random batches: an activation may lie on a kink."""
 
 
 def check_fidelity(
@@ -34,9 +39,16 @@ def check_fidelity(
         mode = "training" if training else "inference"
         parts.train(training)
         generator = GivenNoise()
+        drawn_before = _drawn_elsewhere()
         with _unchanged(parts), torch.no_grad(), generator:
             torch.manual_seed(0)
             expected = dict(zip(("latents", "logits"), parts(*inputs), strict=True))
+            _check_buffers(parts, graph, state, mode)
+        if _drawn_elsewhere() != drawn_before:
+            raise LoweringError(
+                f"the student draws from Python's or NumPy's generator in {mode} mode, which a graph would not repeat",
+                hint="draw with torch.rand, torch.randn or nn.Dropout",
+            )
         with _unchanged(parts):
             own = _own_forward(student, parts, inputs, generator.drawn)
         for name, ours in own.items():
@@ -57,12 +69,12 @@ def check_fidelity(
                      "this is a defect of edgestill, or the student keeps state outside of its buffers")  # fmt: skip
     parts.train()
     _check_gradients_are_torchs(parts, inputs)
+    _check_gradients(student, parts, captured[True], samples, batch)
 
 
 def _check_gradients_are_torchs(parts: Parts, inputs: list[torch.Tensor]) -> None:
     """A torch.autograd.Function has a backward() of its own, of which a trace of the forward pass knows nothing."""
-    hooked = [name for name, p in parts.named_parameters() if p._backward_hooks]
-    hooked += [name for name, m in parts.named_modules() if m._backward_hooks or m._backward_pre_hooks]
+    hooked = [name for name, m in parts.named_modules() if m._backward_hooks or m._backward_pre_hooks]
     if hooked:
         raise LoweringError(
             f"the student's {hooked[0]} has a backward hook, which would be lost",
@@ -82,6 +94,82 @@ def _check_gradients_are_torchs(parts: Parts, inputs: list[torch.Tensor]) -> Non
                 f"the student calls {name}, a torch.autograd.Function whose backward() would be lost",
                 hint="say its forward pass in PyTorch's operators, with detach() for what is to have no gradient",
             )
+
+
+def _drawn_elsewhere() -> tuple[object, ...]:
+    name, keys, *rest = np.random.get_state()
+    return python_random.getstate(), keys.tobytes(), *rest
+
+
+def _check_buffers(parts: Parts, graph: Captured, before: Mapping[str, torch.Tensor], mode: str) -> None:
+    """After a forward pass: what has changed is what the graph writes, and in inference mode nothing."""
+    for name, tensor in parts.own(parts.named_buffers()).items():
+        if torch.equal(tensor, before[name]) or not is_state(tensor, True):
+            continue
+        if mode == "inference":
+            raise LoweringError(
+                f"the student changes its buffer {name} in inference mode", hint="change it in training alone"
+            )
+        if name not in graph.written:
+            raise LoweringError(
+                f"the student gives its buffer {name} another tensor, which a graph would not keep",
+                hint=f"change it in place: self.{name.rpartition('.')[2]}.copy_(…)",
+            )
+
+
+def _check_gradients(
+    student: nn.Module, parts: Parts, captured: Captured, samples: Sequence[InputSpec], batch: int
+) -> None:
+    """Errors: LoweringError for a parameter whose gradient by the rules is not what autograd gives."""
+    trained = {n: p for n, p in parts.own(parts.named_parameters()).items() if p.requires_grad}
+    graph = Graph()
+    values = {value.name: graph.input(value.name, value.shape, value.dtype) for value in captured.graph.inputs}
+    found = inline(graph, captured.graph, values)
+    weighted = [found[name] * graph.input(f"weight of {name}", found[name].shape) for name in ("latents", "logits")]
+    loss = sum(part.sum(0, 1) for part in weighted)
+    rules = gradients(graph, loss, [values[name] for name in trained if name in values])
+    graph.outputs = dict(rules)
+    graph.prune()
+    state = parts.own((n, t.detach().clone()) for n, t in [*parts.named_buffers(), *parts.named_parameters()])
+    worst = ""
+    for seed in range(SEEDS):
+        random = np.random.default_rng(seed)
+        arrays = random_samples(student, samples, batch, random)
+        inputs = [as_float(array, spec) for array, spec in zip(arrays, samples, strict=True)]
+        factors = [torch.from_numpy(random.standard_normal(v.shape).astype(np.float32)) for v in
+                   (captured.latents, captured.logits)]  # fmt: skip
+        generator = GivenNoise()
+        with _unchanged(parts), torch.enable_grad(), generator:
+            torch.manual_seed(seed)
+            total = sum((one * factor).sum() for one, factor in zip(parts(*inputs), factors, strict=True))
+            autograd = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
+        given = state | {spec.name: tensor for spec, tensor in zip(samples, inputs, strict=True)}
+        given |= {f"noise.{i}": tensor for i, tensor in enumerate(generator.drawn)}
+        given |= {f"weight of {n}": f for n, f in zip(("latents", "logits"), factors, strict=True)}
+        with torch.no_grad():
+            ours = run_graph(graph, given)
+        if not (worst := _worst(ours, dict(zip(trained, autograd, strict=True)))):
+            return
+    raise LoweringError(
+        f"the gradient of the student's {worst} is not autograd's",
+        hint="leave out what changes a gradient on its way: hooks, changes in place below torch.no_grad(), closures "
+        "over another copy of the module",
+    )
+
+
+def _worst(ours: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor | None]) -> str:
+    """The name of a gradient that differs, or none; small beside the others are those that only rounding makes."""
+    sizes = {name: 0.0 if tensor is None else float(tensor.norm()) for name, tensor in expected.items()}
+    if not all(map(np.isfinite, sizes.values())):
+        return ""  # eager PyTorch itself gives no number here
+    floor = 1e-3 * max(sizes.values(), default=0.0) + 1e-12
+    for name, tensor in expected.items():
+        apart = ours[name] if tensor is None and name in ours else tensor
+        if tensor is not None and name in ours:
+            apart = ours[name] - tensor
+        if apart is not None and not float(apart.norm()) <= GRADIENT_TOLERANCE * max(sizes[name], floor):
+            return name
+    return ""
 
 
 def random_samples(

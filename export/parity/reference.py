@@ -20,6 +20,7 @@ from edgestill.export.students import StudentOptions, build_student
 from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.bundle.manifest import Objective, Optimizer
 from edgestill.runtime.errors import UsageError
+from edgestill.runtime.training.hyperparameters import HYPERPARAMETERS
 
 Arrays = Mapping[str, np.ndarray]
 Tensors = dict[str, torch.Tensor]
@@ -101,8 +102,8 @@ _OPTIMIZERS = {
         },
     ),
 }
-"""torch.optim's class, its names of the bundle's slots, and what it calls the hyperparameters."""
-_FIRST = dict.fromkeys(("learning_rate", "momentum", "weight_decay", "beta1", "beta2", "epsilon"), 0.5)
+"""torch.optim's class, {a slot's name in the bundle: torch.optim's}, and its options from the hyperparameters."""
+_FIRST = dict.fromkeys(HYPERPARAMETERS, 0.5)
 
 
 class ReferenceStep:
@@ -133,6 +134,7 @@ class ReferenceStep:
                     tensor.copy_(given[name])
         for slots, theirs, ours in self._slots():
             slots[theirs] = given[ours]
+            slots.setdefault("step", torch.zeros(()))  # torch.optim fills a state only where it is empty
         self.corrections = [given[name] for name in given if name.startswith("optimizer.bias_correction")]
 
     def state(self) -> dict[str, np.ndarray]:

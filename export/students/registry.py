@@ -155,5 +155,5 @@ def _naming(what: str, hint: str | None = None) -> Iterator[None]:
         yield
     except UsageError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"{what}: {type(error).__name__}: {error}", hint) from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -231,3 +233,107 @@ def test_a_second_sample_of_a_name_that_the_step_has(name: str) -> None:
     options = replace(OPTIONS, input=given, more_inputs=(replace(given, name=name),))
     with pytest.raises(UsageError, match=f"{name}"):
         prepare(options, Student(Both(), nn.Linear(5, 6), nn.Linear(6, 4)))
+
+
+# what a trace of the forward pass would lose
+
+
+class Changed(nn.Module):
+    """A linear layer on rows of 5, and something that a graph would not repeat."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.layer = how, nn.Linear(5, 6)
+        self.register_buffer("mean", torch.zeros(6))
+        self.register_buffer("wide", torch.zeros(6, dtype=torch.float64 if how == "float64" else torch.float32))
+        if how == "parameter-hook":
+            self.layer.weight.register_hook(lambda gradient: -gradient)
+        if how == "accumulate-hook":
+            self.layer.weight.register_post_accumulate_grad_hook(lambda parameter: None)
+        if how == "lock":
+            self.lock = threading.Lock()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x)
+        if self.how == "tensor-hook" and y.requires_grad:
+            y.register_hook(lambda gradient: -gradient)
+        if self.how == "in-place":
+            y = y * 1
+            with torch.no_grad():
+                y.mul_(0.5)
+        if self.how == "inference-mode":
+            with torch.inference_mode():
+                factor = y.detach().sigmoid()
+            y = y * factor.clone()
+        if self.how == "new-buffer" and self.training:
+            self.mean = 0.9 * self.mean + 0.1 * y.detach().mean(0)
+        if self.how == "buffer-at-inference":
+            self.mean.add_(y.detach().mean(0))
+        if self.how == "python-random":
+            y = y * (random.random() > 0)
+        return y + self.mean * 0 + self.wide.float()
+
+
+LOST = {
+    "parameter-hook": "has a backward hook",
+    "accumulate-hook": "has a backward hook",
+    "tensor-hook": r"gradient of the student's perception.layer.\w+ is not autograd's",
+    "in-place": r"gradient of the student's perception.layer.\w+ is not autograd's",
+    "new-buffer": "buffer perception.mean another tensor",
+    "buffer-at-inference": "buffer perception.mean in inference mode",
+    "python-random": "Python's or NumPy's generator",
+    "float64": "buffer perception.wide is torch.float64",
+}
+
+
+@pytest.mark.parametrize("how", LOST)
+def test_what_a_trace_would_lose(how: str) -> None:
+    student = Student(Changed(how), nn.Identity(), nn.Linear(6, 4))
+    options = replace(OPTIONS, input=InputSpec((5,), "float32"))
+    with pytest.raises(LoweringError, match=LOST[how]) as error:
+        prepare(options, student)
+    assert error.value.hint
+
+
+def test_a_hook_of_an_instance_is_seen_before_it_is_copied() -> None:
+    student = Student(Changed("parameter-hook"), nn.Identity(), nn.Linear(6, 4))
+    with pytest.raises(LoweringError, match="backward hook"):
+        replace(OPTIONS, student=student).build()
+
+
+def test_an_instance_that_cannot_be_copied() -> None:
+    student = Student(Changed("lock"), nn.Identity(), nn.Linear(6, 4))
+    with pytest.raises(UsageError, match="cannot be copied"):
+        replace(OPTIONS, student=student).build()
+
+
+def test_a_layer_that_has_no_shape_yet() -> None:
+    student = Student(nn.Linear(5, 6), nn.LazyLinear(6), nn.Linear(6, 4))
+    with pytest.raises(LoweringError, match="has no shape yet") as error:
+        prepare(replace(OPTIONS, input=InputSpec((5,), "float32")), student)
+    assert "call the student" in error.value.hint
+
+
+class Result(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 6), nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": self.head(self.body(x))}
+
+
+def test_a_model_that_returns_no_tensor() -> None:
+    options = replace(OPTIONS, input=InputSpec((5,), "float32"), split=("body", "head"))
+    with pytest.raises(UsageError, match="returns dict"):
+        prepare_step(options, Result())
+
+
+def test_a_branch_on_values_is_named_by_its_line() -> None:
+    class Branch(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2 if x.sum() > 0 else x
+
+    student = Student(Branch(), nn.Linear(5, 6), nn.Linear(6, 4))
+    with pytest.raises(LoweringError, match=r"test_refusals.py, line \d+"):
+        prepare(replace(OPTIONS, input=InputSpec((5,), "float32")), student)

@@ -155,6 +155,8 @@ def _div_mode(c: Context, a: Value, b: Value | float, rounding_mode: str | None)
 
 @row("pow.Tensor_Scalar")
 def _pow(c: Context, x: Value, exponent: float) -> Value:
+    if exponent == 0:
+        return x * 0.0 + 1.0
     if exponent in (1, 2, 3, 4):
         return reduce(mul, [x] * int(exponent))
     special = {0.5: lambda: x.apply("sqrt"), -0.5: lambda: x.apply("rsqrt"), -1: lambda: 1.0 / x}

@@ -34,6 +34,18 @@ def _variance(c: Context, x: Value, dim: Any, correction: float | None, _: bool)
     return ((x - mean) * (x - mean)).sum(*axes) * (1 / count), mean
 
 
+@row("std.correction")
+def _deviation(c: Context, x: Value, dim: Any, correction: float | None, keepdim: bool) -> Value:
+    return _root(_variance(c, x, dim, correction, keepdim)[0])
+
+
+def _root(powers: Value, order: float = 2) -> Value:
+    """Of zero the root is zero, and so is its gradient, as in PyTorch: another number's root is taken, and left out."""
+    empty = powers.apply("equal", 0.0)
+    safe = where(empty, 1.0, powers)
+    return where(empty, 0.0, safe.apply("sqrt") if order == 2 else safe.apply("power", exponent=1 / order))
+
+
 @row("any any.dim any.dims")
 def _any(c: Context, x: Value, dim: Any = None, *_: Any) -> Value:
     return (1.0 - x.apply("equal", 0.0)).apply("reduce_max", axes=axes_of(dim, x.rank))
@@ -41,19 +53,13 @@ def _any(c: Context, x: Value, dim: Any = None, *_: Any) -> Value:
 
 @row("linalg_vector_norm")
 def _norm(c: Context, x: Value, order: float, dim: Any, *_: Any) -> Value:
-    """Zero has the gradient 0, as in PyTorch."""
     size, axes = x.apply("abs"), axes_of(dim, x.rank)
     if order == 1:
         return size.sum(*axes)
     if math.isinf(order):
         sign = math.copysign(1.0, order)
         return (size * sign).apply("reduce_max", axes=axes) * sign
-    powers = (x * x if order == 2 else size.apply("power", exponent=float(order))).sum(*axes)
-    # sqrt'(0) is infinite: where all is zero the root of another number is taken, and left out again.
-    empty = powers.apply("equal", 0.0)
-    safe = where(empty, 1.0, powers)
-    root = safe.apply("sqrt") if order == 2 else safe.apply("power", exponent=1 / order)
-    return where(empty, 0.0, root)
+    return _root((x * x if order == 2 else size.apply("power", exponent=float(order))).sum(*axes), order)
 
 
 @row("logsumexp")
