@@ -149,4 +149,4 @@ def read_input(text: str) -> InputSpec:
             return InputSpec(_integers(shape), dtype, name=name)
     except ValueError:
         pass
-    raise UsageError(f"a further tensor {text!r}", hint="write NAME:DTYPE:N,… as in tokens:int64:20")
+    raise UsageError(f"invalid further tensor {text!r}", hint="write NAME:DTYPE:N,… as in tokens:int64:20")

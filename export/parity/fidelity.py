@@ -122,6 +122,8 @@ def _check_gradients(
 ) -> None:
     """Errors: LoweringError for a parameter whose gradient by the rules is not what autograd gives."""
     trained = {n: p for n, p in parts.own(parts.named_parameters()).items() if p.requires_grad}
+    if not trained:
+        return
     graph = Graph()
     values = {value.name: graph.input(value.name, value.shape, value.dtype) for value in captured.graph.inputs}
     found = inline(graph, captured.graph, values)
