@@ -28,6 +28,7 @@ STEPS = (
     "abs exp log sqrt rsqrt power erf tanh sigmoid softplus sin cos atan floor number multiply_add"
 ).split()
 REGISTERS, BLOCK, LANES, TASK_ROWS, GATHERED, RANK = 48, 256, 16, 96, 32, 6
+MAP_TASK, SUM_ROWS = 16 * BLOCK, 128
 SPOTS, TILE_BYTES = 36, 2**19
 PARTIAL_BYTES = 4 * 2**20
 """At most so much memory takes what weight gradients sum up before they are added."""
@@ -265,6 +266,21 @@ def _is_mapped(node: Node) -> bool:
     )
 
 
+def _summed_columns(node: Node) -> int:
+    """Of a sum over all axes but the last ones: how many elements these have. 0 of other nodes, and of few columns."""
+    if node.operator != "reduce_sum" or node.attributes["axes"] != tuple(range(len(node.attributes["axes"]))):
+        return 0
+    columns = math.prod(node.inputs[0].shape[len(node.attributes["axes"]) :])
+    return columns if 8 <= columns <= 4096 and columns < node.inputs[0].size else 0
+
+
+def _space(node: Node) -> tuple[int, ...] | None:
+    """The shape that a program goes through for this node; None of what is in none."""
+    if _is_mapped(node):
+        return node.outputs[0].shape
+    return node.inputs[0].shape if _summed_columns(node) else None
+
+
 def _grouped(graph: Graph) -> list[Node | list[Node]]:
     """Nodes and groups of elementwise ones in an order in which they can run.
 
@@ -275,16 +291,16 @@ def _grouped(graph: Graph) -> list[Node | list[Node]]:
     items: dict[tuple, list[Node]] = {}
     order: dict[tuple, tuple[int, int]] = {}
     for i, node in enumerate(graph.nodes):
-        mapped = _is_mapped(node)
+        space = _space(node)
         own = 0
         for value in node.inputs:
             if value.node is None:
                 continue
-            together = mapped and _is_mapped(value.node) and value.shape == node.outputs[0].shape
+            together = space is not None and _is_mapped(value.node) and value.shape == space
             own = max(own, level[value.node.outputs[0].name] + (not together))
         for value in node.outputs:
             level[value.name] = own
-        key = ("map", own, node.outputs[0].shape) if mapped else ("node", i)
+        key = ("map", own, space) if space is not None else ("node", i)
         items.setdefault(key, []).append(node)
         order.setdefault(key, (own, i))
     result: list[Node | list[Node]] = []
@@ -297,9 +313,10 @@ def _grouped(graph: Graph) -> list[Node | list[Node]]:
 
 
 def _connected(nodes: list[Node]) -> list[list[Node]]:
-    """Those that pass values to one another, each in order."""
+    """Those that pass values to one another, or read the same whole tensor, each in order."""
     parent = {id(node): node for node in nodes}
     own = {node.outputs[0].name: node for node in nodes}
+    space = _space(nodes[0])
 
     def root(node: Node) -> Node:
         while parent[id(node)] is not node:
@@ -308,8 +325,8 @@ def _connected(nodes: list[Node]) -> list[list[Node]]:
 
     for node in nodes:
         for value in node.inputs:
-            if value.name in own:
-                parent[id(root(own[value.name]))] = root(node)
+            if value.shape == space:
+                parent[id(root(own.setdefault(value.name, node)))] = root(node)
     groups: dict[int, list[Node]] = {}
     for node in nodes:
         groups.setdefault(id(root(node)), []).append(node)
@@ -326,10 +343,12 @@ class _Program:
     loads: dict[str, Value] = field(default_factory=dict)
 
     def emit(self) -> None:
-        plan, shape = self.plan, self.nodes[0].outputs[0].shape
+        plan, shape = self.plan, _space(self.nodes[0])
         own = {node.outputs[0].name for node in self.nodes}
         joined = self._multiply_adds()
-        nodes = [node for node in self.nodes if node.outputs[0].name not in joined.values()]
+        sums = [node for node in self.nodes if node.operator == "reduce_sum"]
+        nodes = [n for n in self.nodes if n.outputs[0].name not in joined.values() and n not in sums]
+        needed = self.stored | {node.inputs[0].name for node in sums}
         views: list[View] = []
         register: dict[str, int] = {}
         for node in self.nodes:
@@ -356,7 +375,7 @@ class _Program:
                     count += 1
             used = [register[_name(operand)] for operand in operands]
             for name in {_name(operand) for operand in operands}:
-                if last[name] == i and name not in self.stored and register[name] >= loads:
+                if last[name] == i and name not in needed and register[name] >= loads:
                     free.append(register.pop(name))
             if not free:
                 raise _TooLarge
@@ -368,14 +387,22 @@ class _Program:
         if len(axes) > 4:
             raise _TooManyAxes
         axes = [(1, *[0] * (len(views) + 1))] * (4 - len(axes)) + axes
-        words: list[Any] = [math.prod(shape), *(axis[0] for axis in axes), loads, count, len(stores)]
+        columns = _summed_columns(sums[0]) if sums else 1
+        words: list[Any] = [math.prod(shape), *(axis[0] for axis in axes)]
+        words += [loads, count, len(stores), len(sums), columns]
         for i, view in enumerate(views):
             words += [view, _KINDS[view.dtype], *(axis[1 + i] for axis in axes)]
         words += code
         for value, view in stores:
             words += [view, register[value.name]]
+        rows = columns * max(1, min(MAP_TASK // columns, SUM_ROWS))
+        written = [view for _, view in stores]
+        for node in sums:
+            to, partial = plan.result(node.outputs[0]), plan.new((-(-math.prod(shape) // rows), columns))
+            words += [register[node.inputs[0].name], to, partial]
+            written += [to, partial]
         plan.scratch = max(plan.scratch, REGISTERS * BLOCK * 4)
-        plan.call("map", "map", views, [view for _, view in stores], words)
+        plan.call("map", "map", views, written, words)
 
     def _multiply_adds(self) -> dict[str, str]:
         """Sums that take a product of their own program that nothing else reads: the sum's name → the product's."""

@@ -62,10 +62,11 @@ static void check_copy(struct check *c) {
 
 static void check_map(struct check *c) {
   const word *a = c->a;
-  if (c->words < MAP_BODY || !in(a[MAP_LOADS], 0, REGISTERS) || !in(a[MAP_STEPS], 0, 4096) || !in(a[MAP_STORES], 1, REGISTERS)) { c->error = "a program is too long"; return; }
-  length(c, MAP_BODY + a[MAP_LOADS] * LOAD_WORDS + a[MAP_STEPS] * STEP_WORDS + a[MAP_STORES] * STORE_WORDS);
+  if (c->words < MAP_BODY || !in(a[MAP_LOADS], 0, REGISTERS) || !in(a[MAP_STEPS], 0, 4096) || !in(a[MAP_STORES], 0, REGISTERS) || !in(a[MAP_SUMS], 0, REGISTERS)) { c->error = "a program is too long"; return; }
+  length(c, MAP_BODY + a[MAP_LOADS] * LOAD_WORDS + a[MAP_STEPS] * STEP_WORDS + a[MAP_STORES] * STORE_WORDS + a[MAP_SUMS] * SUM_WORDS);
   if (!c->error && times4(c, a[1], a[2], a[3], a[4]) != a[MAP_COUNT]) c->error = "a program's elements are not its sizes";
   if (c->plan[4] < REGISTERS * BLOCK * 4) c->error = "too little scratch for a program";
+  if (!c->error && a[MAP_SUMS] && (!in(a[MAP_COLUMNS], 1, MOST) || a[MAP_COUNT] % a[MAP_COLUMNS])) c->error = "a program's rows are not whole";
   if (c->error) return;
   const word *l = a + MAP_BODY, *s = l + a[MAP_LOADS] * LOAD_WORDS, *t = s + a[MAP_STEPS] * STEP_WORDS;
   for (word i = 0; i < a[MAP_LOADS]; i++, l += LOAD_WORDS) {
@@ -83,6 +84,11 @@ static void check_map(struct check *c) {
   for (word i = 0; i < a[MAP_STORES]; i++, t += STORE_WORDS) {
     if (!in(t[2], 0, REGISTERS - 1)) c->error = "a program names no register";
     operand(c, t, times(c, a[MAP_COUNT], 4), 4, 1);
+  }
+  for (word i = 0; i < a[MAP_SUMS]; i++, t += SUM_WORDS) {
+    if (!in(t[0], 0, REGISTERS - 1)) c->error = "a program names no register";
+    operand(c, t + 1, times(c, a[MAP_COLUMNS], 4), 4, 1);
+    operand(c, t + 3, times3(c, parts_of(a[MAP_COUNT], map_task_of(a)), a[MAP_COLUMNS], 4), 4, 1);
   }
 }
 

@@ -33,6 +33,18 @@ struct call {
 
 INLINE void *at(const struct call *c, int i) { return c->bases[c->a[i]] + c->a[i + 1]; }
 
+INLINE v16 load_part(const float *from, word n) {
+  if (n >= LANES) return load(from);
+  v16 x = all(0.f);
+  for (word i = 0; i < n; i++) x[i] = from[i];
+  return x;
+}
+
+INLINE void store_part(float *to, v16 x, word n, word stride) {
+  if (n >= LANES && stride == 1) store(to, x);
+  else for (word i = 0; i < least(n, LANES); i++) to[i * stride] = x[i];
+}
+
 /* --- copy: [0,1] from, [2,3] to, item bytes, fill (bits), filled elements, rank, sizes, strides from, strides to ------
    First the destination's `filled` elements, which lie together, take the fill; then the items move. */
 
@@ -84,10 +96,13 @@ static void copy_task(const struct call *c, int phase, word task) {
     }
 }
 
-/* --- elementwise program: elements, sizes of 4 axes, loads, instructions, stores; then each load (base, offset, kind,
-   4 strides in elements), instruction (operator, to, a, b, c, number's bits), store (base, offset, register) ---------- */
+/* --- elementwise program: elements, sizes of 4 axes, loads, instructions, stores, sums, columns; then each load (base,
+   offset, kind, 4 strides in elements), instruction (operator, to, a, b, c, number's bits), store (base, offset, register)
+   and sum of the rows of a register (register, [1,2] to, [3,4] partial results) -------------------------------------- */
 
-static word map_tasks(const word *a, int phase) { return parts_of(a[MAP_COUNT], MAP_TASK); }
+static word map_tasks(const word *a, int phase) {
+  return phase == 0 ? parts_of(a[MAP_COUNT], map_task_of(a)) : a[MAP_SUMS] * panels_of(a[MAP_COLUMNS]);
+}
 
 INLINE float as_float(const void *p, word i, word kind) {
   return kind == FLOAT32 ? ((const float *)p)[i] : kind == UINT8 ? (float)((const uint8_t *)p)[i] : (float)((const int64_t *)p)[i];
@@ -151,10 +166,27 @@ static void map_step(word operator, float *to, const float *a, const float *b, c
 
 static void map_task(const struct call *c, int phase, word task) {
   const word *a = c->a, *loads = a + MAP_BODY, *steps = loads + a[MAP_LOADS] * LOAD_WORDS;
-  const word *stores = steps + a[MAP_STEPS] * STEP_WORDS;
+  const word *stores = steps + a[MAP_STEPS] * STEP_WORDS, *sums = stores + a[MAP_STORES] * STORE_WORDS;
+  const word columns = a[MAP_COLUMNS];
   float *buffers = (float *)c->scratch;
   const float *registers[REGISTERS];
-  word first = task * MAP_TASK, stop = least(first + MAP_TASK, a[MAP_COUNT]);
+  if (phase == 1) { /* partial sums, 64 at a time, in their order */
+    word column = task % panels_of(columns) * LANES, n = least(LANES, columns - column), parts = parts_of(a[MAP_COUNT], map_task_of(a));
+    const word *s = sums + task / panels_of(columns) * SUM_WORDS;
+    const float *from = (const float *)(c->bases[s[3]] + s[4]) + column;
+    v16 total = all(0.f), part = all(0.f);
+    for (word i = 0; i < parts; i++) {
+      part += load_part(from + i * columns, n);
+      if (i % 64 == 63) total += part, part = all(0.f);
+    }
+    store_part((float *)(c->bases[s[1]] + s[2]) + column, total + part, n, 1);
+    return;
+  }
+  word first = task * map_task_of(a), stop = least(first + map_task_of(a), a[MAP_COUNT]);
+  for (word i = 0; i < a[MAP_SUMS]; i++) {
+    float *partial = (float *)(c->bases[sums[i * SUM_WORDS + 3]] + sums[i * SUM_WORDS + 4]) + task * columns;
+    for (word k = 0; k < columns; k++) partial[k] = 0;
+  }
   for (word start = first; start < stop; start += BLOCK) {
     word n = least(BLOCK, stop - start), whole = (n + LANES - 1) / LANES * LANES;
     for (word i = 0; i < REGISTERS; i++) registers[i] = buffers + i * BLOCK;
@@ -175,6 +207,22 @@ static void map_task(const struct call *c, int phase, word task) {
     for (word i = 0; i < a[MAP_STORES]; i++) {
       const word *s = stores + i * STORE_WORDS;
       copy_items(c->bases[s[0]] + s[1] + 4 * start, (const char *)registers[s[2]], n, 4, 4, 4);
+    }
+    for (word i = 0; i < a[MAP_SUMS]; i++) {
+      const word *s = sums + i * SUM_WORDS;
+      const float *x = registers[s[0]];
+      float *partial = (float *)(c->bases[s[3]] + s[4]) + task * columns;
+      word column = start % columns;
+      if (columns % LANES == 0 && n == whole && column % LANES == 0)
+        for (word k = 0; k < n; k += LANES) {
+          store(partial + column, load(partial + column) + load(x + k));
+          column = column + LANES == columns ? 0 : column + LANES;
+        }
+      else
+        for (word k = 0; k < n; k++) {
+          partial[column] += x[k];
+          column = column + 1 == columns ? 0 : column + 1;
+        }
     }
   }
 }
@@ -247,18 +295,6 @@ INLINE void multiply_rows(v16 *total, const float *const *rows, word stride, con
     multiply_run(part, p, stride, panel + k * LANES, least(RUN, n - k), ROWS);
     for (int m = 0; m < ROWS; m++) total[m] += part[m], p[m] += RUN * stride;
   }
-}
-
-INLINE v16 load_part(const float *from, word n) {
-  if (n >= LANES) return load(from);
-  v16 x = all(0.f);
-  for (word i = 0; i < n; i++) x[i] = from[i];
-  return x;
-}
-
-INLINE void store_part(float *to, v16 x, word n, word stride) {
-  if (n >= LANES && stride == 1) store(to, x);
-  else for (word i = 0; i < least(n, LANES); i++) to[i * stride] = x[i];
 }
 
 /* matrix product: [0,1] a, [2,3] b, [4,5] to, [6,7] packed, batches, m, n, k; strides of a (batch, row, k), of b (batch,
@@ -867,7 +903,7 @@ struct kernel {
 };
 
 static const struct kernel KERNELS[] = { /* the order of export/targets/native */
-  {2, copy_tasks, copy_task}, {1, map_tasks, map_task}, {2, reduce_tasks, reduce_task},
+  {2, copy_tasks, copy_task}, {2, map_tasks, map_task}, {2, reduce_tasks, reduce_task},
   {2, product_tasks, product_task}, {2, conv_tasks, conv_task}, {2, conv_grad_tasks, conv_grad_task},
   {2, depthwise_tasks, depthwise_task}, {1, pool_tasks, pool_task}, {1, rows_tasks, rows_task},
   {1, index_tasks, index_task}, {2, winograd_tasks, winograd_task}, {3, winograd_grad_tasks, winograd_grad_task},

@@ -7,11 +7,12 @@
 #define RUN 256      /* so many products are summed before they join the total: the error grows with RUN, not with K */
 #define BLOCK 256    /* elements of an elementwise program at a time */
 enum { COPY_ITEM = 4, COPY_FILL, COPY_FILLED, COPY_RANK, COPY_SIZES, COPY_FROM = COPY_SIZES + RANK, COPY_TO = COPY_FROM + RANK, COPY_WORDS = COPY_TO + RANK };
-enum { MAP_COUNT, MAP_SIZES, MAP_LOADS = 5, MAP_STEPS, MAP_STORES, MAP_BODY, LOAD_WORDS = 7, STEP_WORDS = 6, STORE_WORDS = 3 };
+enum { MAP_COUNT, MAP_SIZES, MAP_LOADS = 5, MAP_STEPS, MAP_STORES, MAP_SUMS, MAP_COLUMNS, MAP_BODY, LOAD_WORDS = 7, STEP_WORDS = 6, STORE_WORDS = 3, SUM_WORDS = 5 };
 enum { FLOAT32, UINT8, INT64 };
 enum { ADD, SUBTRACT, MULTIPLY, DIVIDE, MAXIMUM, MINIMUM, GREATER, GREATER_EQUAL, EQUAL, MASKED, WHERE, RELU, CLAMP_LOW, CLAMP_HIGH, ABS, EXP, LOG, SQRT, RSQRT, POWER, ERF, TANH, SIGMOID, SOFTPLUS, SIN, COS, ATAN, FLOOR, NUMBER, MULTIPLY_ADD, OPERATORS };
 #define REGISTERS 48
 #define MAP_TASK (16 * BLOCK)
+#define SUM_ROWS 128 /* at most so many rows are summed before they join the total */
 enum { REDUCE_MAX = 6, REDUCE_OUTER, REDUCE_SIZE, REDUCE_INNER };
 #define REDUCE_PART 128
 enum { PRODUCT_BATCHES = 8, PRODUCT_M, PRODUCT_N, PRODUCT_K, PRODUCT_A, PRODUCT_B = PRODUCT_A + 3, PRODUCT_PANELS = PRODUCT_B + 3 };
@@ -33,3 +34,9 @@ INLINE word reduce_parts(const word *a) { return a[REDUCE_INNER] == 1 ? parts_of
 INLINE word panels_of(word n) { return parts_of(n, LANES); }
 INLINE word grad_parts(const word *a) { return parts_of(a[CONV_N], a[GRAD_IMAGES]); }
 INLINE word tiles_of(const word *a) { return a[CONV_N] * parts_of(a[CONV_OH], 4) * parts_of(a[CONV_OW], 4); }
+/* elements of a program that are a task: whole rows where columns are summed */
+INLINE word map_task_of(const word *a) {
+  if (!a[MAP_SUMS]) return MAP_TASK;
+  word rows = MAP_TASK / a[MAP_COLUMNS];
+  return a[MAP_COLUMNS] * (rows < 1 ? 1 : least(rows, SUM_ROWS));
+}
