@@ -49,7 +49,11 @@ def version() -> str:
 
 @lru_cache
 def _library() -> ctypes.CDLL:
-    path = library_path()
+    return load_library(library_path())
+
+
+def load_library(path: Path) -> ctypes.CDLL:
+    """Errors: EngineError where it is not there, or this processor is too old for it."""
     if machine() not in LEVELS:
         raise EngineError(f"libedgestill is not made for {machine()} (it is for {', '.join(LEVELS)})")
     if not path.is_file():

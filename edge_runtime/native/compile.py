@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,8 +47,13 @@ def machine() -> str:
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
 
 
-def compile_library(architecture: str | None = None, output: Path | None = None) -> Path:
-    """Compiles and puts the library in place atomically. Errors: EngineError without a compiler, or where it fails."""
+def compile_library(
+    architecture: str | None = None, output: Path | None = None, more: Sequence[str] = ()
+) -> Path:
+    """Compiles, with `more` flags, and puts the library in place atomically.
+
+    Errors: EngineError without a compiler, or where it fails.
+    """
     architecture = architecture or machine()
     if architecture not in LEVELS:
         raise EngineError(f"libedgestill is not made for {architecture}", f"it is for {', '.join(LEVELS)}")
@@ -61,7 +67,7 @@ def compile_library(architecture: str | None = None, output: Path | None = None)
         def one(job: tuple[tuple[str, str, str], Path]) -> None:
             (name, cpu, level), to = job
             define = [f"-DRUN_PLAN=run_{level}"] if level else []
-            _run([*compiler, f"-mcpu={cpu}", *FLAGS, *define, "-c", str(SOURCES / f"{name}.c"), "-o", str(to)])
+            _run([*compiler, f"-mcpu={cpu}", *FLAGS, *more, *define, "-c", str(SOURCES / f"{name}.c"), "-o", str(to)])
 
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             list(pool.map(one, zip(jobs, objects, strict=True)))

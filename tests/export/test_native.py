@@ -15,9 +15,10 @@ from edgestill.export.lowering.graph import Graph, run_graph
 from edgestill.export.targets import native
 from edgestill.export.targets.native_plan import KERNELS, STEPS, Plan
 from edgestill.runtime.bundle.manifest import TensorSpec
+from edgestill.runtime.engines import native as native_engine
 from edgestill.runtime.engines.native import open_runner
 from edgestill.runtime.errors import EngineError
-from edgestill.runtime.native.compile import SOURCES
+from edgestill.runtime.native.compile import SOURCES, compile_library
 from tests.support.lowering import assert_alike, assert_as_exact_as_eager, of_the_corpus, studied
 from tests.support.operator_cases import CASES, FLAT_CASES
 
@@ -147,6 +148,19 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(name: str, tmp_path: Pa
     first, *others = (run_native(graph, case.inputs, tmp_path, threads) for threads in (1, 2, 3, 8))
     for other in others:
         assert all(torch.equal(first[key], other[key]) for key in first)
+
+
+def test_the_bits_do_not_depend_on_the_tile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of AVX-512 it is twice as high; here on whatever this processor has."""
+    other = native_engine.load_library(compile_library(output=tmp_path / "other.so", more=["-DROWS=12"]))
+    for name in ("conv2d-strided", "resnet20", "mobilenet-v1", "vit"):
+        case = studied(name)
+        graph = native.lower(case.graph)
+        first = run_native(graph, case.inputs, tmp_path)
+        with monkeypatch.context() as patched:
+            patched.setattr(native_engine, "_library", lambda: other)
+            second = run_native(graph, case.inputs, tmp_path)
+        assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 def small_plan() -> tuple[Graph, bytes]:

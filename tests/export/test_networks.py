@@ -43,7 +43,8 @@ def check_random(seed: int, most_layers: int = 4) -> None:
     case = study(drawn.student, samples)
     assert all(bool(tensor.isfinite().all()) for tensor in case.eager.values())
     case.check(run_graph(case.graph, case.inputs), 1e-5)
-    case.check(run_graph(onnxruntime.lower(case.graph), case.inputs), 1e-4)
+    # a bias before a batch normalization has the gradient zero but for what rounding 1/n to float32 leaves of it
+    case.check(run_graph(onnxruntime.lower(case.graph), case.inputs), 5e-4)
 
 
 @settings(RANDOM, max_examples=60, derandomize=True)
