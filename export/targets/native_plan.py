@@ -30,6 +30,7 @@ STEPS = (
 REGISTERS, BLOCK, LANES, TASK_ROWS, GATHERED, RANK = 48, 256, 16, 96, 32, 6
 MAP_TASK, SUM_ROWS = 16 * BLOCK, 128
 SPOTS, TILE_BYTES = 36, 2**19
+MOST_LOADS, MOST_STORES, MOST_STEPS = 20, 12, 120  # of a program; they leave registers for what is in between
 PARTIAL_BYTES = 4 * 2**20
 """At most so much memory takes what weight gradients sum up before they are added."""
 ITEM_BYTES = {"float32": 4, "int64": 8, "uint8": 1}
@@ -114,10 +115,14 @@ class Plan:
         """Where a value lies end to end; copied there where it does not."""
         view = self.view(value)
         if not view.dense:
-            copied = self.new(value.shape, value.dtype)
-            self.copy(view, copied, "transpose")
-            view = self.views[value.name] = copied
+            view = self.views[value.name] = self.copied(view, "transpose")
         return View(view.base, view.dtype, value.shape, _dense(value.shape), view.offset)
+
+    def copied(self, view: View, what: str) -> View:
+        """End to end, elsewhere."""
+        to = self.new(view.shape, view.dtype)
+        self.copy(view, to, what)
+        return to
 
     def new(self, shape: Sequence[int], dtype: str = "float32") -> View:
         self.named += 1
@@ -244,14 +249,26 @@ class _Scheduler:
         self.kept = {value.name for value in graph.outputs.values()}
         for item in _grouped(graph):
             if isinstance(item, list):
-                for program in _programs(plan, item, self.readers, self.kept):
-                    program.emit()
+                self._program(item)
             else:
                 self._node(item)
         for i, (name, value) in enumerate(graph.outputs.items()):
             plan.outside["output " + name] = 2 + len(graph.inputs) + i
             to = View("output " + name, value.dtype, value.shape, _dense(value.shape))
             plan.copy(plan.view(value), to, "output")
+
+    def _program(self, nodes: list[Node]) -> None:
+        """One program, or two one after the other where it would be too long."""
+        own = {id(node) for node in nodes}
+        results = [node.outputs[0].name for node in nodes]
+        stored = {n for n in results if n in self.kept or any(id(r) not in own for r in self.readers.get(n, ()))}
+        inputs = {value.name for node in nodes for value in node.inputs}.difference(results)
+        if len(nodes) == 1 or (len(inputs) <= MOST_LOADS and len(stored) <= MOST_STORES and len(nodes) <= MOST_STEPS):
+            if _Program(self.plan, nodes, stored).emit():
+                return
+        half = len(nodes) // 2
+        self._program(nodes[:half])
+        self._program(nodes[half:])
 
     def _node(self, node: Node) -> None:
         rule = _RULES.get(node.operator)
@@ -342,7 +359,8 @@ class _Program:
     stored: set[str]  # results that others read
     loads: dict[str, Value] = field(default_factory=dict)
 
-    def emit(self) -> None:
+    def emit(self) -> bool:
+        """Appends the call; not where there are too few registers."""
         plan, shape = self.plan, _space(self.nodes[0])
         own = {node.outputs[0].name for node in self.nodes}
         joined = self._multiply_adds()
@@ -369,6 +387,8 @@ class _Program:
         count = 0
         for i, (operator, to, operands, number) in enumerate(steps):
             for operand in operands:
+                if not free:
+                    return False
                 if not isinstance(operand, str) and _name(operand) not in register:
                     register[_name(operand)] = free.pop()
                     code += [STEPS.index("number"), register[_name(operand)], 0, 0, 0, _bits(_number(operand))]
@@ -378,14 +398,15 @@ class _Program:
                 if last[name] == i and name not in needed and register[name] >= loads:
                     free.append(register.pop(name))
             if not free:
-                raise _TooLarge
+                return False
             register[to] = free.pop()
             code += [STEPS.index(operator), register[to], *(used + [0, 0, 0])[:3], _bits(number)]
             count += 1
         stores = [(value, plan.result(value)) for node in nodes for value in node.outputs if value.name in self.stored]
         axes = _joint_axes(shape, *(view.strides for view in views), _dense(shape))
-        if len(axes) > 4:
-            raise _TooManyAxes
+        if len(axes) > 4:  # broadcast along more axes than a program goes through: then end to end
+            views = [view if view.dense else plan.copied(view, "expand") for view in views]
+            axes = _joint_axes(shape, *(view.strides for view in views), _dense(shape))
         axes = [(1, *[0] * (len(views) + 1))] * (4 - len(axes)) + axes
         columns = _summed_columns(sums[0]) if sums else 1
         words: list[Any] = [math.prod(shape), *(axis[0] for axis in axes)]
@@ -403,6 +424,7 @@ class _Program:
             written += [to, partial]
         plan.scratch = max(plan.scratch, REGISTERS * BLOCK * 4)
         plan.call("map", "map", views, written, words)
+        return True
 
     def _multiply_adds(self) -> dict[str, str]:
         """Sums that take a product of their own program that nothing else reads: the sum's name → the product's."""
@@ -440,14 +462,6 @@ class _Program:
         return [(node.operator, to, inputs, 0.0)]
 
 
-class _TooLarge(Exception):
-    pass
-
-
-class _TooManyAxes(Exception):
-    pass
-
-
 def _name(operand: Value | str) -> str:
     return operand if isinstance(operand, str) else operand.name
 
@@ -463,31 +477,6 @@ def _broadcast(plan: Plan, value: Value, shape: tuple[int, ...]) -> View:
     extra = len(shape) - len(view.shape)
     strides = [0] * extra + [s if n > 1 else 0 for n, s in zip(view.shape, view.strides, strict=True)]
     return View(view.base, view.dtype, shape, tuple(strides), view.offset)
-
-
-def _programs(plan: Plan, nodes: list[Node], readers: dict, kept: set[str]) -> list[_Program]:
-    """One program, or several where it would be too long."""
-
-    def program(part: list[Node]) -> _Program:
-        own = {id(node) for node in part}
-        stored = {
-            node.outputs[0].name
-            for node in part
-            if node.outputs[0].name in kept or any(id(r) not in own for r in readers.get(node.outputs[0].name, ()))
-        }
-        return _Program(plan, part, stored)
-
-    pending, done = [nodes], []
-    while pending:
-        part = pending.pop(0)
-        inputs = {v.name for n in part for v in n.inputs} - {n.outputs[0].name for n in part}
-        results = program(part).stored
-        if len(part) > 1 and (len(inputs) > 20 or len(results) > 12 or len(part) > 120):
-            half = len(part) // 2
-            pending = [part[:half], part[half:], *pending]
-        else:
-            done.append(program(part))
-    return done
 
 
 # --- what is no elementwise operator ----------------------------------------------------------------------------------
@@ -607,9 +596,8 @@ def _matrix(plan: Plan, value: Value, batch: tuple[int, ...], turned: bool) -> t
     stride = _batch_stride(view, batch)
     if stride is None:
         view = _broadcast(plan, value, (*batch, *value.shape[-2:]))
-        copied = plan.new(view.shape)
-        plan.copy(view, copied, "expand")
-        view, stride = copied, math.prod(view.shape[-2:])
+        view = plan.copied(view, "expand")
+        stride = math.prod(view.shape[-2:])
     if turned:
         order = [*range(len(view.shape) - 2), len(view.shape) - 1, len(view.shape) - 2]
         shape, strides = (tuple(of[i] for i in order) for of in (view.shape, view.strides))

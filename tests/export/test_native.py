@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edgestill.export.lowering.gradient import RULES, gradients
+from edgestill.export.lowering.gradient import gradients
 from edgestill.export.lowering.graph import Graph, run_graph
 from edgestill.export.targets import native
 from edgestill.export.targets.native_plan import KERNELS, STEPS, Plan
@@ -20,7 +20,7 @@ from edgestill.runtime.engines.native import open_runner
 from edgestill.runtime.errors import EngineError
 from edgestill.runtime.native.compile import SOURCES, compile_library
 from tests.support.lowering import assert_alike, assert_as_exact_as_eager, of_the_corpus, studied
-from tests.support.operator_cases import CASES, FLAT_CASES
+from tests.support.operator_cases import CASES, FLAT_CASES, with_gradients
 
 RANDOM = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 SEEDS = st.integers(0, 2**32 - 1)
@@ -72,26 +72,36 @@ def test_an_operator_and_its_gradients(
 ) -> None:
     arrays, attributes = (CASES | FLAT_CASES)[operator](np.random.default_rng(seed))
     rounded = [a.astype(np.float32).astype(a.dtype) if a.dtype.kind == "f" else a for a in arrays]
-    graph, inputs = Graph(), {f"x{i}": torch.tensor(array) for i, array in enumerate(rounded)}
-    for name, tensor in inputs.items():
-        graph.input(name, tuple(tensor.shape), "int64" if tensor.dtype == torch.int64 else "float32")
-    values = graph.apply_many(operator, *graph.inputs, **attributes)
-    for i, value in enumerate(values):
-        graph.output(f"y{i}", value)
-    if operator in RULES:
-        y, probe = values[0], graph.input("probe", values[0].shape)
-        weights = np.random.default_rng(seed).standard_normal(y.shape).astype(np.float32)
-        inputs["probe"] = torch.from_numpy(weights.astype(float))
-        trained = [v for v in graph.inputs if v.dtype == "float32" and v is not probe]
-        trained = trained[:3] if operator == "normalize" else trained
-        for name, value in gradients(graph, (y * probe).sum(*range(y.rank)), trained).items():
-            graph.output(f"gradient.{name}", value)
+    graph, inputs = with_gradients(operator, rounded, attributes, np.random.default_rng(seed))
     expected = run_graph(graph, inputs)
     found = run_native(native.lower(graph), inputs, tmp_path_factory.mktemp("plan"))
     try:
         assert_alike(found, expected, 2e-5)
     except AssertionError as error:
         raise AssertionError(f"{[a.shape for a in arrays]}, {attributes}: {error}") from error
+
+
+def test_broadcasting_along_more_axes_than_a_program_has(tmp_path: Path) -> None:
+    graph = Graph()
+    x, y = graph.input("x", (2, 1, 3, 1, 2, 1)), graph.input("y", (1, 4, 1, 3, 1, 2))
+    graph.output("z", (x + y) * x)
+    inputs = {v.name: torch.randn(v.shape, generator=torch.Generator().manual_seed(0)) for v in graph.inputs}
+    assert_alike(run_native(native.lower(graph), inputs, tmp_path), run_graph(graph, inputs), 1e-6)
+
+
+@pytest.mark.parametrize("count", [3, 30, 60, 200])
+def test_a_program_of_more_values_than_registers(count: int, tmp_path: Path) -> None:
+    graph = Graph()
+    x = graph.input("x", (64,))
+    parts = [(x * (0.1 * i + 2.0)).apply("tanh") for i in range(count)]
+    total = parts[-1]
+    for part in parts[::-1]:
+        total = total * part + 1.0
+    for part in parts:  # all of them are read once more, so all of them stay
+        total = total + part
+    graph.output("z", total)
+    inputs = {"x": torch.randn(64, generator=torch.Generator().manual_seed(0))}
+    assert_alike(run_native(native.lower(graph), inputs, tmp_path), run_graph(graph, inputs), 1e-5)
 
 
 FUNCTIONS = {

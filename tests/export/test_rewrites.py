@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edgestill.export.lowering.gradient import RULES, gradients
+from edgestill.export.lowering.gradient import gradients
 from edgestill.export.lowering.graph import Graph, Value, run_graph, run_operator
 from edgestill.export.lowering.layout import cancel_turns
 from edgestill.export.lowering.operators import OPERATORS
@@ -26,7 +26,7 @@ from edgestill.export.targets import (
 )
 from edgestill.export.targets import executorch as executorch_target
 from tests.support.lowering import assert_alike, of_the_corpus, studied
-from tests.support.operator_cases import CASES, FLAT_CASES
+from tests.support.operator_cases import CASES, FLAT_CASES, with_gradients
 
 LOWER: dict[str, Callable[[Graph], Graph]] = {
     "onnxruntime": onnxruntime.lower,
@@ -70,19 +70,7 @@ def test_a_lowered_network_computes_what_it_is_made_of(name: str, engine: str) -
 @given(seed=SEEDS)
 def test_a_lowered_operator_and_its_gradients_are_what_they_were(operator: str, seed: int) -> None:
     arrays, attributes = (CASES | FLAT_CASES)[operator](np.random.default_rng(seed))
-    graph, inputs = Graph(), {f"x{i}": torch.tensor(array) for i, array in enumerate(arrays)}
-    for name, tensor in inputs.items():
-        graph.input(name, tuple(tensor.shape), "int64" if tensor.dtype == torch.int64 else "float32")
-    values = graph.apply_many(operator, *graph.inputs, **attributes)
-    for i, value in enumerate(values):
-        graph.output(f"y{i}", value)
-    if operator in RULES:
-        y, probe = values[0], graph.input("probe", values[0].shape)
-        inputs["probe"] = torch.from_numpy(np.random.default_rng(seed).standard_normal(y.shape))
-        trained = [v for v in graph.inputs if v.dtype == "float32" and v is not probe]
-        trained = trained[:3] if operator == "normalize" else trained
-        for name, value in gradients(graph, (y * probe).sum(*range(y.rank)), trained).items():
-            graph.output(f"gradient.{name}", value)
+    graph, inputs = with_gradients(operator, arrays, attributes, np.random.default_rng(seed))
     expected = run_graph(graph, inputs)
     for engine, lower in LOWER.items():
         lowered = lower(graph)

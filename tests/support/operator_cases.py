@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import torch
+
+from edgestill.export.lowering.gradient import RULES, gradients
+from edgestill.export.lowering.graph import Graph
 
 Random = np.random.Generator
 Case = tuple[list[np.ndarray], dict]
@@ -273,3 +278,23 @@ FLAT_CASES: dict[str, Callable[[Random], Case]] = {
     "one_hot": lambda random: ([random.integers(0, 5, sizes(random, 1, 6))], {"classes": 5}),
 }
 """Of operators without a gradient."""
+
+
+def with_gradients(
+    operator: str, arrays: Sequence[np.ndarray], attributes: Mapping[str, Any], random: Random
+) -> tuple[Graph, dict[str, torch.Tensor]]:
+    """The operator and its gradients as outputs of a graph, and the graph's inputs: the arrays, and a random probe."""
+    graph, inputs = Graph(), {f"x{i}": torch.tensor(array) for i, array in enumerate(arrays)}
+    for name, tensor in inputs.items():
+        graph.input(name, tuple(tensor.shape), "int64" if tensor.dtype == torch.int64 else "float32")
+    values = graph.apply_many(operator, *graph.inputs, **attributes)
+    for i, value in enumerate(values):
+        graph.output(f"y{i}", value)
+    if operator in RULES:
+        y, probe = values[0], graph.input("probe", values[0].shape)
+        inputs["probe"] = torch.from_numpy(random.standard_normal(y.shape).astype(np.float32).astype(float))
+        trained = [v for v in graph.inputs if v.dtype == "float32" and v is not probe]
+        trained = trained[:3] if operator == "normalize" else trained
+        for name, value in gradients(graph, (y * probe).sum(*range(y.rank)), trained).items():
+            graph.output(f"gradient.{name}", value)
+    return graph, inputs
