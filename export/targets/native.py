@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from edgestill.export.lowering.graph import Graph, Node, Value
+from edgestill.export.lowering.graph import Graph, LoweringError, Node, Value
 from edgestill.export.lowering.layout import cancel_turns
 from edgestill.export.lowering.rewrite import EXPANSIONS, rewrite_fully
 from edgestill.export.step.graphs import build_encode, build_train_step
 from edgestill.export.step.spec import StepSpec
-from edgestill.export.targets.native_plan import Plan
+from edgestill.export.targets.native_kernels import RULES
+from edgestill.export.targets.native_plan import Plan, View, dense_strides
+from edgestill.export.targets.native_programs import MOST_LOADS, MOST_STEPS, MOST_STORES, Program, grouped
 
 
 def emit(spec: StepSpec, folder: Path) -> dict[str, dict]:
@@ -18,7 +20,7 @@ def emit(spec: StepSpec, folder: Path) -> dict[str, dict]:
     records = {}
     for name, graph in (("train_step", build_train_step(spec)), ("encode", build_encode(spec))):
         graph = lower(graph)
-        plan = Plan(graph)
+        plan = make_plan(graph)
         (folder / f"{name}.plan").write_bytes(plan.to_bytes())
         records[name] = {
             "file": f"{name}.plan",
@@ -33,6 +35,57 @@ def emit(spec: StepSpec, folder: Path) -> dict[str, dict]:
 def lower(graph: Graph) -> Graph:
     """The graph in operators that the library has a kernel for, channels last."""
     return cancel_turns(rewrite_fully(graph, REWRITES))
+
+
+def make_plan(graph: Graph) -> Plan:
+    """The plan of a lowered graph. Errors: LoweringError for an operator without a kernel."""
+    plan = Plan(graph)
+    _Scheduler(plan).schedule()
+    plan.place()
+    return plan
+
+
+class _Scheduler:
+    """Goes through the graph: groups elementwise operators, and lets each other one append its calls."""
+
+    def __init__(self, plan: Plan):
+        self.plan, self.graph = plan, plan.graph
+
+    def schedule(self) -> None:
+        plan, graph = self.plan, self.graph
+        for i, value in enumerate(graph.inputs):
+            plan.outside[value.name] = 2 + i
+            plan.views[value.name] = View(value.name, value.dtype, value.shape, dense_strides(value.shape))
+        self.readers = graph.readers()
+        self.kept = {value.name for value in graph.outputs.values()}
+        for item in grouped(graph):
+            if isinstance(item, list):
+                self._program(item)
+            else:
+                self._node(item)
+        for i, (name, value) in enumerate(graph.outputs.items()):
+            plan.outside["output " + name] = 2 + len(graph.inputs) + i
+            to = View("output " + name, value.dtype, value.shape, dense_strides(value.shape))
+            plan.copy(plan.view(value), to, "output")
+
+    def _program(self, nodes: list[Node]) -> None:
+        """One program, or two one after the other where it would be too long."""
+        own = {id(node) for node in nodes}
+        results = [node.outputs[0].name for node in nodes]
+        stored = {n for n in results if n in self.kept or any(id(r) not in own for r in self.readers.get(n, ()))}
+        inputs = {value.name for node in nodes for value in node.inputs}.difference(results)
+        if len(nodes) == 1 or (len(inputs) <= MOST_LOADS and len(stored) <= MOST_STORES and len(nodes) <= MOST_STEPS):
+            if Program(self.plan, nodes, stored).emit():
+                return
+        half = len(nodes) // 2
+        self._program(nodes[:half])
+        self._program(nodes[half:])
+
+    def _node(self, node: Node) -> None:
+        rule = RULES.get(node.operator)
+        if rule is None:
+            raise LoweringError(f"{node.path}: the engine native has no kernel for {node.operator}")
+        rule(self.plan, node, *node.inputs)
 
 
 def _last(x: Value) -> Value:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from edgestill.export.lowering.gradient import gradients
 from edgestill.export.lowering.graph import Graph, run_graph
 from edgestill.export.targets import native
-from edgestill.export.targets.native_plan import KERNELS, STEPS, Plan
+from edgestill.export.targets.native_plan import KERNELS
+from edgestill.export.targets.native_programs import STEPS
 from edgestill.runtime.bundle.manifest import TensorSpec
 from edgestill.runtime.engines import native as native_engine
 from edgestill.runtime.engines.native import open_runner
@@ -31,7 +32,7 @@ def run_native(
 ) -> dict[str, torch.Tensor]:
     """The graph's outputs on the library; floating-point inputs are rounded to float32."""
     path = folder / "graph.plan"
-    path.write_bytes(Plan(graph).to_bytes())
+    path.write_bytes(native.make_plan(graph).to_bytes())
     specs = [
         [TensorSpec(name, value.shape, value.dtype) for name, value in side]
         for side in ([(v.name, v) for v in graph.inputs], graph.outputs.items())
@@ -186,7 +187,7 @@ def small_plan() -> tuple[Graph, bytes]:
     graph.output("dw", gradients(graph, loss, [w])["w"])
     graph.output("loss", loss)
     graph = native.lower(graph)
-    return graph, Plan(graph).to_bytes()
+    return graph, native.make_plan(graph).to_bytes()
 
 
 @settings(RANDOM, max_examples=400)

@@ -19,7 +19,7 @@ from edgestill.export.lowering.rewrite import EXPANSIONS, fuse_pooled_norms, rew
 from edgestill.export.targets import (
     ENGINES,
     native,
-    native_plan,
+    native_kernels,
     onnx_emitter,
     onnxruntime,
     onnxruntime_training,
@@ -35,7 +35,7 @@ LOWER: dict[str, Callable[[Graph], Graph]] = {
     "native": native.lower,
 }
 CLOSED = {
-    "native": native_plan.TAKEN,
+    "native": native_kernels.TAKEN,
     "onnxruntime": onnx_emitter.RULES.keys(),
     "onnxruntime-training": onnx_emitter.RULES.keys() | onnxruntime_training.GRADIENTS.keys(),
     # What PyTorch's functions say in core ATen; inspect shows which of them XNNPACK leaves to portable kernels.

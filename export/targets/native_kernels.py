@@ -1,0 +1,306 @@
+"""Which kernel calls an operator is that is not elementwise: a rule each, which appends them to the plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from edgestill.export.lowering.graph import Node, Value
+from edgestill.export.lowering.operators import ELEMENTWISE
+from edgestill.export.targets.native_plan import (
+    ALIGNMENT,
+    Plan,
+    View,
+    bits_of,
+    broadcast,
+    dense_strides,
+    joint_axes,
+)
+
+LANES, TASK_ROWS, GATHERED = 16, 96, 32
+SPOTS, TILE_BYTES = 36, 2**19
+PARTIAL_BYTES = 4 * 2**20
+"""At most so much memory takes what weight gradients sum up before they are added."""
+
+
+def _reshape(plan: Plan, node: Node, x: Value) -> None:
+    view = plan.view(x)
+    strides = _reshaped(view.shape, view.strides, node.outputs[0].shape)
+    if strides is None:
+        view = plan.dense(x)
+        strides = dense_strides(node.outputs[0].shape)
+    value = node.outputs[0]
+    plan.views[value.name] = View(view.base, view.dtype, value.shape, strides, view.offset)
+
+
+def _reshaped(shape: Sequence[int], strides: Sequence[int], new: Sequence[int]) -> tuple[int, ...] | None:
+    """The strides of the same memory in another shape; None where that cannot be said."""
+    axes = joint_axes(shape, strides)
+    result: list[int] = []
+    rest = axes.pop() if axes else (1, 1)
+    for size in reversed(new):
+        if size == 1:
+            result.append(0)
+            continue
+        if rest[0] == 1:
+            if not axes:
+                return None
+            rest = axes.pop()
+        if rest[0] % size:
+            return None
+        result.append(rest[1])
+        rest = (rest[0] // size, rest[1] * size)
+    return tuple(result[::-1])
+
+
+def _seen(plan: Plan, node: Node, strides: Sequence[int], view: View, offset: int = 0) -> None:
+    value = node.outputs[0]
+    plan.views[value.name] = View(view.base, view.dtype, value.shape, tuple(strides), view.offset + offset)
+
+
+def _transpose(plan: Plan, node: Node, x: Value) -> None:
+    view = plan.view(x)
+    _seen(plan, node, [view.strides[axis] for axis in node.attributes["permutation"]], view)
+
+
+def _slice(plan: Plan, node: Node, x: Value) -> None:
+    view, a = plan.view(x), node.attributes
+    strides = list(view.strides)
+    strides[a["axis"]] *= a["step"]
+    _seen(plan, node, strides, view, a["start"] * view.strides[a["axis"]])
+
+
+def _expand(plan: Plan, node: Node, x: Value) -> None:
+    _seen(plan, node, broadcast(plan, x, node.outputs[0].shape).strides, plan.view(x))
+
+
+def _same(plan: Plan, node: Node, x: Value) -> None:
+    plan.views[node.outputs[0].name] = plan.view(x)
+
+
+def _concat(plan: Plan, node: Node, *parts: Value) -> None:
+    to, axis, start = plan.result(node.outputs[0]), node.attributes["axis"], 0
+    for part in parts:
+        place = View(to.base, to.dtype, part.shape, to.strides, start * to.strides[axis])
+        plan.copy(plan.view(part), place, "concat")
+        start += part.shape[axis]
+
+
+def _pad(plan: Plan, node: Node, x: Value) -> None:
+    to, a = plan.result(node.outputs[0]), node.attributes
+    offset = sum(begin * stride for begin, stride in zip(a["begins"], to.strides, strict=True))
+    place = View(to.base, to.dtype, x.shape, to.strides, offset)
+    plan.copy(plan.view(x), place, "pad", a["value"], to)
+
+
+def _reduce(plan: Plan, node: Node, x: Value) -> None:
+    """A run of neighbouring axes at a time, the last one first."""
+    shape, view = list(x.shape), plan.dense(x)
+    axes = [axis for axis in node.attributes["axes"] if shape[axis] > 1]
+    while axes:
+        stop = axes[-1] + 1
+        start = stop - 1
+        while start > 0 and (start - 1 in axes or shape[start - 1] == 1):
+            start -= 1
+        outer, size, inner = (math.prod(part) for part in (shape[:start], shape[start:stop], shape[stop:]))
+        shape[start:stop] = [1] * (stop - start)
+        axes = [axis for axis in axes if axis < start]
+        to = plan.new(shape)
+        part = plan.new((outer * max(-(-size // (4096 if inner == 1 else 128)), 1), inner))
+        maximum = int(node.operator == "reduce_max")
+        plan.call("reduce", node.operator, [view], [to, part], [view, to, part, maximum, outer, size, inner])
+        view = to
+    plan.views[node.outputs[0].name] = View(view.base, view.dtype, tuple(shape), dense_strides(shape), view.offset)
+
+
+def _matmul(plan: Plan, node: Node, a: Value, b: Value) -> None:
+    value = node.outputs[0]
+    batch = value.shape[:-2]
+    left, right = (_matrix(plan, v, batch, node.attributes[f"transpose_{side}"]) for v, side in ((a, "a"), (b, "b")))
+    m, k, n = value.shape[-2], left[0].shape[-1], value.shape[-1]
+    batches = math.prod(batch)
+    if right[1] == 0 and left[1] in (0, m * left[0].strides[-2]) and batches > 1 and left[1]:
+        batches, m, left, right = 1, batches * m, (left[0], 0), right  # rows of all batches meet one matrix
+    to = plan.result(value)
+    panels = -(-n // LANES)
+    packed = plan.new((batches if right[1] else 1, panels * LANES, k))
+    tiles = batches * -(-m // TASK_ROWS)
+    each = max(1, min(panels, panels * tiles // 16))
+    (lv, ls), (rv, rs) = left, right
+    plan.call(
+        "product", "matmul", [lv, rv], [to, packed],
+        [lv, rv, to, packed, batches, m, n, k, ls, *lv.strides[-2:], rs, *rv.strides[-2:], each],
+    )  # fmt: skip
+
+
+def _matrix(plan: Plan, value: Value, batch: tuple[int, ...], turned: bool) -> tuple[View, int]:
+    """The view of a matrix of each batch, turned where asked, and how far apart the batches are."""
+    view = plan.view(value)
+    stride = _batch_stride(view, batch)
+    if stride is None:
+        view = broadcast(plan, value, (*batch, *value.shape[-2:]))
+        view = plan.copied(view, "expand")
+        stride = math.prod(view.shape[-2:])
+    if turned:
+        order = [*range(len(view.shape) - 2), len(view.shape) - 1, len(view.shape) - 2]
+        shape, strides = (tuple(of[i] for i in order) for of in (view.shape, view.strides))
+        view = View(view.base, view.dtype, shape, strides, view.offset)
+    return view, stride
+
+
+def _batch_stride(view: View, batch: tuple[int, ...]) -> int | None:
+    own = view.shape[:-2]
+    if math.prod(own) == 1:
+        return 0
+    if (1,) * (len(batch) - len(own)) + own != batch:
+        return None
+    axes = joint_axes(own, view.strides[:-2])
+    return axes[0][1] if len(axes) == 1 else None
+
+
+def _windows(plan: Plan, x: Value, to: Value, weight: Value | None, a: dict, kernel, groups: int, adjoint: bool):
+    """The words that convolutions and pooling share; x and to are the images that the kernel calls so."""
+    pads, dilation = a["padding"], a.get("dilation", (1, 1))
+    strides = plan.view(weight).strides if weight is not None else (0, 0, 0, 0)
+    words = [*x.shape, *to.shape[1:], *kernel, *a["stride"], pads[0][0], pads[1][0], *dilation, groups, *strides]
+    return [*words, int(adjoint)]
+
+
+def _conv2d(plan: Plan, node: Node, x: Value, weight: Value, *bias: Value) -> None:
+    adjoint, a, value = node.operator == "conv2d_transpose", node.attributes, node.outputs[0]
+    groups, kernel = a["groups"], weight.shape[2:]
+    image, offset = plan.dense(x), plan.dense(bias[0]) if bias else None
+    to, filters = plan.result(value), plan.view(weight)
+    words = _windows(plan, x, value, weight, a, kernel, groups, adjoint)
+    depthwise = groups == x.shape[3] == value.shape[3]
+    into, out, taps = x.shape[3] // groups, value.shape[3] // groups, math.prod(kernel)
+    reads = [image, filters, *([offset] if bias else [])]
+    if depthwise and groups > 1:
+        packed = plan.new((taps, groups))
+        plan.scratch = max(plan.scratch, taps * 16)
+        plan.call(
+            "depthwise", node.operator, reads, [to, packed],
+            [image, filters, to, offset, packed, *words, int(adjoint), 1],
+        )  # fmt: skip
+        return
+    if _has_winograd(a, kernel, x.shape[3], value.shape):
+        wide = -(-out // LANES) * LANES
+        packed = plan.new((SPOTS, into, wide))
+        tiles = max(12, min(48, TILE_BYTES // (SPOTS * 4 * (into + wide)) // 12 * 12))
+        plan.scratch = max(plan.scratch, SPOTS * tiles * (into + wide) * 4)
+        arguments = [image, filters, to, offset, packed, *words, tiles]
+        plan.call("winograd", node.operator, reads, [to, packed], arguments)
+        return
+    packed = plan.new((groups, -(-out // LANES) * LANES, taps * into))
+    scratch = taps * TASK_ROWS * 8 + (TASK_ROWS * taps * into * 4 if into < GATHERED else 0) + into * 4
+    plan.scratch = max(plan.scratch, -(-scratch // ALIGNMENT) * ALIGNMENT)
+    plan.call("conv", node.operator, reads, [to, packed], [image, filters, to, offset, packed, *words])
+
+
+def _conv2d_weight_grad(plan: Plan, node: Node, x: Value, dy: Value, weight: Value) -> None:
+    a, value = node.attributes, node.outputs[0]
+    groups, kernel = a["groups"], weight.shape[2:]
+    image, slope, to = plan.dense(x), plan.dense(dy), plan.result(value)
+    words = _windows(plan, x, dy, None, a, kernel, groups, False)
+    words[-5:-1] = to.strides
+    depthwise = groups == x.shape[3] == dy.shape[3] and groups > 1
+    if kernel == (1, 1) and groups == 1 and a["stride"] == (1, 1) and x.shape[:3] == dy.shape[:3]:
+        pixels, into, out = math.prod(x.shape[:3]), x.shape[3], dy.shape[3]
+        packed, tiles = plan.new((-(-into // LANES) * LANES, pixels)), -(-out // TASK_ROWS)
+        each = max(1, -(-into // LANES) * tiles // 16)
+        arguments = [slope, image, to, packed, 1, out, into, pixels, 0, 1, out, 0, into, 1, each]
+        plan.call("product", node.operator, [slope, image], [to, packed], arguments)
+        return
+    if _has_winograd(a, kernel, x.shape[3], dy.shape):
+        tiles = dy.shape[0] * -(-dy.shape[1] // 4) * -(-dy.shape[2] // 4)
+        wide = -(-dy.shape[3] // LANES) * LANES
+        work = plan.new((SPOTS, tiles * (x.shape[3] + wide) + x.shape[3] * wide))
+        plan.call(
+            "winograd_grad", node.operator, [image, slope], [to, work], [image, slope, to, None, work, *words, 1]
+        )  # fmt: skip
+        return
+    each = 4 * value.size
+    parts = max(1, min(x.shape[0], PARTIAL_BYTES // each))
+    images = -(-x.shape[0] // parts)
+    partial = plan.new((-(-x.shape[0] // images), each // 4))
+    tail = [2, images] if depthwise else [images]
+    plan.call(
+        "depthwise" if depthwise else "conv_grad", node.operator, [image, slope], [to, partial],
+        [image, slope, to, None, partial, *words, *tail],
+    )  # fmt: skip
+
+
+def _has_winograd(a: dict, kernel: tuple[int, int], channels: int, result: tuple[int, ...]) -> bool:
+    """Whether F(4×4, 3×3) pays: with few channels or pixels its transforms cost more than they save."""
+    plain = a["groups"] == 1 and kernel == (3, 3) and a["stride"] == (1, 1) and a["dilation"] == (1, 1)
+    return plain and min(channels, result[3]) >= 16 and min(result[1:3]) >= 4
+
+
+def _pool(plan: Plan, node: Node, *inputs: Value) -> None:
+    value, a = node.outputs[0], node.attributes
+    what = ("max_pool2d", "max_pool2d_grad", "avg_pool2d", "avg_pool2d_grad").index(node.operator)
+    to, backward = plan.result(value), what & 1
+    small = inputs[0] if backward else value
+    large = value if backward else inputs[0]
+    x = plan.dense(inputs[1]) if what == 1 else plan.dense(inputs[0])
+    dy = plan.dense(inputs[0]) if backward else x
+    words = _windows(plan, large, small, None, a, a["kernel"], 1, False)
+    plan.call("pool", node.operator, [x, dy], [to], [x, dy, to, None, None, *words, what])
+
+
+def _rows(plan: Plan, node: Node, x: Value) -> None:
+    what = ("softmax", "log_softmax", "standardize").index(node.operator)
+    view, results = plan.dense(x), [plan.result(value) for value in node.outputs]
+    number = bits_of(node.attributes.get("eps", 0.0))
+    size = x.shape[-1]
+    arguments = [view, results[0], results[-1], what, x.size // size, size, number]
+    plan.call("rows", node.operator, [view], results, arguments)
+
+
+def _indexed(plan: Plan, node: Node, *inputs: Value) -> None:
+    what = ("gather", "scatter_add", "argmax", "one_hot", "to_integer").index(node.operator)
+    value, x, views = node.outputs[0], inputs[0], [plan.dense(v) for v in inputs]
+    to = plan.result(value)
+    outer = size = inner = 1
+    count = x.size
+    if what < 3:
+        axis = node.attributes["axis"]
+        size = value.shape[axis] if what == 1 else x.shape[axis]
+        outer, inner = math.prod(x.shape[:axis]), math.prod(x.shape[axis + 1 :])
+        count = inputs[1].size if what < 2 else 1
+    elif what == 3:
+        size = node.attributes["classes"]
+    index = views[1] if what < 2 else views[0]
+    plan.call("index", node.operator, views, [to], [views[0], index, to, what, outer, size, count, inner])
+
+
+RULES = {
+    "reshape": _reshape,
+    "transpose": _transpose,
+    "slice": _slice,
+    "expand": _expand,
+    "stop_gradient": _same,
+    "concat": _concat,
+    "pad": _pad,
+    "reduce_sum": _reduce,
+    "reduce_max": _reduce,
+    "matmul": _matmul,
+    "conv2d": _conv2d,
+    "conv2d_transpose": _conv2d,
+    "conv2d_weight_grad": _conv2d_weight_grad,
+    "max_pool2d": _pool,
+    "max_pool2d_grad": _pool,
+    "avg_pool2d": _pool,
+    "avg_pool2d_grad": _pool,
+    "softmax": _rows,
+    "log_softmax": _rows,
+    "standardize": _rows,
+    "gather": _indexed,
+    "scatter_add": _indexed,
+    "argmax": _indexed,
+    "one_hot": _indexed,
+    "to_integer": _indexed,
+}
+
+TAKEN = frozenset(RULES) | (ELEMENTWISE.keys() - {"stop_gradient"})
+"""Operators that a plan can be made of."""
