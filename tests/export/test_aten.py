@@ -107,6 +107,8 @@ FUNCTIONS: dict[str, Function] = {
     "whole-cumulative": lambda x: x * x.argmax(1, keepdim=True).cumsum(2),
     "power-by-a-constant-tensor": lambda x: x ** torch.tensor(2.0) + x ** torch.full((16,), 3.0),
     "deviation-of-what-is-constant": lambda x: x * (x * 0 + 3).std((2, 3), keepdim=True) + x.std(1, keepdim=True),
+    "norm-of-small-order-and-zeros": lambda x: torch.linalg.vector_norm(torch.relu(x), 0.5, dim=1),
+    "sinc-at-zero": lambda x: torch.sinc(torch.relu(x)) * x,
     "power-zero": lambda x: x * (x - x.detach()) ** 0,
     "two-folds": lambda x: F.fold(F.unfold(x, 3), (16, 16), 3) + F.fold(F.unfold(x, 2), (16, 16), 2),
     "two-transposed": lambda x: x * F.conv_transpose2d(x, torch.ones(6, 1, 3, 3), padding=1)

@@ -57,6 +57,13 @@ def _truth(x: Value) -> Value:
     return x if x.operator in ("greater", "greater_equal", "equal") else 1.0 - x.apply("equal", 0.0)
 
 
+def _sinc(x: Value) -> Value:
+    """sin πx / πx, which is 1 and flat at zero."""
+    zero = x.apply("equal", 0.0)
+    angle = where(zero, 1.0, x) * math.pi
+    return where(zero, 1.0, angle.apply("sin") / angle)
+
+
 def _elu(c: Context, x: Value, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Value:
     below = (clamped(x, None, 0.0) * input_scale).apply("exp") - 1.0  # no exponent above zero: it would overflow
     return where(x.apply("greater", 0.0), x * scale, below * (alpha * scale))
@@ -85,6 +92,7 @@ rows(
         "tan": lambda c, x: x.apply("sin") / x.apply("cos"),
         "asin": lambda c, x: _arcsine(x),
         "acos": lambda c, x: math.pi / 2 - _arcsine(x),
+        "sinc": lambda c, x: _sinc(x),
         "sinh": lambda c, x: (x.apply("exp") - (-x).apply("exp")) * 0.5,
         "cosh": lambda c, x: (x.apply("exp") + (-x).apply("exp")) * 0.5,
         "sign": lambda c, x: sign(x),

@@ -59,7 +59,11 @@ def _norm(c: Context, x: Value, order: float, dim: Any, *_: Any) -> Value:
     if math.isinf(order):
         sign = math.copysign(1.0, order)
         return (size * sign).apply("reduce_max", axes=axes) * sign
-    return _root((x * x if order == 2 else size.apply("power", exponent=float(order))).sum(*axes), order)
+    if order == 2:
+        return _root((x * x).sum(*axes))
+    empty = size.apply("equal", 0.0)  # below 1 the power's slope at zero is infinite
+    powers = where(empty, 1.0, size).apply("power", exponent=float(order))
+    return _root(where(empty, 0.0, powers).sum(*axes), order)
 
 
 @row("logsumexp")
