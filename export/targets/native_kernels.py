@@ -17,7 +17,7 @@ from edgestill.export.targets.native_plan import (
     joint_axes,
 )
 
-LANES, TASK_ROWS, GATHERED = 16, 96, 32
+LANES, TASK_ROWS = 16, 96
 SPOTS, TILE_BYTES = 36, 2**19
 PARTIAL_BYTES = 4 * 2**20
 """At most so much memory takes what weight gradients sum up before they are added."""
@@ -166,6 +166,18 @@ def _windows(plan: Plan, x: Value, to: Value, weight: Value | None, a: dict, ker
     return [*words, int(adjoint)]
 
 
+def _block_scratch(plan: Plan, a: dict, kernel, pixels: Sequence[int], channels: int, adjoint: bool, more: int = 0):
+    """A task's scratch: what is under a block of the result's pixels (layout.h)."""
+    sizes = [-(-size // stride) if adjoint else size for size, stride in zip(pixels[1:3], a["stride"], strict=True)]
+    width = min(sizes[1], TASK_ROWS)
+    block = (min(sizes[0], TASK_ROWS // width), width)
+    elements = channels
+    for size, k, stride, dilation in zip(block, kernel, a["stride"], a["dilation"], strict=True):
+        reach = (k - 1) * dilation
+        elements *= size + reach // stride if adjoint else (size - 1) * stride + reach + 1
+    plan.scratch = max(plan.scratch, -(-(4 * elements + more) // ALIGNMENT) * ALIGNMENT)
+
+
 def _conv2d(plan: Plan, node: Node, x: Value, weight: Value, *bias: Value) -> None:
     adjoint, a, value = node.operator == "conv2d_transpose", node.attributes, node.outputs[0]
     groups, kernel = a["groups"], weight.shape[2:]
@@ -187,13 +199,12 @@ def _conv2d(plan: Plan, node: Node, x: Value, weight: Value, *bias: Value) -> No
         wide = -(-out // LANES) * LANES
         packed = plan.new((SPOTS, into, wide))
         tiles = max(12, min(48, TILE_BYTES // (SPOTS * 4 * (into + wide)) // 12 * 12))
-        plan.scratch = max(plan.scratch, SPOTS * tiles * (into + wide) * 4)
+        plan.scratch = max(plan.scratch, SPOTS * (tiles * (into + wide) + 2 * LANES) * 4)
         arguments = [image, filters, to, offset, packed, *words, tiles]
         plan.call("winograd", node.operator, reads, [to, packed], arguments)
         return
     packed = plan.new((groups, -(-out // LANES) * LANES, taps * into))
-    scratch = taps * TASK_ROWS * 8 + (TASK_ROWS * taps * into * 4 if into < GATHERED else 0) + into * 4
-    plan.scratch = max(plan.scratch, -(-scratch // ALIGNMENT) * ALIGNMENT)
+    _block_scratch(plan, a, kernel, value.shape, x.shape[3], adjoint, 16 * sum(kernel))
     plan.call("conv", node.operator, reads, [to, packed], [image, filters, to, offset, packed, *words])
 
 
@@ -214,7 +225,7 @@ def _conv2d_weight_grad(plan: Plan, node: Node, x: Value, dy: Value, weight: Val
     if _has_winograd(a, kernel, x.shape[3], dy.shape):
         tiles = dy.shape[0] * -(-dy.shape[1] // 4) * -(-dy.shape[2] // 4)
         wide = -(-dy.shape[3] // LANES) * LANES
-        work = plan.new((SPOTS, tiles * (x.shape[3] + wide) + x.shape[3] * wide))
+        work = plan.new((SPOTS, tiles * (x.shape[3] + wide) + x.shape[3] * wide + 2 * LANES))
         plan.call(
             "winograd_grad", node.operator, [image, slope], [to, work], [image, slope, to, None, work, *words, 1]
         )  # fmt: skip
@@ -223,6 +234,8 @@ def _conv2d_weight_grad(plan: Plan, node: Node, x: Value, dy: Value, weight: Val
     parts = max(1, min(x.shape[0], PARTIAL_BYTES // each))
     images = -(-x.shape[0] // parts)
     partial = plan.new((-(-x.shape[0] // images), each // 4))
+    if not depthwise:
+        _block_scratch(plan, a, kernel, dy.shape, x.shape[3], False)
     tail = [2, images] if depthwise else [images]
     plan.call(
         "depthwise" if depthwise else "conv_grad", node.operator, [image, slope], [to, partial],

@@ -114,6 +114,11 @@ class Plan:
     def copy(self, source: View, to: View, what: str, fill: float | None = None, filled: View | None = None) -> None:
         item = ITEM_BYTES[source.dtype]
         axes = joint_axes(source.shape, source.strides, to.strides)
+        if len(axes) > RANK and fill is None:  # along the shortest axis, one after the other
+            axis = min((i for i, size in enumerate(source.shape) if size > 1), key=lambda i: source.shape[i])
+            for i in range(source.shape[axis]):
+                self.copy(_at(source, axis, i), _at(to, axis, i), what)
+            return
         if len(axes) > RANK:
             raise LoweringError(f"a {what} of {len(axes)} axes is more than the engine native copies at once")
         axes = [(1, 0, 0)] * (RANK - len(axes)) + axes
@@ -191,6 +196,12 @@ class Plan:
 
     def kernels(self) -> dict[str, int]:
         return dict(sorted(Counter(call.kernel for call in self.calls).items()))
+
+
+def _at(view: View, axis: int, index: int) -> View:
+    """What lies at an index of an axis, which stays."""
+    shape = (*view.shape[:axis], 1, *view.shape[axis + 1 :])
+    return View(view.base, view.dtype, shape, view.strides, view.offset + index * view.strides[axis])
 
 
 def joint_axes(shape: Sequence[int], *strides: Sequence[int]) -> list[tuple[int, ...]]:

@@ -136,6 +136,12 @@ static word weight_bytes(struct check *c, word first, word second) {
   return times(c, extent(c, sizes, a + CONV_WEIGHT, 4, 1), 4);
 }
 
+/* a task's scratch: `words`, and what is under a block */
+static void check_block(struct check *c, word words) {
+  const word *a = c->a;
+  if (!c->error && c->plan[4] < 8 * words + times4(c, block_under(a, 0), block_under(a, 1), a[CONV_C], 4)) c->error = "too little scratch for a convolution";
+}
+
 static void check_conv(struct check *c) {
   const word *a = c->a;
   length(c, CONV_WORDS);
@@ -147,19 +153,20 @@ static void check_conv(struct check *c) {
   operand(c, a + 4, image_bytes(c, CONV_OH), 4, 1);
   if (a[6] >= 0) operand(c, a + 6, a[CONV_O] * 4, 4, 0);
   operand(c, a + 8, times4(c, a[CONV_GROUPS], panels_of(out), k, 4 * LANES), 4, 1);
-  if (c->plan[4] < times3(c, taps, TASK_ROWS, 8) + (in < GATHERED ? times3(c, k, TASK_ROWS, 4) : 0) + in * 4) c->error = "too little scratch for a convolution";
+  check_block(c, 2 * (a[CONV_KH] + a[CONV_KW]));
 }
 
 static void check_conv_grad(struct check *c) {
   const word *a = c->a;
   length(c, GRAD_IMAGES + 1);
   if (!c->error) check_windows(c);
-  if (c->error || a[GRAD_IMAGES] < 1) { c->error = c->error ? c->error : "a part holds no image"; return; }
+  if (c->error || a[GRAD_IMAGES] < 1 || a[CONV_ADJOINT]) { c->error = c->error ? c->error : "a part holds no image"; return; }
   word in = a[CONV_C] / a[CONV_GROUPS], taps = times(c, a[CONV_KH], a[CONV_KW]);
   operand(c, a, image_bytes(c, CONV_H), 4, 0);
   operand(c, a + 2, image_bytes(c, CONV_OH), 4, 0);
   operand(c, a + 4, weight_bytes(c, a[CONV_O], in), 4, 1);
   operand(c, a + 8, times(c, times4(c, grad_parts(a), taps, in, a[CONV_O]), 4), 4, 1);
+  check_block(c, 0);
 }
 
 static void check_depthwise(struct check *c) {
@@ -230,11 +237,11 @@ static void check_winograd(struct check *c, int gradient) {
   operand(c, a + 4, gradient ? weight : image_bytes(c, CONV_OH), 4, 1);
   if (!gradient && a[6] >= 0) operand(c, a + 6, a[CONV_O] * 4, 4, 0);
   if (gradient) {
-    word each = times(c, tiles, in) + times3(c, tiles, panels, LANES) + times3(c, in, panels, LANES);
+    word each = spot_size(times(c, tiles, in)) + spot_size(times3(c, tiles, panels, LANES)) + times3(c, in, panels, LANES);
     operand(c, a + 8, times(c, each, SPOTS * 4), 4, 1);
   } else {
     operand(c, a + 8, times4(c, SPOTS, panels, in, 4 * LANES), 4, 1);
-    if (c->plan[4] < times3(c, a[WINOGRAD_TILES], in + panels * LANES, SPOTS * 4)) c->error = "too little scratch for a convolution";
+    if (c->plan[4] < times(c, times(c, a[WINOGRAD_TILES], in + panels * LANES) + 2 * spot_size(0), SPOTS * 4)) c->error = "too little scratch for a convolution";
   }
 }
 static void check_winograd_conv(struct check *c) { check_winograd(c, 0); }

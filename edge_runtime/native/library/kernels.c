@@ -67,6 +67,10 @@ INLINE void copy_items(char *to, const char *from, word n, word ts, word fs, wor
     for (word i = 0; i < n; i++) to[i * ts] = from[i * fs];
 }
 
+INLINE void clear(float *to, word n) {
+  for (word i = 0; i < n; i++) to[i] = 0;
+}
+
 static void copy_task(const struct call *c, int phase, word task) {
   const word *a = c->a, *n = a + COPY_SIZES, *fs = a + COPY_FROM, *ts = a + COPY_TO, item = a[COPY_ITEM];
   char *to = at(c, 2);
@@ -186,7 +190,7 @@ static void map_task(const struct call *c, int phase, word task) {
   word first = task * map_task_of(a), stop = least(first + map_task_of(a), a[MAP_COUNT]);
   for (word i = 0; i < a[MAP_SUMS]; i++) {
     float *partial = (float *)(c->bases[sums[i * SUM_WORDS + 3]] + sums[i * SUM_WORDS + 4]) + task * columns;
-    for (word k = 0; k < columns; k++) partial[k] = 0;
+    clear(partial, columns);
   }
   for (word start = first; start < stop; start += BLOCK) {
     word n = least(BLOCK, stop - start), whole = (n + LANES - 1) / LANES * LANES;
@@ -279,23 +283,60 @@ static void reduce_task(const struct call *c, int phase, word task) {
 }
 
 /* --- products: panels of the right side, 16 columns wide, are packed first; then each task makes a piece of the result */
-INLINE void multiply_run(v16 *total, const float *const *rows, word stride, const float *panel, word n, int count) {
-  for (word k = 0; k < n; k++) {
-    v16 b = load(panel + k * LANES);
-    for (int m = 0; m < ROWS; m++) total[m] = fma(all(rows[m][k * stride]), b, total[m]);
+/* Adds products of `n` elements, `stride` apart, of ROWS rows and of a panel's vectors, `apart` from one another; and so
+   on `height` times, each `down` further in the rows and `next` further in the panel. Not inlined: the sums stay in
+   registers. */
+static __attribute__((noinline)) void multiply(v16 *sums, const float *const *rows, word stride, word down, const float *panel, word apart, word next, word n, word height) {
+  v16 sum[ROWS];
+  const float *row[ROWS];
+  for (int m = 0; m < ROWS; m++) sum[m] = sums[m], row[m] = rows[m];
+  for (word i = 0; i < height; i++) {
+    const float *p = panel;
+    for (word k = 0; k < n; k++, p += apart) {
+      v16 b = load(p);
+      for (int m = 0; m < ROWS; m++) sum[m] = fma(all(row[m][k * stride]), b, sum[m]);
+    }
+    for (int m = 0; m < ROWS; m++) row[m] += down;
+    panel += next;
+  }
+  for (int m = 0; m < ROWS; m++) sums[m] = sum[m];
+}
+
+/* Of ROWS rows: a chain of at most RUN products, and the total of those before. */
+struct sum {
+  v16 chain[ROWS], total[ROWS];
+  word length, more;
+};
+
+INLINE void start_sum(struct sum *sum, v16 start) {
+  for (int m = 0; m < ROWS; m++) sum->chain[m] = start;
+  sum->length = sum->more = 0;
+}
+
+INLINE void join_chain(struct sum *sum) {
+  for (int m = 0; m < ROWS; m++) sum->total[m] = sum->more ? sum->total[m] + sum->chain[m] : sum->chain[m], sum->chain[m] = all(0.f);
+  sum->more = 1, sum->length = 0;
+}
+
+/* adds n products of each row, from `offset` on, and the panel */
+INLINE void add_products(struct sum *sum, const float *const *rows, word offset, word stride, const float *panel, word n) {
+  const float *p[ROWS];
+  for (int m = 0; m < ROWS; m++) p[m] = rows[m] + offset;
+  while (n) {
+    if (sum->length == RUN) join_chain(sum);
+    word some = least(n, RUN - sum->length);
+    multiply(sum->chain, p, stride, 0, panel, LANES, 0, some, 1);
+    n -= some, sum->length += some;
+    if (!n) return;
+    for (int m = 0; m < ROWS; m++) p[m] += some * stride;
+    panel += some * LANES;
   }
 }
 
-/* adds n products to each row's sum, RUN at a time */
-INLINE void multiply_rows(v16 *total, const float *const *rows, word stride, const float *panel, word n) {
-  const float *p[ROWS];
-  for (int m = 0; m < ROWS; m++) p[m] = rows[m];
-  for (word k = 0; k < n; k += RUN) {
-    v16 part[ROWS];
-    for (int m = 0; m < ROWS; m++) part[m] = all(0.f);
-    multiply_run(part, p, stride, panel + k * LANES, least(RUN, n - k), ROWS);
-    for (int m = 0; m < ROWS; m++) total[m] += part[m], p[m] += RUN * stride;
-  }
+/* the sums, in `chain` */
+INLINE void finish_sum(struct sum *sum) {
+  if (!sum->more) return;
+  for (int m = 0; m < ROWS; m++) sum->chain[m] += sum->total[m];
 }
 
 /* matrix product: [0,1] a, [2,3] b, [4,5] to, [6,7] packed, batches, m, n, k; strides of a (batch, row, k), of b (batch,
@@ -330,10 +371,13 @@ static void product_task(const struct call *c, int phase, word task) {
   for (word p = group * a[PRODUCT_PANELS]; p < least((group + 1) * a[PRODUCT_PANELS], panels); p++)
     for (word i = piece * TASK_ROWS; i < stop; i += ROWS) {
       const float *rows[ROWS];
-      v16 total[ROWS];
-      for (int r = 0; r < ROWS; r++) rows[r] = left + least(i + r, stop - 1) * a[PRODUCT_A + 1], total[r] = all(0.f);
-      multiply_rows(total, rows, a[PRODUCT_A + 2], right + p * k * LANES, k);
-      for (int r = 0; r < ROWS && i + r < stop; r++) store_part(to + (i + r) * n + p * LANES, total[r], n - p * LANES, 1);
+      struct sum sum;
+        start_sum(&sum, all(0.f));
+      for (int r = 0; r < ROWS; r++) rows[r] = left + least(i + r, stop - 1) * a[PRODUCT_A + 1];
+      add_products(&sum, rows, 0, a[PRODUCT_A + 2], right + p * k * LANES, k);
+      finish_sum(&sum);
+      for (int r = 0; r < ROWS; r++)
+          if (i + r < stop) store_part(to + (i + r) * n + p * LANES, sum.chain[r], n - p * LANES, 1);
     }
 }
 
@@ -343,157 +387,183 @@ static void product_task(const struct call *c, int phase, word task) {
    output channel, input channel, row, column. For the adjoint x is dy, and a result's pixel takes those pixels of dy
    whose windows hold it. */
 
-static word conv_tasks(const word *a, int phase) {
-  word panels = a[CONV_GROUPS] * panels_of(a[CONV_O] / a[CONV_GROUPS]);
-  if (phase == 0) return panels;
-  return parts_of(a[CONV_N] * a[CONV_OH] * a[CONV_OW], TASK_ROWS);
+/* Which places of the kernel reach a result's pixel along an axis (0 rows, 1 columns): their number, and of each, nearest
+   pixel of x first, the place and the pixel's distance from `pixel × step`. Of an adjoint, pixels of the same remainder by
+   the stride (`phase`) are reached by the same places. */
+static word reach(const word *a, int axis, word phase, word *place, word *distance) {
+  word size = a[CONV_KH + axis], stride = a[CONV_SH + axis], padding = a[CONV_TOP + axis], dilation = a[CONV_DH + axis], count = 0;
+  for (word k = 0; k < size; k++)
+    if (!a[CONV_ADJOINT]) place[k] = k, distance[k] = k * dilation - padding, count++;
+    else {
+      word far = phase + padding - (size - 1 - k) * dilation;
+      if (far % stride == 0) place[count] = size - 1 - k, distance[count++] = far / stride;
+    }
+  return count;
 }
 
-/* the pixel of x under tap (i, j) of the result's pixel, or none */
-INLINE const float *tap(const word *a, const float *x, word image, word row, word column, word i, word j) {
-  word y, z;
-  if (!a[CONV_ADJOINT]) {
-    y = row * a[CONV_SH] + i * a[CONV_DH] - a[CONV_TOP];
-    z = column * a[CONV_SW] + j * a[CONV_DW] - a[CONV_LEFT];
-  } else {
-    y = row + a[CONV_TOP] - i * a[CONV_DH];
-    z = column + a[CONV_LEFT] - j * a[CONV_DW];
-    if (y < 0 || z < 0 || y % a[CONV_SH] || z % a[CONV_SW]) return 0;
-    y /= a[CONV_SH], z /= a[CONV_SW];
+INLINE word phases_of(const word *a) { return a[CONV_ADJOINT] ? a[CONV_SH] * a[CONV_SW] : 1; }
+
+static word conv_tasks(const word *a, int phase) {
+  if (phase == 0) return a[CONV_GROUPS] * panels_of(a[CONV_O] / a[CONV_GROUPS]);
+  return a[CONV_N] * phases_of(a) * parts_of(conv_height(a), block_height(a)) * parts_of(conv_width(a), block_width(a));
+}
+
+/* Rows y to y + height of an image from column z on, with zeros around it, `pitch` elements a row: in place where they lie
+   inside, else copied. */
+static const float *window(const word *a, const float *image, word y, word z, word height, word width, float *copy, word *pitch) {
+  word channels = a[CONV_C];
+  *pitch = a[CONV_W] * channels;
+  if (y >= 0 && z >= 0 && y + height <= a[CONV_H] && z + width <= a[CONV_W]) return image + y * *pitch + z * channels;
+  word left = z < 0 ? least(-z, width) : 0, right = z + width > a[CONV_W] ? (a[CONV_W] > z ? a[CONV_W] - z : 0) : width;
+  *pitch = width * channels;
+  for (word row = 0; row < height; row++) {
+    float *to = copy + row * *pitch;
+    if (y + row < 0 || y + row >= a[CONV_H] || right <= left) {
+      clear(to, *pitch);
+      continue;
+    }
+    clear(to, left * channels);
+    copy_items((char *)(to + left * channels), (const char *)(image + ((y + row) * a[CONV_W] + z + left) * channels), (right - left) * channels, 4, 4, 4);
+    clear(to + right * channels, (width - right) * channels);
   }
-  if (y < 0 || z < 0 || y >= a[CONV_H] || z >= a[CONV_W]) return 0;
-  return x + ((image * a[CONV_H] + y) * a[CONV_W] + z) * a[CONV_C];
+  return copy;
 }
 
 static void conv_task(const struct call *c, int phase, word task) {
-  const word *a = c->a, taps = a[CONV_KH] * a[CONV_KW], groups = a[CONV_GROUPS];
-  const word in = a[CONV_C] / groups, out = a[CONV_O] / groups, panels = panels_of(out), k = taps * in;
+  const word *a = c->a, groups = a[CONV_GROUPS], kh = a[CONV_KH], kw = a[CONV_KW];
+  const word in = a[CONV_C] / groups, out = a[CONV_O] / groups, panels = panels_of(out), k = kh * kw * in;
+  const word down = a[CONV_ADJOINT] ? a[CONV_SH] : 1, across = a[CONV_ADJOINT] ? a[CONV_SW] : 1;
+  word *rows = (word *)c->scratch, *columns = rows + kh, *far = columns + kw, *wide = far + kh;
   float *packed = at(c, 8);
-  if (phase == 0) { /* a panel: taps × input channels × 16 output channels */
+  if (phase == 0) { /* a panel: phases × the places that reach them × input channels × 16 output channels */
     const word *s = a + CONV_WEIGHT;
-    word group = task / panels, first = task % panels * LANES;
-    const float *w = (const float *)at(c, 2);
+    word group = task / panels, first = task % panels * LANES, width = least(LANES, out - first);
+    const word is = a[CONV_ADJOINT] ? s[0] : s[1], os = a[CONV_ADJOINT] ? s[1] : s[0];
+    const float *w = (const float *)at(c, 2) + (a[CONV_ADJOINT] ? group * in * is + first * os : (group * out + first) * os);
     float *to = packed + task * k * LANES;
-    for (word t = 0; t < taps; t++)
-      for (word i = 0; i < in; i++, to += LANES)
-        for (word o = 0; o < LANES; o++) {
-          word from = a[CONV_ADJOINT] ? (group * in + i) * s[0] + (first + o) * s[1] : (group * out + first + o) * s[0] + i * s[1];
-          to[o] = first + o < out ? w[from + t / a[CONV_KW] * s[2] + t % a[CONV_KW] * s[3]] : 0;
+    for (word turn = 0; turn < down * across; turn++) {
+      word high = reach(a, 0, turn / across, rows, far), broad = reach(a, 1, turn % across, columns, wide);
+      for (word t = 0; t < high * broad; t++)
+        for (word i = 0; i < in; i++, to += LANES) {
+          const float *from = w + i * is + rows[t / broad] * s[2] + columns[t % broad] * s[3];
+          for (word o = 0; o < LANES; o++) to[o] = o < width ? from[o * os] : 0;
         }
+    }
     return;
   }
+  word blocks_across = parts_of(conv_width(a), block_width(a)), blocks_down = parts_of(conv_height(a), block_height(a));
+  word v0 = task % blocks_across * block_width(a), u0 = task / blocks_across % blocks_down * block_height(a);
+  word turn = task / blocks_across / blocks_down % (down * across), image = task / blocks_across / blocks_down / (down * across);
+  word above = turn / across, beside = turn % across;
+  word height = least(block_height(a), parts_of(a[CONV_OH] - above, down) - u0), width = least(block_width(a), parts_of(a[CONV_OW] - beside, across) - v0);
+  if (height <= 0 || width <= 0) return;
+  word before = 0; /* weights of earlier phases */
+  for (word t = 0; t < turn; t++) before += reach(a, 0, t / across, rows, far) * reach(a, 1, t % across, columns, wide) * in;
+  word high = reach(a, 0, above, rows, far), broad = reach(a, 1, beside, columns, wide);
+  word sh = a[CONV_ADJOINT] ? 1 : a[CONV_SH], sw = a[CONV_ADJOINT] ? 1 : a[CONV_SW], pitch = 0;
   const float *x = at(c, 0), *bias = a[6] < 0 ? 0 : at(c, 6);
-  word pixels = a[CONV_N] * a[CONV_OH] * a[CONV_OW], start = task * TASK_ROWS, count = least(TASK_ROWS, pixels - start);
-  const float **under = (const float **)c->scratch; /* taps × TASK_ROWS */
-  float *gathered = (float *)(under + taps * TASK_ROWS), *none = gathered + (in < GATHERED ? TASK_ROWS * k : 0);
-  for (word i = 0; i < in; i++) none[i] = 0;
-  word places[TASK_ROWS];
-  /* of an adjoint, pixels that the same taps reach come one after the other */
-  int even = a[CONV_ADJOINT] && a[CONV_OH] % a[CONV_SH] == 0 && a[CONV_OW] % a[CONV_SW] == 0;
-  word down = even ? a[CONV_SH] : 1, across = even ? a[CONV_SW] : 1;
-  for (word r = 0; r < TASK_ROWS; r++) {
-    word p = start + least(r, count - 1), columns = a[CONV_OW] / across, rows = a[CONV_OH] / down;
-    word column = p % columns, row = p / columns % rows, phase = p / columns / rows % (down * across), image = p / columns / rows / (down * across);
-    column = column * across + phase % across, row = row * down + phase / across;
-    places[r] = ((image * a[CONV_OH] + row) * a[CONV_OW] + column) * a[CONV_O];
-    for (word t = 0; t < taps; t++) under[t * TASK_ROWS + r] = tap(a, x, image, row, column, t / a[CONV_KW], t % a[CONV_KW]);
+  if (high && broad) {
+    word y = u0 * sh + far[0], z = v0 * sw + wide[0];
+    x = window(a, x + image * a[CONV_H] * a[CONV_W] * a[CONV_C], y, z, (height - 1) * sh + far[high - 1] - far[0] + 1, (width - 1) * sw + wide[broad - 1] - wide[0] + 1, (float *)(wide + kw), &pitch);
   }
-  for (word group = 0; group < groups; group++) {
-    if (in < GATHERED)
-      for (word r = 0; r < TASK_ROWS; r++)
-        for (word t = 0; t < taps; t++) {
-          const float *from = under[t * TASK_ROWS + r];
-          float *to = gathered + r * k + t * in;
-          for (word i = 0; i < in; i++) to[i] = from ? from[group * in + i] : 0;
-        }
+  int joined = groups == 1 && (broad < 2 || wide[1] - wide[0] == 1); /* a row of the kernel lies end to end in x */
+  word pixels = height * width;
+  for (word group = 0; group < groups; group++)
     for (word p = 0; p < panels; p++) {
-      const float *panel = packed + (group * panels + p) * k * LANES;
-      word channel = group * out + p * LANES, width = least(LANES, out - p * LANES);
-      v16 offset = all(0.f);
-      if (bias) for (word o = 0; o < width; o++) offset[o] = bias[channel + o];
-      for (word r = 0; r < count; r += ROWS) {
-        const float *rows[ROWS];
-        v16 total[ROWS];
-        for (int m = 0; m < ROWS; m++) total[m] = offset;
-        if (in < GATHERED) {
-          for (int m = 0; m < ROWS; m++) rows[m] = gathered + (r + m) * k;
-          multiply_rows(total, rows, 1, panel, k);
-        } else
-          for (word t = 0; t < taps; t++) {
-            int some = 0;
-            for (int m = 0; m < ROWS; m++) {
-              const float *from = under[t * TASK_ROWS + r + m];
-              some |= from != 0;
-              rows[m] = from ? from + group * in : none;
-            }
-            if (some) multiply_rows(total, rows, 1, panel + t * in * LANES, in);
+      const float *panel = packed + ((group * panels + p) * k + before) * LANES;
+      word channel = group * out + p * LANES, some = least(LANES, out - p * LANES), row = 0, column = 0;
+      v16 offset = bias ? load_part(bias + channel, some) : all(0.f);
+      for (word q = 0; q < pixels; q += ROWS) {
+        const float *under[ROWS];
+        float *to[ROWS];
+        struct sum sum;
+        start_sum(&sum, offset);
+        for (int m = 0; m < ROWS; m++) {
+          under[m] = x + row * sh * pitch + column * sw * a[CONV_C] + group * in;
+          to[m] = (float *)at(c, 4) + ((image * a[CONV_OH] + (u0 + row) * down + above) * a[CONV_OW] + (v0 + column) * across + beside) * a[CONV_O] + channel;
+          if (q + m + 1 < pixels && ++column == width) column = 0, row++; /* the last pixel again where there are no more */
+        }
+        const float *weight = panel;
+        if (joined && high * broad * in <= RUN && high)
+          multiply(sum.chain, under, 1, high > 1 ? (far[1] - far[0]) * pitch : 0, weight, LANES, broad * in * LANES, broad * in, high);
+        else for (word i = 0; i < high; i++)
+          for (word j = 0; j < (joined ? 1 : broad); j++) {
+            word n = joined ? broad * in : in;
+            add_products(&sum, under, (far[i] - far[0]) * pitch + (wide[j] - wide[0]) * a[CONV_C], 1, weight, n);
+            weight += n * LANES;
           }
-        float *to = (float *)at(c, 4) + channel;
-        for (int m = 0; m < ROWS && r + m < count; m++) store_part(to + places[r + m], total[m], width, 1);
+        finish_sum(&sum);
+        for (int m = 0; m < ROWS; m++)
+          if (q + m < pixels) store_part(to[m], sum.chain[m], some, 1);
       }
     }
-  }
 }
 
 /* weight gradient: [0,1] x, [2,3] dy, [4,5] to, [6,7] unused, [8,9] partial results; the words of the convolution, whose
    result is dy; then images a part. Partial results are [part, tap, input channel of the group, output channel]. */
-
-
 static word conv_grad_tasks(const word *a, int phase) {
   word taps = a[CONV_KH] * a[CONV_KW], in = a[CONV_C] / a[CONV_GROUPS];
-  if (phase == 0) return grad_parts(a) * taps * parts_of(in, TASK_ROWS);
+  if (phase == 0) return grad_parts(a) * parts_of(taps * in, TASK_ROWS);
   return taps * in;
 }
 
 static void conv_grad_task(const struct call *c, int phase, word task) {
   const word *a = c->a, groups = a[CONV_GROUPS], in = a[CONV_C] / groups, out = a[CONV_O] / groups, outputs = a[CONV_O];
-  const word taps = a[CONV_KH] * a[CONV_KW], each = taps * in * outputs;
+  const word all_rows = a[CONV_KH] * a[CONV_KW] * in, each = all_rows * outputs, kw = a[CONV_KW];
   float *partial = at(c, 8);
   if (phase == 1) {
     word t = task / in, i = task % in;
     const word *s = a + CONV_WEIGHT;
     const float *from = partial + task * outputs;
-    float *to = (float *)at(c, 4) + i * s[1] + t / a[CONV_KW] * s[2] + t % a[CONV_KW] * s[3];
-    for (word o = 0; o < outputs; o++) {
-      float total = from[o];
-      for (word p = 1; p < grad_parts(a); p++) total += from[p * each + o];
-      to[o * s[0]] = total;
+    float *to = (float *)at(c, 4) + i * s[1] + t / kw * s[2] + t % kw * s[3];
+    for (word o = 0; o < outputs; o += LANES) {
+      word width = least(LANES, outputs - o);
+      v16 total = load_part(from + o, width);
+      for (word p = 1; p < grad_parts(a); p++) total += load_part(from + p * each + o, width);
+      store_part(to + o * s[0], total, width, s[0]);
     }
     return;
   }
-  word pieces = parts_of(in, TASK_ROWS), piece = task % pieces, t = task / pieces % taps, part = task / pieces / taps;
-  word i = t / a[CONV_KW], j = t % a[CONV_KW], first = part * a[GRAD_IMAGES], last = least(first + a[GRAD_IMAGES], a[CONV_N]);
-  /* the columns of dy whose windows hold a pixel of x under this tap */
-  word shift = j * a[CONV_DW] - a[CONV_LEFT], left = shift < 0 ? parts_of(-shift, a[CONV_SW]) : 0;
-  word right = a[CONV_W] - 1 - shift < 0 ? 0 : least(a[CONV_OW], (a[CONV_W] - 1 - shift) / a[CONV_SW] + 1);
-  for (word group = 0; group < groups; group++)
-    for (word channel = piece * TASK_ROWS; channel < least((piece + 1) * TASK_ROWS, in); channel += ROWS)
-      for (word o = 0; o < out; o += LANES) {
-        word width = least(LANES, out - o), height = least(ROWS, least((piece + 1) * TASK_ROWS, in) - channel);
-        v16 total[ROWS];
-        word offset[ROWS]; /* rows beyond the last channel repeat it */
-        for (int m = 0; m < ROWS; m++) total[m] = all(0.f), offset[m] = least(m, height - 1);
-        v16 sum[ROWS];
-        for (int m = 0; m < ROWS; m++) sum[m] = all(0.f);
-        word summed = 0;
-        for (word n = first; n < last; n++)
-          for (word row = 0; row < a[CONV_OH]; row++) {
-            word y = row * a[CONV_SH] + i * a[CONV_DH] - a[CONV_TOP];
-            if (y < 0 || y >= a[CONV_H] || left >= right) continue;
-            const float *x = (const float *)at(c, 0) + ((n * a[CONV_H] + y) * a[CONV_W] + left * a[CONV_SW] + shift) * a[CONV_C] + group * in + channel;
-            const float *dy = (const float *)at(c, 2) + ((n * a[CONV_OH] + row) * a[CONV_OW] + left) * outputs + group * out + o;
-            word step = a[CONV_SW] * a[CONV_C];
-            for (word q = left; q < right; q++, x += step, dy += outputs) {
-              v16 b = load_part(dy, width);
-              for (int m = 0; m < ROWS; m++) sum[m] = fma(all(x[offset[m]]), b, sum[m]);
+  word pieces = parts_of(all_rows, TASK_ROWS), piece = task % pieces, part = task / pieces;
+  word first = part * a[GRAD_IMAGES], last = least(first + a[GRAD_IMAGES], a[CONV_N]);
+  word start = piece * TASK_ROWS, stop = least(start + TASK_ROWS, all_rows);
+  word down[TASK_ROWS], aside[TASK_ROWS]; /* from a window's first pixel to what a row of the result multiplies */
+  for (word r = start; r < stop; r++)
+    down[r - start] = r / in / kw * a[CONV_DH], aside[r - start] = r / in % kw * a[CONV_DW] * a[CONV_C] + r % in;
+  float *to = partial + part * each;
+  clear(to + start * outputs, (stop - start) * outputs);
+  for (word n = first; n < last; n++)
+    for (word u = 0; u < a[CONV_OH]; u += block_height(a))
+      for (word v = 0; v < a[CONV_OW]; v += block_width(a)) {
+        word height = least(block_height(a), a[CONV_OH] - u), width = least(block_width(a), a[CONV_OW] - v), pitch;
+        const float *x = window(a, (const float *)at(c, 0) + n * a[CONV_H] * a[CONV_W] * a[CONV_C], u * a[CONV_SH] - a[CONV_TOP], v * a[CONV_SW] - a[CONV_LEFT],
+                                (height - 1) * a[CONV_SH] + (a[CONV_KH] - 1) * a[CONV_DH] + 1, (width - 1) * a[CONV_SW] + (kw - 1) * a[CONV_DW] + 1, (float *)c->scratch, &pitch);
+        const float *dy = (const float *)at(c, 2) + ((n * a[CONV_OH] + u) * a[CONV_OW] + v) * outputs;
+        const word step = a[CONV_SW] * a[CONV_C];
+        for (word group = 0; group < groups; group++)
+          for (word r = start; r < stop; r += ROWS) {
+            word offset[ROWS], count = least(ROWS, stop - r); /* rows beyond the last one repeat it */
+            for (int m = 0; m < ROWS; m++) {
+              word row = r - start + least(m, count - 1);
+              offset[m] = down[row] * pitch + aside[row] + group * in;
             }
-            if ((summed += right - left) < RUN / 4) continue;
-            for (int m = 0; m < ROWS; m++) total[m] += sum[m], sum[m] = all(0.f);
-            summed = 0;
+            for (word o = 0; o < out; o += LANES) {
+              word some = least(LANES, out - o);
+              const float *slope = dy + group * out + o, *under[ROWS];
+              v16 sum[ROWS];
+              for (int m = 0; m < ROWS; m++) sum[m] = all(0.f), under[m] = x + offset[m];
+              if (some == LANES) multiply(sum, under, step, a[CONV_SH] * pitch, slope, outputs, a[CONV_OW] * outputs, width, height);
+              else
+                for (word q = 0; q < width * height; q++) {
+                  word row = q / width, column = q % width;
+                  v16 b = load_part(slope + (row * a[CONV_OW] + column) * outputs, some);
+                  for (int m = 0; m < ROWS; m++) sum[m] = fma(all(under[m][row * a[CONV_SH] * pitch + column * step]), b, sum[m]);
+                }
+              float *sums = to + r * outputs + group * out + o;
+              for (int m = 0; m < ROWS; m++)
+          if (m < count) store_part(sums + m * outputs, load_part(sums + m * outputs, some) + sum[m], some, 1);
+            }
           }
-        for (int m = 0; m < ROWS; m++) total[m] += sum[m];
-        float *to = partial + part * each + (t * in + channel) * outputs + group * out + o;
-        for (int m = 0; m < height; m++) store_part(to + m * outputs, total[m], width, 1);
       }
 }
 
@@ -524,21 +594,28 @@ INLINE void place_of(const word *a, word tile, word *at) {
   word across = parts_of(a[CONV_OW], 4), down = parts_of(a[CONV_OH], 4);
   at[2] = tile % across * 4, at[1] = tile / across % down * 4, at[0] = tile / across / down;
 }
-INLINE v16 pixel(const float *x, const word *at, word height, word width, word channels, word k, word n) {
-  if (at[1] < 0 || at[2] < 0 || at[1] >= height || at[2] >= width) return all(0.f);
-  return load_part(x + ((at[0] * height + at[1]) * width + at[2]) * channels + k, n);
-}
-/* 16 channels of the 6×6 pixels of x under a tile, transformed, to spots that lie `apart` */
-INLINE void tile_in(const word *a, const float *x, word tile, word k, float *to, word apart, word top, word left) {
-  word n = least(LANES, a[CONV_C] - k), at[3], here[3];
-  v16 q[6][6], u[6], r[6];
-  place_of(a, tile, at);
-  here[0] = at[0];
-  for (int j = 0; j < 6; j++) {
-    for (int i = 0; i < 6; i++) {
-      here[1] = at[1] + i - top, here[2] = at[2] + j - left;
-      u[i] = pixel(x, here, a[CONV_H], a[CONV_W], a[CONV_C], k, n);
+
+/* Where the size × size pixels from (row, column) on lie, or none; whether all of them are there. */
+INLINE int pixels_of(const float *x, word image, word row, word column, word height, word width, word channels, int size, const float **pixels) {
+  int whole = row >= 0 && column >= 0 && row + size <= height && column + size <= width;
+  const float *first = x + ((image * height + row) * width + column) * channels;
+  for (int i = 0; i < size; i++)
+    for (int j = 0; j < size; j++) {
+      int there = whole || (row + i >= 0 && column + j >= 0 && row + i < height && column + j < width);
+      pixels[i * size + j] = there ? first + (i * width + j) * channels : 0;
     }
+  return whole;
+}
+INLINE v16 pixel(const float *from, word k, word n, int whole) {
+  if (n == LANES) return whole || from ? load(from + k) : all(0.f);
+  return from ? load_part(from + k, n) : all(0.f);
+}
+
+/* 16 channels of 6×6 pixels of x, transformed, to spots that lie `apart` */
+INLINE void transform_x(const float **pixels, word k, word n, int whole, float *to, word apart) {
+  v16 q[6][6], u[6], r[6];
+  for (int j = 0; j < 6; j++) {
+    for (int i = 0; i < 6; i++) u[i] = pixel(pixels[i * 6 + j], k, n, whole);
     transform_in(u, r);
     for (int i = 0; i < 6; i++) q[i][j] = r[i];
   }
@@ -546,6 +623,28 @@ INLINE void tile_in(const word *a, const float *x, word tile, word k, float *to,
     transform_in(q[i], r);
     for (int j = 0; j < 6; j++) store_part(to + (i * 6 + j) * apart, r[j], n, 1);
   }
+}
+/* 16 channels of 4×4 pixels of dy */
+INLINE void transform_dy(const float **pixels, word k, word n, int whole, float *to, word apart) {
+  v16 q[6][4], u[4], r[6];
+  for (int j = 0; j < 4; j++) {
+    for (int i = 0; i < 4; i++) u[i] = pixel(pixels[i * 4 + j], k, n, whole);
+    transform_back(u, r);
+    for (int i = 0; i < 6; i++) q[i][j] = r[i];
+  }
+  for (int i = 0; i < 6; i++) {
+    transform_back(q[i], r);
+    for (int j = 0; j < 6; j++) store(to + (i * 6 + j) * apart, r[j]);
+  }
+}
+static void tile_in(const word *a, const float *x, word tile, float *to, word apart, word top, word left) {
+  const float *pixels[36];
+  word at[3], k = 0, in = a[CONV_C];
+  place_of(a, tile, at);
+  if (pixels_of(x, at[0], at[1] - top, at[2] - left, a[CONV_H], a[CONV_W], in, 6, pixels))
+    for (; k + LANES <= in; k += LANES) transform_x(pixels, k, LANES, 1, to + k, apart);
+  for (; k + LANES <= in; k += LANES) transform_x(pixels, k, LANES, 0, to + k, apart);
+  if (k < in) transform_x(pixels, k, in - k, 0, to + k, apart);
 }
 
 static word winograd_tasks(const word *a, int phase) {
@@ -577,18 +676,21 @@ static void winograd_task(const struct call *c, int phase, word task) {
     return;
   }
   word tiles = a[WINOGRAD_TILES], first = task * tiles, count = least(tiles, tiles_of(a) - first);
-  float *v = (float *)c->scratch, *m = v + SPOTS * tiles * in; /* [spot, tile, channel] and [spot, tile, panel, 16] */
+  word vs = spot_size(tiles * in), ms = spot_size(tiles * panels * LANES);
+  float *v = (float *)c->scratch, *m = v + SPOTS * vs; /* [spot, tile, channel] and [spot, tile, panel, 16] */
   word top = adjoint ? 2 - a[CONV_TOP] : a[CONV_TOP], left = adjoint ? 2 - a[CONV_LEFT] : a[CONV_LEFT];
-  for (word t = 0; t < count; t++)
-    for (word k = 0; k < in; k += LANES) tile_in(a, at(c, 0), first + t, k, v + t * in + k, tiles * in, top, left);
+  for (word t = 0; t < count; t++) tile_in(a, at(c, 0), first + t, v + t * in, vs, top, left);
   for (word spot = 0; spot < SPOTS; spot++)
     for (word p = 0; p < panels; p++)
       for (word t = 0; t < count; t += ROWS) {
         const float *rows[ROWS];
-        v16 total[ROWS];
-        for (int r = 0; r < ROWS; r++) rows[r] = v + (spot * tiles + least(t + r, count - 1)) * in, total[r] = all(0.f);
-        multiply_rows(total, rows, 1, packed + (spot * panels + p) * in * LANES, in);
-        for (int r = 0; r < ROWS && t + r < count; r++) store(m + ((spot * tiles + t + r) * panels + p) * LANES, total[r]);
+        struct sum sum;
+        start_sum(&sum, all(0.f));
+        for (int r = 0; r < ROWS; r++) rows[r] = v + spot * vs + least(t + r, count - 1) * in;
+        add_products(&sum, rows, 0, 1, packed + (spot * panels + p) * in * LANES, in);
+        finish_sum(&sum);
+        for (int r = 0; r < ROWS; r++)
+          if (t + r < count) store(m + spot * ms + ((t + r) * panels + p) * LANES, sum.chain[r]);
       }
   const float *bias = a[6] < 0 ? 0 : at(c, 6);
   for (word t = 0; t < count; t++)
@@ -597,7 +699,7 @@ static void winograd_task(const struct call *c, int phase, word task) {
       v16 q[4][6], u[6], r[4], offset = bias ? load_part(bias + p * LANES, n) : all(0.f);
       place_of(a, first + t, at_);
       for (int j = 0; j < 6; j++) {
-        for (int i = 0; i < 6; i++) u[i] = load(m + (((i * 6 + j) * tiles + t) * panels + p) * LANES);
+        for (int i = 0; i < 6; i++) u[i] = load(m + (i * 6 + j) * ms + (t * panels + p) * LANES);
         transform_out(u, r);
         for (int i = 0; i < 4; i++) q[i][j] = r[i];
       }
@@ -618,27 +720,20 @@ static word winograd_grad_tasks(const word *a, int phase) {
 
 static void winograd_grad_task(const struct call *c, int phase, word task) {
   const word *a = c->a, in = a[CONV_C], out = a[CONV_O], panels = panels_of(out), tiles = tiles_of(a);
-  float *v = at(c, 8), *m = v + SPOTS * tiles * in, *g = m + SPOTS * tiles * panels * LANES;
+  word vs = spot_size(tiles * in), ms = spot_size(tiles * panels * LANES);
+  float *v = at(c, 8), *m = v + SPOTS * vs, *g = m + SPOTS * ms;
   if (phase == 0) {
     for (word t = task * 8; t < least(task * 8 + 8, tiles); t++) {
-      word at_[3], here[3];
-      for (word k = 0; k < in; k += LANES) tile_in(a, at(c, 0), t, k, v + t * in + k, tiles * in, a[CONV_TOP], a[CONV_LEFT]);
-      place_of(a, t, at_);
-      here[0] = at_[0];
+      const float *pixels[16];
+      word where[3];
+      tile_in(a, at(c, 0), t, v + t * in, vs, a[CONV_TOP], a[CONV_LEFT]);
+      place_of(a, t, where);
+      int whole = pixels_of(at(c, 2), where[0], where[1], where[2], a[CONV_OH], a[CONV_OW], out, 4, pixels);
       for (word p = 0; p < panels; p++) {
-        v16 q[6][4], u[4], r[6];
-        for (int j = 0; j < 4; j++) {
-          for (int i = 0; i < 4; i++) {
-            here[1] = at_[1] + i, here[2] = at_[2] + j;
-            u[i] = pixel(at(c, 2), here, a[CONV_OH], a[CONV_OW], out, p * LANES, least(LANES, out - p * LANES));
-          }
-          transform_back(u, r);
-          for (int i = 0; i < 6; i++) q[i][j] = r[i];
-        }
-        for (int i = 0; i < 6; i++) {
-          transform_back(q[i], r);
-          for (int j = 0; j < 6; j++) store(m + (((i * 6 + j) * panels + p) * tiles + t) * LANES, r[j]);
-        }
+        float *to = m + (p * tiles + t) * LANES;
+        word n = least(LANES, out - p * LANES);
+        if (whole && n == LANES) transform_dy(pixels, p * LANES, LANES, 1, to, ms);
+        else transform_dy(pixels, p * LANES, n, 0, to, ms);
       }
     }
   } else if (phase == 1) {
@@ -646,10 +741,13 @@ static void winograd_grad_task(const struct call *c, int phase, word task) {
     for (word p = 0; p < panels; p++)
       for (word i = channel; i < stop; i += ROWS) {
         const float *rows[ROWS];
-        v16 total[ROWS];
-        for (int r = 0; r < ROWS; r++) rows[r] = v + spot * tiles * in + least(i + r, stop - 1), total[r] = all(0.f);
-        multiply_rows(total, rows, in, m + (spot * panels + p) * tiles * LANES, tiles);
-        for (int r = 0; r < ROWS && i + r < stop; r++) store(g + ((spot * in + i + r) * panels + p) * LANES, total[r]);
+        struct sum sum;
+        start_sum(&sum, all(0.f));
+        for (int r = 0; r < ROWS; r++) rows[r] = v + spot * vs + least(i + r, stop - 1);
+        add_products(&sum, rows, 0, in, m + spot * ms + p * tiles * LANES, tiles);
+        finish_sum(&sum);
+        for (int r = 0; r < ROWS; r++)
+          if (i + r < stop) store(g + ((spot * in + i + r) * panels + p) * LANES, sum.chain[r]);
       }
   } else {
     const word *s = a + CONV_WEIGHT;
@@ -668,6 +766,22 @@ static void winograd_grad_task(const struct call *c, int phase, word task) {
         }
     }
   }
+}
+
+/* the pixel of x under tap (i, j) of the result's pixel, or none */
+INLINE const float *tap(const word *a, const float *x, word image, word row, word column, word i, word j) {
+  word y, z;
+  if (!a[CONV_ADJOINT]) {
+    y = row * a[CONV_SH] + i * a[CONV_DH] - a[CONV_TOP];
+    z = column * a[CONV_SW] + j * a[CONV_DW] - a[CONV_LEFT];
+  } else {
+    y = row + a[CONV_TOP] - i * a[CONV_DH];
+    z = column + a[CONV_LEFT] - j * a[CONV_DW];
+    if (y < 0 || z < 0 || y % a[CONV_SH] || z % a[CONV_SW]) return 0;
+    y /= a[CONV_SH], z /= a[CONV_SW];
+  }
+  if (y < 0 || z < 0 || y >= a[CONV_H] || z >= a[CONV_W]) return 0;
+  return x + ((image * a[CONV_H] + y) * a[CONV_W] + z) * a[CONV_C];
 }
 
 /* --- depthwise convolution (groups = channels): the words of the convolution; what = 0 forward, 1 adjoint, 2 weight ---- */

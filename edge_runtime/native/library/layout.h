@@ -17,7 +17,6 @@ enum { REDUCE_MAX = 6, REDUCE_OUTER, REDUCE_SIZE, REDUCE_INNER };
 #define REDUCE_PART 128
 enum { PRODUCT_BATCHES = 8, PRODUCT_M, PRODUCT_N, PRODUCT_K, PRODUCT_A, PRODUCT_B = PRODUCT_A + 3, PRODUCT_PANELS = PRODUCT_B + 3 };
 enum { CONV_N = 10, CONV_H, CONV_W, CONV_C, CONV_OH, CONV_OW, CONV_O, CONV_KH, CONV_KW, CONV_SH, CONV_SW, CONV_TOP, CONV_LEFT, CONV_DH, CONV_DW, CONV_GROUPS, CONV_WEIGHT, CONV_ADJOINT = CONV_WEIGHT + 4, CONV_WORDS };
-#define GATHERED 32 /* channels below which a window's pixels are put side by side first */
 enum { GRAD_IMAGES = CONV_WORDS };
 enum { DEPTH_WHAT = CONV_WORDS, DEPTH_IMAGES };
 enum { POOL_WHAT = CONV_WORDS };
@@ -40,3 +39,16 @@ INLINE word map_task_of(const word *a) {
   word rows = MAP_TASK / a[MAP_COLUMNS];
   return a[MAP_COLUMNS] * (rows < 1 ? 1 : least(rows, SUM_ROWS));
 }
+/* A convolution's task is a block of pixels of the result (of an adjoint: of one phase, that is of those with the same
+   remainder by the stride). */
+INLINE word conv_height(const word *a) { return a[CONV_ADJOINT] ? parts_of(a[CONV_OH], a[CONV_SH]) : a[CONV_OH]; }
+INLINE word conv_width(const word *a) { return a[CONV_ADJOINT] ? parts_of(a[CONV_OW], a[CONV_SW]) : a[CONV_OW]; }
+INLINE word block_width(const word *a) { return least(conv_width(a), TASK_ROWS); }
+INLINE word block_height(const word *a) { return least(conv_height(a), TASK_ROWS / block_width(a)); }
+/* how much of x is under a block, along an axis (0 rows, 1 columns) */
+INLINE word block_under(const word *a, int axis) {
+  word pixels = (axis ? block_width(a) : block_height(a)) - 1, reach = (a[CONV_KH + axis] - 1) * a[CONV_DH + axis];
+  return a[CONV_ADJOINT] ? pixels + reach / a[CONV_SH + axis] + 1 : pixels * a[CONV_SH + axis] + reach + 1;
+}
+/* elements of a spot's tiles; not a multiple of 4096 bytes, of which a cache holds few at once */
+INLINE word spot_size(word elements) { return elements + LANES; }

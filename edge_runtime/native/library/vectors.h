@@ -14,7 +14,7 @@ typedef int32_t i16 __attribute__((vector_size(64), aligned(4)));
 
 INLINE v16 load(const float *p) { return *(const v16 *)p; }
 INLINE void store(float *p, v16 x) { *(v16 *)p = x; }
-INLINE v16 all(float x) { return (v16){} + x; }
+INLINE v16 all(float x) { return (v16){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; } /* 0 + x would be an addition */
 INLINE v16 fma(v16 a, v16 b, v16 c) { return __builtin_elementwise_fma(a, b, c); }
 INLINE i16 bits(v16 x) { return (i16)x; }
 INLINE v16 floats(i16 x) { return (v16)x; }
