@@ -146,7 +146,7 @@ class PlanProgram:
         given = [array.ctypes.data for array in (*inputs.values(), *outputs.values())]
         bases = np.array([arena.ctypes.data, constants, *given], np.uint64)
         state = _Run(self._plan.ctypes.data, bases.ctypes.data, scratch.ctypes.data, self._runner.threads, 0, 0)
-        level, plan = int(os.environ.get(LIMIT_VARIABLE, "4")), self._plan
+        level, plan = min(int(os.environ.get(LIMIT_VARIABLE, "4")), _library().edgestill_level()), self._plan
         held = (bases, arena, scratch, plan)
 
         def call(thread: int) -> None:

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 
 from edgestill.export.lowering.graph import Node, Value
 from edgestill.export.lowering.operators import ELEMENTWISE
+from edgestill.export.targets.native_fusion import side_by_side
 from edgestill.export.targets.native_plan import (
     ALIGNMENT,
+    Made,
     Plan,
+    Unpooled,
     View,
     bits_of,
     broadcast,
@@ -189,23 +192,38 @@ def _conv2d(plan: Plan, node: Node, x: Value, weight: Value, *bias: Value) -> No
     reads = [image, filters, *([offset] if bias else [])]
     if depthwise and groups > 1:
         packed = plan.new((taps, groups))
-        plan.scratch = max(plan.scratch, taps * 16)
+        _block_scratch(plan, a, kernel, value.shape, x.shape[3], adjoint, 16 * sum(kernel))
         plan.call(
             "depthwise", node.operator, reads, [to, packed],
             [image, filters, to, offset, packed, *words, int(adjoint), 1],
         )  # fmt: skip
+        _made_in_blocks(plan, to, a, adjoint)
         return
     if _has_winograd(a, kernel, x.shape[3], value.shape):
         wide = -(-out // LANES) * LANES
         packed = plan.new((SPOTS, into, wide))
+        across = -(-value.shape[2] // 4)
         tiles = max(12, min(48, TILE_BYTES // (SPOTS * 4 * (into + wide)) // 12 * 12))
+        tiles = max(tiles // across, 1) * across if across <= 48 else tiles  # whole rows of tiles
         plan.scratch = max(plan.scratch, SPOTS * (tiles * (into + wide) + 2 * LANES) * 4)
         arguments = [image, filters, to, offset, packed, *words, tiles]
         plan.call("winograd", node.operator, reads, [to, packed], arguments)
+        if tiles % across == 0:
+            count = value.shape[0] * -(-value.shape[1] // 4) * across
+            plan.calls[-1].made = Made(to.base, to.size, value.shape[3], -(-count // tiles))
         return
     packed = plan.new((groups, -(-out // LANES) * LANES, taps * into))
     _block_scratch(plan, a, kernel, value.shape, x.shape[3], adjoint, 16 * sum(kernel))
     plan.call("conv", node.operator, reads, [to, packed], [image, filters, to, offset, packed, *words])
+    _made_in_blocks(plan, to, a, adjoint)
+
+
+def _made_in_blocks(plan: Plan, to: View, a: dict, adjoint: bool) -> None:
+    """A convolution's tasks make whole rows of pixels, unless these are many, or made phase by phase."""
+    images, height, width, channels = to.shape
+    if width <= TASK_ROWS and not (adjoint and math.prod(a["stride"]) > 1):
+        rows = min(height, TASK_ROWS // width)
+        plan.calls[-1].made = Made(to.base, to.size, channels, images * -(-height // rows))
 
 
 def _conv2d_weight_grad(plan: Plan, node: Node, x: Value, dy: Value, weight: Value) -> None:
@@ -249,16 +267,49 @@ def _has_winograd(a: dict, kernel: tuple[int, int], channels: int, result: tuple
     return plain and min(channels, result[3]) >= 16 and min(result[1:3]) >= 4
 
 
-def _pool(plan: Plan, node: Node, *inputs: Value) -> None:
+def _max_pool(plan: Plan, node: Node, x: Value, *factor: Value) -> None:
     value, a = node.outputs[0], node.attributes
-    what = ("max_pool2d", "max_pool2d_grad", "avg_pool2d", "avg_pool2d_grad").index(node.operator)
-    to, backward = plan.result(value), what & 1
-    small = inputs[0] if backward else value
-    large = value if backward else inputs[0]
-    x = plan.dense(inputs[1]) if what == 1 else plan.dense(inputs[0])
-    dy = plan.dense(inputs[0]) if backward else x
+    image, scale = plan.dense(x), plan.dense(factor[0]) if factor else None
+    wide = 1 if math.prod(a["kernel"]) <= 256 else 4
+    winners = None
+    if any(y.name == value.name for y in plan.fusion.pooled.values()):
+        winners = plan.winners[value.name] = plan.new(value.shape, "uint8" if wide == 1 else "float32")
+    to = plan.result(value)
+    _pool_call(plan, node, [image, scale, to, winners], x, value, 0, wide)
+
+
+def _max_pool_grad(plan: Plan, node: Node, dy: Value, y: Value, *image: Value) -> None:
+    """From the winners, which the pooling has kept; where only programs read it, they find it out themselves."""
+    value, a = node.outputs[0], node.attributes
+    wide = 1 if math.prod(a["kernel"]) <= 256 else 4
+    if image:  # of another graph's pooling
+        x, y = y, image[0]
+        winners = plan.new(y.shape, "uint8" if wide == 1 else "float32")
+        _pool_call(plan, node, [plan.dense(x), None, plan.new(y.shape), winners], x, y, 0, wide)
+    else:
+        winners = plan.winners[y.name]
+    if side_by_side(node) and value.name not in plan.loose:
+        channels, width = value.shape[3], value.shape[2]
+        plan.unpooled[value.name] = Unpooled(value, plan.dense(dy), winners, (channels, width, *a["kernel"]))
+        return
+    arguments = [plan.dense(dy), None, plan.result(value), winners]
+    _pool_call(plan, node, arguments, value, dy, 1, wide)
+
+
+def _avg_pool(plan: Plan, node: Node, x: Value) -> None:
+    value, backward = node.outputs[0], node.operator == "avg_pool2d_grad"
+    arguments = [plan.dense(x), None, plan.result(value), None]
+    _pool_call(plan, node, arguments, *((value, x) if backward else (x, value)), 2 + backward, 4)
+
+
+def _pool_call(plan: Plan, node: Node, arguments: list, large: Value, small: Value, what: int, wide: int) -> None:
+    a = node.attributes
     words = _windows(plan, large, small, None, a, a["kernel"], 1, False)
-    plan.call("pool", node.operator, [x, dy], [to], [x, dy, to, None, None, *words, what])
+    to, winners = arguments[2], arguments[3]
+    seen = [view for view in arguments if view is not None]
+    written = [to] if what != 0 or winners is None else [to, winners]
+    plan.scratch = max(plan.scratch, math.prod(a["kernel"]) * 16)
+    plan.call("pool", node.operator, seen, written, [*arguments, None, *words, what, wide])
 
 
 def _rows(plan: Plan, node: Node, x: Value) -> None:
@@ -301,10 +352,10 @@ RULES = {
     "conv2d": _conv2d,
     "conv2d_transpose": _conv2d,
     "conv2d_weight_grad": _conv2d_weight_grad,
-    "max_pool2d": _pool,
-    "max_pool2d_grad": _pool,
-    "avg_pool2d": _pool,
-    "avg_pool2d_grad": _pool,
+    "max_pool2d": _max_pool,
+    "max_pool2d_grad": _max_pool_grad,
+    "avg_pool2d": _avg_pool,
+    "avg_pool2d_grad": _avg_pool,
     "softmax": _rows,
     "log_softmax": _rows,
     "standardize": _rows,

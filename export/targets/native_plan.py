@@ -9,11 +9,12 @@ import math
 import struct
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from edgestill.export.lowering.graph import Graph, LoweringError, Value
+from edgestill.export.targets.native_fusion import Fusion
 
 MAGIC, VERSION, ALIGNMENT = 0x314E414C504C5345, 1, 64
 KERNELS = tuple(
@@ -21,6 +22,8 @@ KERNELS = tuple(
 )
 RANK = 6
 """The most axes that a copy goes through."""
+CHAINED = 10
+"""The word of a program that says whether it runs with the call before."""
 ITEM_BYTES = {"float32": 4, "int64": 8, "uint8": 1}
 
 
@@ -35,8 +38,47 @@ class View:
     offset: int = 0
 
     @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def dense(self) -> bool:
         return joint_axes(self.shape, self.strides) == joint_axes(self.shape, dense_strides(self.shape))
+
+
+@dataclass(frozen=True)
+class Unpooled:
+    """The gradient of a pooling whose windows lie side by side, not in memory: read from dy and the winners."""
+
+    value: Value
+    dy: View
+    winners: View
+    sizes: tuple[int, int, int, int]  # channels, width, height and width of a window
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+
+@dataclass
+class MappedOver:
+    """What a program goes through."""
+
+    elements: int
+    columns: int  # that it sums; 0 where it sums none
+    whole: list[str]  # what it reads element by element
+    partials: list[tuple[str, int]]  # sums of its parts, and how many a part has
+    chained: bool = False
+
+
+@dataclass
+class Made:
+    """What the tasks of a call make: so many elements each time, in whole rows of channels."""
+
+    result: str
+    elements: int
+    channels: int
+    tasks: int
 
 
 @dataclass
@@ -48,6 +90,14 @@ class Call:
     reads: list[str]
     writes: list[str]
     what: str
+    over: list[tuple[str, str]] = field(default_factory=list)
+    """What it reads, and what may be written over it, element by element."""
+    program: MappedOver | None = None
+    made: Made | None = None
+
+    @property
+    def chained(self) -> bool:
+        return self.program is not None and self.program.chained
 
 
 def dense_strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -70,6 +120,11 @@ class Plan:
         self.constants: dict[str, tuple[int, np.ndarray]] = {}
         self.constant_bytes = self.scratch = 0
         self.named = 0
+        self.fusion = Fusion(graph)
+        self.loose: set[str] = set()  # what others than programs read
+        self.direct: dict[str, View] = {}  # where a value is wanted outside
+        self.unpooled: dict[str, Unpooled] = {}
+        self.winners: dict[str, View] = {}  # of each pooling, by its result
 
     # --- values ------------------------------------------------------------------------------------------------------
     def view(self, value: Value) -> View:
@@ -103,13 +158,19 @@ class Plan:
         return View(name, dtype, tuple(shape), dense_strides(shape))
 
     def result(self, value: Value) -> View:
-        """Memory for a value: its own output's, or the arena's."""
-        view = self.new(value.shape, value.dtype)
+        """Memory for a value: the output's that it is, or the arena's."""
+        view = self.direct.get(value.name) or self.new(value.shape, value.dtype)
         self.views[value.name] = view
         return view
 
-    def call(self, kernel: str, what: str, reads: Iterable[View], writes: Iterable[View], arguments: list) -> None:
-        self.calls.append(Call(kernel, arguments, [v.base for v in reads], [v.base for v in writes], what))
+    def call(
+        self, kernel: str, what: str, reads: Iterable[View], writes: Iterable[View], arguments: list,
+        over: Sequence[tuple[View, View]] = (),
+    ) -> None:  # fmt: skip
+        """`over`: views of the same elements in the same order; the second may be written where the first lies."""
+        reads, writes = [v.base for v in reads], [v.base for v in writes]
+        alone = [(a.base, b.base) for a, b in over if reads.count(a.base) == 1]
+        self.calls.append(Call(kernel, arguments, reads, writes, what, alone))
 
     def copy(self, source: View, to: View, what: str, fill: float | None = None, filled: View | None = None) -> None:
         item = ITEM_BYTES[source.dtype]
@@ -137,15 +198,55 @@ class Plan:
             words[4] = 0
         self.call("copy", what, [source], [to], words)
 
+    # --- chains ------------------------------------------------------------------------------------------------------
+    def chain(self) -> None:
+        """Programs that read element by element what a call makes run task by task with it, while that is in the cache:
+        those that follow it, or can be moved there."""
+        i = 0
+        while i < len(self.calls):
+            made = self.calls[i].made
+            i += 1
+            while made is not None and (j := self._follower(i, made)) is not None:
+                call = self.calls.pop(j)
+                self.calls.insert(i, call)
+                call.program.chained = True
+                call.arguments[CHAINED] = 1
+                for name, each in call.program.partials:
+                    self.sizes[name] = 4 * each * made.tasks
+                i += 1
+
+    def _follower(self, start: int, made: Made) -> int | None:
+        written: set[str] = set()
+        read: set[str] = set()
+        for j in range(start, len(self.calls)):
+            call = self.calls[j]
+            program = call.program
+            fits = (
+                program is not None
+                and made.result in program.whole
+                and program.elements == made.elements
+                and program.columns in (0, made.channels)
+            )
+            if fits and not written & {*call.reads, *call.writes} and not read & set(call.writes):
+                return j
+            if made.result in call.writes:
+                return None
+            written |= set(call.writes)
+            read |= set(call.reads)
+        return None
+
     # --- places ------------------------------------------------------------------------------------------------------
     def place(self) -> None:
         """Offsets in the arena: each value at the lowest place that is free from its first use to its last."""
+        home = self._overwritten()
         first: dict[str, int] = {}
         last: dict[str, int] = {}
+        at = 0
         for i, call in enumerate(self.calls):
+            at = at if call.chained else i  # chained calls run at the same time as the one before them
             for name in (*call.reads, *call.writes):
-                first.setdefault(name, i)
-                last[name] = i
+                first.setdefault(home.get(name, name), at)
+                last[home.get(name, name)] = at
         self.offsets: dict[str, int] = {}
         taken: list[tuple[int, int, int, int]] = []
         order = sorted((name for name in self.sizes if name in first), key=lambda n: (-self.sizes[n], first[n]))
@@ -163,7 +264,30 @@ class Plan:
             self.offsets[name] = place
             taken.append((place, place + size, first[name], last[name]))
             end = max(end, place + size)
+        self.offsets.update((name, self.offsets[there]) for name, there in home.items())
         self.arena_bytes = end
+        self.scratch = -(-self.scratch // ALIGNMENT) * ALIGNMENT
+
+    def _overwritten(self) -> dict[str, str]:
+        """Values that are written over what a call reads for the last time: whose memory they take, by name."""
+        first: dict[str, int] = {}
+        last: dict[str, int] = {}
+        for i, call in enumerate(self.calls):
+            first.update((name, i) for name in call.writes if name not in first)
+            last.update((name, i) for name in (*call.reads, *call.writes))
+        home: dict[str, str] = {}
+        others: list[str] = []  # what the tasks of the call that this one is chained to still read
+        for i, call in enumerate(self.calls):
+            others = others if call.chained else []
+            for name, to in call.over:
+                there = home.get(name, name)
+                fits = name in self.sizes and self.sizes[name] == self.sizes.get(to)
+                free = to not in home and all(home.get(other, other) != there for other in others)
+                if fits and free and last[there] == i == first[to]:
+                    home[to] = there
+                    last[there] = last[to]
+            others = others if call.chained else call.reads
+        return home
 
     def _word(self, argument: int | View | None) -> list[int]:
         if argument is None:

@@ -1,6 +1,7 @@
 """Programs: elementwise operators of one shape that follow one another, run on a block of elements after another.
 
-They read transposes, slices and repetitions of what they take in place, and sum columns on the way.
+They read transposes, slices and repetitions of what they take in place, and sum columns on the way. Which operators
+those are is found in native_fusion.py.
 """
 
 from __future__ import annotations
@@ -10,92 +11,29 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgestill.export.lowering.graph import Graph, Node, Value
-from edgestill.export.lowering.operators import ELEMENTWISE
-from edgestill.export.targets.native_plan import Plan, View, bits_of, broadcast, dense_strides, joint_axes
+from edgestill.export.lowering.graph import Node, Value
+from edgestill.export.targets.native_fusion import Fusion, is_mapped, number_of, space_of, summed_columns
+from edgestill.export.targets.native_plan import (
+    MappedOver,
+    Plan,
+    Unpooled,
+    View,
+    bits_of,
+    broadcast,
+    dense_strides,
+    joint_axes,
+)
 
 STEPS = (
     "add subtract multiply divide maximum minimum greater greater_equal equal masked where relu clamp_low clamp_high "
-    "abs exp log sqrt rsqrt power erf tanh sigmoid softplus sin cos atan floor number multiply_add"
+    "abs exp log sqrt rsqrt power erf tanh sigmoid softplus sin cos atan floor number multiply_add masked_above"
 ).split()
-REGISTERS, BLOCK = 48, 256
-MAP_TASK, SUM_ROWS = 16 * BLOCK, 128
+REGISTERS, BLOCK = 48, 512
+MAP_TASK, SUM_ROWS = 8 * BLOCK, 128
 MOST_LOADS, MOST_STORES, MOST_STEPS = 20, 12, 120
 """Of a program; they leave registers for what is in between."""
 _KINDS = {"float32": 0, "uint8": 1, "int64": 2}
-
-
-def _is_mapped(node: Node) -> bool:
-    return node.operator in ELEMENTWISE and node.operator not in ("to_integer", "stop_gradient") and (
-        node.outputs[0].dtype == "float32"
-    )
-
-
-def _summed_columns(node: Node) -> int:
-    """Of a sum over all axes but the last ones: how many elements these have. 0 of other nodes, and of few columns."""
-    if node.operator != "reduce_sum" or node.attributes["axes"] != tuple(range(len(node.attributes["axes"]))):
-        return 0
-    columns = math.prod(node.inputs[0].shape[len(node.attributes["axes"]) :])
-    return columns if 8 <= columns <= 4096 and columns < node.inputs[0].size else 0
-
-
-def _space(node: Node) -> tuple[int, ...] | None:
-    """The shape that a program goes through for this node; None of what is in none."""
-    if _is_mapped(node):
-        return node.outputs[0].shape
-    return node.inputs[0].shape if _summed_columns(node) else None
-
-
-def grouped(graph: Graph) -> list[Node | list[Node]]:
-    """Nodes and groups of elementwise ones in an order in which they can run.
-
-    A node's level is the longest way to it, where steps within a shape's elementwise operators are free: so nothing
-    outside a group lies between two of its nodes, and groups of one level may stand in any order.
-    """
-    level: dict[str, int] = {}
-    items: dict[tuple, list[Node]] = {}
-    order: dict[tuple, tuple[int, int]] = {}
-    for i, node in enumerate(graph.nodes):
-        space = _space(node)
-        own = 0
-        for value in node.inputs:
-            if value.node is None:
-                continue
-            together = space is not None and _is_mapped(value.node) and value.shape == space
-            own = max(own, level[value.node.outputs[0].name] + (not together))
-        for value in node.outputs:
-            level[value.name] = own
-        key = ("map", own, space) if space is not None else ("node", i)
-        items.setdefault(key, []).append(node)
-        order.setdefault(key, (own, i))
-    result: list[Node | list[Node]] = []
-    for key in sorted(items, key=order.__getitem__):
-        if key[0] == "node":
-            result.append(items[key][0])
-        else:
-            result.extend(_connected(items[key]))
-    return result
-
-
-def _connected(nodes: list[Node]) -> list[list[Node]]:
-    """Those that pass values to one another, or read the same whole tensor, each in order."""
-    parent = {id(node): node for node in nodes}
-    own = {node.outputs[0].name: node for node in nodes}
-    space = _space(nodes[0])
-
-    def root(node: Node) -> Node:
-        while parent[id(node)] is not node:
-            node = parent[id(node)]
-        return node
-
-    for node in nodes:
-        for value in node.inputs:
-            if value.shape == space:
-                parent[id(root(own.setdefault(value.name, node)))] = root(node)
-    groups: dict[int, list[Node]] = {}
-    for node in nodes:
-        groups.setdefault(id(root(node)), []).append(node)
-    return list(groups.values())
+UNPOOLED = 3
 
 
 @dataclass
@@ -103,26 +41,28 @@ class Program:
     """Elementwise operators that run on a block of elements after another."""
 
     plan: Plan
+    fusion: Fusion
     nodes: list[Node]
     stored: set[str]  # results that others read
     loads: dict[str, Value] = field(default_factory=dict)
 
     def emit(self) -> bool:
         """Appends the call; not where there are too few registers."""
-        plan, shape = self.plan, _space(self.nodes[0])
+        plan, shape = self.plan, space_of(self.nodes[0])
         own = {node.outputs[0].name for node in self.nodes}
-        joined = self._multiply_adds()
-        sums = [node for node in self.nodes if node.operator == "reduce_sum"]
+        joined = self._multiply_adds() | self._masks()
+        sums = [node for node in self.nodes if not is_mapped(node)]
         nodes = [n for n in self.nodes if n.outputs[0].name not in joined.values() and n not in sums]
-        needed = self.stored | {node.inputs[0].name for node in sums}
+        summed = {node.outputs[0].name: self.fusion.takes(node)[0].name for node in sums}
+        needed = self.stored | set(summed.values())
         views: list[View] = []
         register: dict[str, int] = {}
         for node in self.nodes:
-            for value in node.inputs:
-                if value.name in own or value.name in register or _number(value) is not None:
+            for value in self.fusion.takes(node):
+                if value.name in own or value.name in register or number_of(value) is not None:
                     continue
                 register[value.name] = len(views)
-                views.append(broadcast(plan, value, shape))
+                views.append(plan.unpooled.get(value.name) or broadcast(plan, value, shape))
         last: dict[str, int] = {}
         steps: list[tuple[str, str, list[Value | float], float]] = []
         for node in nodes:
@@ -139,7 +79,7 @@ class Program:
                     return False
                 if not isinstance(operand, str) and _name(operand) not in register:
                     register[_name(operand)] = free.pop()
-                    code += [STEPS.index("number"), register[_name(operand)], 0, 0, 0, bits_of(_number(operand))]
+                    code += [STEPS.index("number"), register[_name(operand)], 0, 0, 0, bits_of(number_of(operand))]
                     count += 1
             used = [register[_name(operand)] for operand in operands]
             for name in {_name(operand) for operand in operands}:
@@ -151,28 +91,58 @@ class Program:
             code += [STEPS.index(operator), register[to], *(used + [0, 0, 0])[:3], bits_of(number)]
             count += 1
         stores = [(value, plan.result(value)) for node in nodes for value in node.outputs if value.name in self.stored]
-        axes = joint_axes(shape, *(view.strides for view in views), dense_strides(shape))
+        views = [self._placed(view, shape) for view in views]
+        axes = _axes(shape, views)
         if len(axes) > 4:  # broadcast along more axes than a program goes through: then end to end
-            views = [view if view.dense else plan.copied(view, "expand") for view in views]
-            axes = joint_axes(shape, *(view.strides for view in views), dense_strides(shape))
+            views = [view if _is_plain(view) else plan.copied(view, "expand") for view in views]
+            axes = _axes(shape, views)
         axes = [(1, *[0] * (len(views) + 1))] * (4 - len(axes)) + axes
-        columns = _summed_columns(sums[0]) if sums else 1
+        columns = summed_columns(sums[0]) if sums else 1
+        totals = self._totals(sums, summed)
         words: list[Any] = [math.prod(shape), *(axis[0] for axis in axes)]
-        words += [loads, count, len(stores), len(sums), columns]
+        words += [loads, count, len(stores), len(totals), columns, 0]
+        reads: list[View] = []
         for i, view in enumerate(views):
-            words += [view, _KINDS[view.dtype], *(axis[1 + i] for axis in axes)]
+            if isinstance(view, Unpooled):
+                words += [view.dy, UNPOOLED, *view.sizes, view.winners]
+                reads += [view.dy, view.winners]
+            else:
+                words += [view, _KINDS[view.dtype], *(axis[1 + i] for axis in axes), 0, 0]
+                reads.append(view)
         words += code
         for value, view in stores:
             words += [view, register[value.name]]
-        rows = columns * max(1, min(MAP_TASK // columns, SUM_ROWS))
         written = [view for _, view in stores]
-        for node in sums:
-            to, partial = plan.result(node.outputs[0]), plan.new((-(-math.prod(shape) // rows), columns))
-            words += [register[node.inputs[0].name], to, partial]
-            written += [to, partial]
+        parts = -(-math.prod(shape) // (columns * max(1, min(MAP_TASK // columns, SUM_ROWS))))
+        partials = []
+        for name, total, squares in totals:
+            partial = plan.new((parts, (3 if squares else 1) * columns))
+            partials.append((partial.base, partial.size // parts))
+            results = [value and plan.result(value) for value in (total, squares)]
+            words += [register[name], int(squares is not None), *results, partial]
+            written += [partial, *(view for view in results if view)]
         plan.scratch = max(plan.scratch, REGISTERS * BLOCK * 4)
-        plan.call("map", "map", views, written, words)
+        over = [(view, to) for view in views for _, to in stores if _is_plain(view) and view.dtype == "float32"]
+        plan.call("map", "map", reads, written, words, over)
+        whole = [view.base for view in views if _is_plain(view) and view.dtype == "float32"]
+        plan.calls[-1].program = MappedOver(math.prod(shape), columns if totals else 0, whole, partials)
         return True
+
+    def _placed(self, view: View | Unpooled, shape: tuple[int, ...]) -> View | Unpooled:
+        """Unpooled where the program goes through whole images, else read out of memory."""
+        if isinstance(view, Unpooled) and view.shape != shape:
+            return broadcast(self.plan, view.value, shape)
+        return view
+
+    def _totals(self, sums: list[Node], summed: dict[str, str]) -> list[tuple[str, Value | None, Value | None]]:
+        """What is summed, its sum and the sum of its squares around the mean: both at once, where both are wanted."""
+        plain = {summed[n.outputs[0].name]: n.outputs[0] for n in sums if n.outputs[0].name not in self.fusion.squares}
+        found = []
+        for node in sums:
+            value, of = node.outputs[0], summed[node.outputs[0].name]
+            if value.name in self.fusion.squares:
+                found.append((of, plain.pop(of, None), value))
+        return found + [(of, value, None) for of, value in plain.items()]
 
     def _multiply_adds(self) -> dict[str, str]:
         """Sums that take a product of their own program that nothing else reads: the sum's name → the product's."""
@@ -187,8 +157,23 @@ class Program:
                         break
         return found
 
+    def _masks(self) -> dict[str, str]:
+        """What is masked where another value is above a number: the result's name → the comparison's."""
+        uses = Counter(value.name for node in self.nodes for value in node.inputs)
+        above = {
+            node.outputs[0].name
+            for node in self.nodes
+            if node.operator == "greater" and number_of(node.inputs[1]) is not None
+        }
+        masked = (node for node in self.nodes if node.operator == "masked")
+        found = {node.outputs[0].name: node.inputs[1].name for node in masked if node.inputs[1].name in above}
+        return {to: mask for to, mask in found.items() if uses[mask] == 1 and mask not in self.stored}
+
     def _steps(self, node: Node, joined: dict[str, str]) -> list[tuple[str, str, list, float]]:
         to, inputs, a = node.outputs[0].name, list(node.inputs), node.attributes
+        if to in joined and node.operator == "masked":
+            compared, number = inputs[1].node.inputs
+            return [("masked_above", to, [inputs[0], compared], number_of(number))]
         if to in joined:
             product = next(value for value in inputs if value.name == joined[to])
             other = inputs[1] if inputs[0] is product else inputs[0]
@@ -214,7 +199,10 @@ def _name(operand: Value | str) -> str:
     return operand if isinstance(operand, str) else operand.name
 
 
-def _number(value: Value | str) -> float | None:
-    if isinstance(value, str) or value.constant is None or value.constant.size != 1:
-        return None
-    return float(value.constant.reshape(()))
+def _is_plain(view: View | Unpooled) -> bool:
+    return isinstance(view, View) and view.dense
+
+
+def _axes(shape: tuple[int, ...], views: list[View | Unpooled]) -> list[tuple[int, ...]]:
+    dense = dense_strides(shape)
+    return joint_axes(shape, *(view.strides if isinstance(view, View) else dense for view in views), dense)

@@ -6,7 +6,7 @@
 #include "layout.h"
 
 struct check {
-  const word *plan, *a;
+  const word *plan, *a, *before; /* before: the last call that is not chained */
   word words; /* of the call that is looked at */
   const char *error;
 };
@@ -48,9 +48,9 @@ static void length(struct check *c, word words) {
 
 static void check_copy(struct check *c) {
   const word *a = c->a;
-  word item = a[COPY_ITEM];
   length(c, COPY_WORDS);
   if (c->error) return;
+  word item = a[COPY_ITEM];
   if (item != 1 && item != 4 && item != 8) { c->error = "a copy moves items of 1, 4 or 8 bytes"; return; }
   word from = extent(c, a + COPY_SIZES, a + COPY_FROM, RANK, item), to = extent(c, a + COPY_SIZES, a + COPY_TO, RANK, item);
   for (int i = 0; i < RANK; i++)
@@ -60,18 +60,38 @@ static void check_copy(struct check *c) {
   operand(c, a + 2, times(c, a[COPY_FILLED], item), item, 1);
 }
 
+/* whether the tasks of the call before make the elements of this program one after the other */
+static void check_chain(struct check *c) {
+  const word *a = c->a, *b = c->before + 2;
+  int there = c->before != a - 2 && (c->before[0] == CONV || c->before[0] == WINOGRAD || (c->before[0] == DEPTHWISE && b[DEPTH_WHAT] != 2));
+  if (there && c->before[0] == WINOGRAD) there = b[WINOGRAD_TILES] % parts_of(b[CONV_OW], 4) == 0;
+  else if (there) there = phases(b, 0) == 1 && phases(b, 1) == 1 && block_width(b) == b[CONV_OW];
+  if (!there || times4(c, b[CONV_N], b[CONV_OH], b[CONV_OW], b[CONV_O]) != a[MAP_COUNT] || (a[MAP_SUMS] && a[MAP_COLUMNS] != b[CONV_O])) c->error = "a program follows no call that makes what it runs on";
+}
+
 static void check_map(struct check *c) {
   const word *a = c->a;
-  if (c->words < MAP_BODY || !in(a[MAP_LOADS], 0, REGISTERS) || !in(a[MAP_STEPS], 0, 4096) || !in(a[MAP_STORES], 0, REGISTERS) || !in(a[MAP_SUMS], 0, REGISTERS)) { c->error = "a program is too long"; return; }
+  if (c->words < MAP_BODY || !in(a[MAP_LOADS], 0, REGISTERS) || !in(a[MAP_STEPS], 0, 4096) || !in(a[MAP_STORES], 0, REGISTERS) || !in(a[MAP_SUMS], 0, REGISTERS) || !in(a[MAP_COLUMNS], 0, MOST)) { c->error = "a program is too long"; return; }
   length(c, MAP_BODY + a[MAP_LOADS] * LOAD_WORDS + a[MAP_STEPS] * STEP_WORDS + a[MAP_STORES] * STORE_WORDS + a[MAP_SUMS] * SUM_WORDS);
   if (!c->error && times4(c, a[1], a[2], a[3], a[4]) != a[MAP_COUNT]) c->error = "a program's elements are not its sizes";
   if (c->plan[4] < REGISTERS * BLOCK * 4) c->error = "too little scratch for a program";
   if (!c->error && a[MAP_SUMS] && (!in(a[MAP_COLUMNS], 1, MOST) || a[MAP_COUNT] % a[MAP_COLUMNS])) c->error = "a program's rows are not whole";
   if (c->error) return;
+  if (a[MAP_CHAINED]) check_chain(c);
+  if (c->error) return;
   const word *l = a + MAP_BODY, *s = l + a[MAP_LOADS] * LOAD_WORDS, *t = s + a[MAP_STEPS] * STEP_WORDS;
   for (word i = 0; i < a[MAP_LOADS]; i++, l += LOAD_WORDS) {
     static const word items[] = {4, 1, 8};
-    if (!in(l[2], 0, 2)) { c->error = "a program loads numbers of an unknown kind"; return; }
+    if (!in(l[2], 0, UNPOOLED)) { c->error = "a program loads numbers of an unknown kind"; return; }
+    if (l[2] == UNPOOLED) {
+      for (int d = 3; d < 7; d++)
+        if (!in(l[d], 1, 1 << 24)) { c->error = "windows do not lie side by side"; return; }
+      word window = l[5] * l[6], area = times3(c, l[3], l[4], l[5]);
+      if (c->error || window > 256 || l[4] % l[6] || a[MAP_COUNT] % area) { c->error = "windows do not lie side by side"; return; }
+      operand(c, l, a[MAP_COUNT] / window * 4, 4, 0);
+      operand(c, l + 7, a[MAP_COUNT] / window, 1, 0);
+      continue;
+    }
     word strides[4];
     for (int d = 0; d < 4; d++) strides[d] = times(c, l[3 + d], items[l[2]]);
     operand(c, l, extent(c, a + MAP_SIZES, strides, 4, items[l[2]]), items[l[2]], 0);
@@ -87,8 +107,10 @@ static void check_map(struct check *c) {
   }
   for (word i = 0; i < a[MAP_SUMS]; i++, t += SUM_WORDS) {
     if (!in(t[0], 0, REGISTERS - 1)) c->error = "a program names no register";
-    operand(c, t + 1, times(c, a[MAP_COLUMNS], 4), 4, 1);
-    operand(c, t + 3, times3(c, parts_of(a[MAP_COUNT], map_task_of(a)), a[MAP_COLUMNS], 4), 4, 1);
+    if (!in(t[1], SUM, SQUARES)) c->error = "a program sums in an unknown way";
+    if (t[2] >= 0 || t[1] == SUM) operand(c, t + 2, times(c, a[MAP_COLUMNS], 4), 4, 1);
+    if (t[1] == SQUARES) operand(c, t + 4, times(c, a[MAP_COLUMNS], 4), 4, 1);
+    operand(c, t + 6, times4(c, map_parts(a, c->before), sum_rows(t), a[MAP_COLUMNS], 4), 4, 1);
   }
 }
 
@@ -97,7 +119,7 @@ static void check_reduce(struct check *c) {
   length(c, REDUCE_INNER + 1);
   if (c->error) return;
   word rows = times(c, a[REDUCE_OUTER], a[REDUCE_INNER]);
-  if (a[REDUCE_SIZE] < 1 || a[REDUCE_INNER] < 1) c->error = "nothing is reduced";
+  if (!in(a[REDUCE_SIZE], 1, MOST) || !in(a[REDUCE_INNER], 1, MOST)) c->error = "nothing is reduced";
   if (c->error) return;
   operand(c, a, times3(c, rows, a[REDUCE_SIZE], 4), 4, 0);
   operand(c, a + 2, times(c, rows, 4), 4, 1);
@@ -109,7 +131,7 @@ static void check_product(struct check *c) {
   length(c, PRODUCT_PANELS + 1);
   if (c->error) return;
   word m = a[PRODUCT_M], n = a[PRODUCT_N], k = a[PRODUCT_K], batches = a[PRODUCT_BATCHES];
-  if (m < 1 || n < 1 || k < 1 || batches < 1 || a[PRODUCT_PANELS] < 1 || n > MOST) { c->error = "a product has an empty side"; return; }
+  if (m < 1 || n < 1 || k < 1 || batches < 1 || !in(a[PRODUCT_PANELS], 1, MOST) || n > MOST) { c->error = "a product has an empty side"; return; }
   word left[] = {batches, m, k}, right[] = {batches, k, n};
   operand(c, a, times(c, extent(c, left, a + PRODUCT_A, 3, 1), 4), 4, 0);
   operand(c, a + 2, times(c, extent(c, right, a + PRODUCT_B, 3, 1), 4), 4, 0);
@@ -160,7 +182,7 @@ static void check_conv_grad(struct check *c) {
   const word *a = c->a;
   length(c, GRAD_IMAGES + 1);
   if (!c->error) check_windows(c);
-  if (c->error || a[GRAD_IMAGES] < 1 || a[CONV_ADJOINT]) { c->error = c->error ? c->error : "a part holds no image"; return; }
+  if (c->error || !in(a[GRAD_IMAGES], 1, 1 << 24) || a[CONV_ADJOINT]) { c->error = c->error ? c->error : "a part holds no image"; return; }
   word in = a[CONV_C] / a[CONV_GROUPS], taps = times(c, a[CONV_KH], a[CONV_KW]);
   operand(c, a, image_bytes(c, CONV_H), 4, 0);
   operand(c, a + 2, image_bytes(c, CONV_OH), 4, 0);
@@ -173,24 +195,28 @@ static void check_depthwise(struct check *c) {
   const word *a = c->a;
   length(c, DEPTH_IMAGES + 1);
   if (!c->error) check_windows(c);
-  if (c->error || !in(a[DEPTH_WHAT], 0, 2) || a[DEPTH_IMAGES] < 1 || a[CONV_GROUPS] != a[CONV_C] || a[CONV_O] != a[CONV_C] || (a[CONV_ADJOINT] != 0) != (a[DEPTH_WHAT] == 1)) { c->error = c->error ? c->error : "a depthwise convolution is none"; return; }
+  if (c->error || !in(a[DEPTH_WHAT], 0, 2) || !in(a[DEPTH_IMAGES], 1, 1 << 24) || a[CONV_GROUPS] != a[CONV_C] || a[CONV_O] != a[CONV_C] || (a[CONV_ADJOINT] != 0) != (a[DEPTH_WHAT] == 1)) { c->error = c->error ? c->error : "a depthwise convolution is none"; return; }
   word taps = times(c, a[CONV_KH], a[CONV_KW]), weight = weight_bytes(c, a[CONV_C], 1), grad = a[DEPTH_WHAT] == 2;
   operand(c, a, image_bytes(c, CONV_H), 4, 0);
   operand(c, a + 2, grad ? image_bytes(c, CONV_OH) : weight, 4, 0);
   operand(c, a + 4, grad ? weight : image_bytes(c, CONV_OH), 4, 1);
   if (a[6] >= 0) operand(c, a + 6, a[CONV_O] * 4, 4, 0);
-  if (c->plan[4] < times(c, taps, 16)) c->error = "too little scratch for a convolution";
+  if (!grad) check_block(c, 2 * (a[CONV_KH] + a[CONV_KW]));
   operand(c, a + 8, times4(c, grad ? parts_of(a[CONV_N], a[DEPTH_IMAGES]) : 1, taps, a[CONV_C], 4), 4, 1);
 }
 
 static void check_pool(struct check *c) {
   const word *a = c->a;
-  length(c, POOL_WHAT + 1);
+  length(c, POOL_WIDE + 1);
   if (!c->error) check_windows(c);
   if (c->error || !in(a[POOL_WHAT], 0, 3) || a[CONV_ADJOINT] || a[CONV_O] != a[CONV_C]) { c->error = c->error ? c->error : "a pooling is none"; return; }
-  if (a[POOL_WHAT] != 3) operand(c, a, image_bytes(c, CONV_H), 4, 0);
-  if (a[POOL_WHAT] & 1) operand(c, a + 2, image_bytes(c, CONV_OH), 4, 0);
-  operand(c, a + 4, image_bytes(c, a[POOL_WHAT] & 1 ? CONV_H : CONV_OH), 4, 1);
+  word taps = a[CONV_KH] * a[CONV_KW], backward = a[POOL_WHAT] & 1;
+  if (a[POOL_WIDE] != 4 && (a[POOL_WIDE] != 1 || taps > 256)) { c->error = "a window's pixels are too many to be numbered"; return; }
+  operand(c, a, image_bytes(c, backward ? CONV_OH : CONV_H), 4, 0);
+  if (a[2] >= 0) operand(c, a + 2, a[CONV_C] * 4, 4, 0);
+  operand(c, a + 4, image_bytes(c, backward ? CONV_H : CONV_OH), 4, 1);
+  if (a[6] >= 0 || a[POOL_WHAT] == 1) operand(c, a + 6, image_bytes(c, CONV_OH) / 4 * a[POOL_WIDE], a[POOL_WIDE], !backward);
+  if (!backward && c->plan[4] < times(c, taps, 16)) c->error = "too little scratch for a pooling";
 }
 
 static void check_rows(struct check *c) {
@@ -205,7 +231,7 @@ static void check_rows(struct check *c) {
 static void check_index(struct check *c) {
   const word *a = c->a;
   length(c, INDEX_INNER + 1);
-  if (c->error || !in(a[INDEX_WHAT], 0, TO_INTEGER) || a[INDEX_SIZE] < 1 || a[INDEX_INNER] < 1 || a[INDEX_COUNT] < 0 || a[INDEX_OUTER] < 0) { c->error = c->error ? c->error : "an index is none"; return; }
+  if (c->error || !in(a[INDEX_WHAT], 0, TO_INTEGER) || !in(a[INDEX_SIZE], 1, MOST) || !in(a[INDEX_INNER], 1, MOST) || !in(a[INDEX_COUNT], 0, MOST) || !in(a[INDEX_OUTER], 0, MOST)) { c->error = c->error ? c->error : "an index is none"; return; }
   word what = a[INDEX_WHAT], all = times4(c, a[INDEX_OUTER], a[INDEX_SIZE], a[INDEX_INNER], 4), some = times4(c, a[INDEX_OUTER], a[INDEX_COUNT], a[INDEX_INNER], 4);
   if (what == GATHER || what == SCATTER_ADD) {
     operand(c, a, what == GATHER ? all : some, 4, 0);
@@ -251,12 +277,12 @@ static void (*const CHECKS[])(struct check *) = {check_copy, check_map, check_re
 
 /* What is wrong with a plan of `bytes`, or null. `*call` is the number of the call that is wrong, or −1. */
 const char *check_plan(const word *plan, word bytes, word *call) {
-  struct check c = {plan, 0, 0, 0};
+  struct check c = {plan, 0, plan + sizeof(struct plan) / sizeof(word), 0, 0};
   word head = sizeof(struct plan) / sizeof(word), words = bytes / 8;
   *call = -1;
   if (bytes < (word)sizeof(struct plan) || plan[0] != MAGIC) return "this is no plan";
   if (plan[1] != VERSION) return "the plan is of another version";
-  if (!in(plan[2], 2, 1 << 20) || !in(plan[3], 0, MOST) || !in(plan[4], 0, 1 << 30) || !in(plan[5], 0, 1 << 24) || !in(plan[6], 0, MOST)) return "the plan's head is out of range";
+  if (!in(plan[2], 2, 1 << 20) || !in(plan[3], 0, MOST) || !in(plan[4], 0, 1 << 30) || plan[4] % 64 || !in(plan[5], 0, 1 << 24) || !in(plan[6], 0, MOST)) return "the plan's head is out of range";
   if (!in(plan[7], head + 2 * plan[2], words) || bytes - 8 * plan[7] != plan[6]) return "the plan is cut off";
   for (word i = 0; i < plan[2]; i++)
     if (!in(plan[head + 2 * i], 0, MOST)) return "a memory's size is out of range";
@@ -268,6 +294,7 @@ const char *check_plan(const word *plan, word bytes, word *call) {
     if (!in(kernel, 0, sizeof(CHECKS) / sizeof(*CHECKS) - 1)) return "a kernel is unknown";
     c.a = plan + next + 2, c.words = plan[next + 1];
     if (!in(c.words, 0, plan[7] - next - 2)) return "a call is cut off";
+    if (kernel != 1 || c.words < MAP_BODY || !c.a[MAP_CHAINED]) c.before = plan + next;
     CHECKS[kernel](&c);
     if (c.error) return c.error;
     next += 2 + c.words;

@@ -28,6 +28,7 @@ INLINE void give_way(void) {
 
 struct call {
   const word *a;
+  const word *before; /* the last call that is not chained, from its kernel's number on */
   char **bases;
   char *scratch;
 };
@@ -101,12 +102,16 @@ static void copy_task(const struct call *c, int phase, word task) {
     }
 }
 
-/* --- elementwise program: elements, sizes of 4 axes, loads, instructions, stores, sums, columns; then each load (base,
-   offset, kind, 4 strides in elements), instruction (operator, to, a, b, c, number's bits), store (base, offset, register)
-   and sum of the rows of a register (register, [1,2] to, [3,4] partial results) -------------------------------------- */
+/* --- elementwise program: elements, sizes of 4 axes, loads, instructions, stores, sums, columns, chained?; then each load (base,
+   offset, kind, 4 strides in elements, 2 words of no use), instruction (operator, to, a, b, c, number's bits), store (base,
+   offset, register) and sum of the rows of a register (register, kind, [2,3] sum, [4,5] squares, [6,7] partial results).
+   An unpooled load is the gradient of a largest of windows that lie side by side: dy (base, offset), kind, channels, width,
+   height and width of a window, the winners (base, offset). A sum of squares is of what is left of each number without
+   its column's mean; partial results are then sums and squares, the latter around the part's own mean. --------------- */
 
 static word map_tasks(const word *a, int phase) {
-  return phase == 0 ? parts_of(a[MAP_COUNT], map_task_of(a)) : a[MAP_SUMS] * panels_of(a[MAP_COLUMNS]);
+  if (phase == 0) return a[MAP_CHAINED] ? 0 : parts_of(a[MAP_COUNT], map_task_of(a));
+  return a[MAP_SUMS] * panels_of(a[MAP_COLUMNS]);
 }
 
 INLINE float as_float(const void *p, word i, word kind) {
@@ -129,6 +134,24 @@ static void fill_block(float *to, const void *from, const word *load, const word
   }
 }
 
+INLINE v16 where_won(const uint8_t *winners, word tap, v16 x) {
+  typedef uint8_t u8 __attribute__((vector_size(16), aligned(1)));
+  return choose(__builtin_convertvector(*(const u8 *)winners, i16) == (int32_t)tap, x, all(0.f));
+}
+
+static void fill_unpooled(float *to, const float *dy, const uint8_t *winners, const word *load_, word start, word count) {
+  const word channels = load_[3], width = load_[4], high = load_[5], wide = load_[6];
+  word k = start % channels, column = start / channels % width, row = start / channels / width;
+  while (count) {
+    word n = least(channels - k, count), tap = row % high * wide + column % wide, i = 0;
+    word from = (row / high * (width / wide) + column / wide) * channels + k;
+    for (; i + LANES <= n; i += LANES) store(to + i, where_won(winners + from + i, tap, load(dy + from + i)));
+    for (; i < n; i++) to[i] = winners[from + i] == tap ? dy[from + i] : 0;
+    to += n, count -= n, k = 0;
+    if (++column == width) column = 0, row++;
+  }
+}
+
 #define EACH(expression) for (word i = 0; i < n; i += LANES) { v16 x = load(a + i); (void)x; store(to + i, expression); } break
 #define PAIR(expression) for (word i = 0; i < n; i += LANES) { v16 x = load(a + i), y = load(b + i); store(to + i, expression); } break
 #define LANEWISE(function) for (word i = 0; i < n; i++) to[i] = function; break
@@ -145,6 +168,7 @@ static void map_step(word operator, float *to, const float *a, const float *b, c
     case GREATER: PAIR(choose(x > y, one, zero));
     case GREATER_EQUAL: PAIR(choose(x >= y, one, zero));
     case EQUAL: PAIR(choose(x == y, one, zero));
+    case MASKED_ABOVE: PAIR(choose(y > all(number), x, zero));
     case MASKED: PAIR(choose(y != zero, x, zero));
     case WHERE: for (word i = 0; i < n; i += LANES) store(to + i, choose(load(a + i) != zero, load(b + i), load(c + i))); break;
     case MULTIPLY_ADD: for (word i = 0; i < n; i += LANES) store(to + i, fma(load(a + i), load(b + i), load(c + i))); break;
@@ -169,67 +193,126 @@ static void map_step(word operator, float *to, const float *a, const float *b, c
   }
 }
 
+/* Partial results of a task: the sums of its columns, or of the distances from its first row, their squares, and that row. */
+INLINE float *partial_of(const struct call *c, const word *sum, word task, word columns) {
+  return (float *)(c->bases[sum[6]] + sum[7]) + task * sum_rows(sum) * columns;
+}
+
+static void sum_columns(float *partial, const float *x, word n, word position, word columns, int squares) {
+  float *squared = partial + columns, *shift = squared + columns;
+  if (squares)
+    for (word k = 0; k < n && position + k < columns; k++) shift[position + k] = x[k];
+  word column = position % columns;
+  if (columns % LANES) {
+    for (word k = 0; k < n; k++) {
+      float d = squares ? x[k] - shift[column] : x[k];
+      partial[column] += d;
+      if (squares) squared[column] = __builtin_fmaf(d, d, squared[column]);
+      column = column + 1 == columns ? 0 : column + 1;
+    }
+    return;
+  }
+  word rows = column + columns > n ? 1 : n / columns, some = rows == 1 ? n : columns; /* whole rows, or pieces of one or two */
+  for (word k = 0; k < some; k += LANES, column = column + LANES == columns ? 0 : column + LANES) {
+    v16 total = load(partial + column);
+    if (!squares) {
+      for (word j = k; j < n; j += some) total += load(x + j);
+    } else {
+      v16 square = load(squared + column), start = load(shift + column);
+      for (word j = k; j < n; j += some) {
+        v16 d = load(x + j) - start;
+        total += d, square = fma(d, d, square);
+      }
+      store(squared + column, square);
+    }
+    store(partial + column, total);
+  }
+}
+
+/* the sums, and the squares of the distances from the task's own mean */
+static void finish_squares(float *partial, word columns, word rows) {
+  float *squared = partial + columns, *shift = squared + columns, n = (float)rows;
+  for (word k = 0; k < columns; k++) {
+    float d = partial[k], left = __builtin_fmaf(-d / n, d, squared[k]);
+    partial[k] = __builtin_fmaf(n, shift[k], d);
+    squared[k] = left < 0 ? 0 : left;
+  }
+}
+
 static void map_task(const struct call *c, int phase, word task) {
   const word *a = c->a, *loads = a + MAP_BODY, *steps = loads + a[MAP_LOADS] * LOAD_WORDS;
   const word *stores = steps + a[MAP_STEPS] * STEP_WORDS, *sums = stores + a[MAP_STORES] * STORE_WORDS;
   const word columns = a[MAP_COLUMNS];
-  float *buffers = (float *)c->scratch;
+  float *buffers = (float *)c->scratch, *result[REGISTERS]; /* where a step leaves its result: where it is wanted, unless something is read there */
   const float *registers[REGISTERS];
+  for (word i = 0; i < REGISTERS; i++) registers[i] = buffers + i * BLOCK;
   if (phase == 1) { /* partial sums, 64 at a time, in their order */
-    word column = task % panels_of(columns) * LANES, n = least(LANES, columns - column), parts = parts_of(a[MAP_COUNT], map_task_of(a));
-    const word *s = sums + task / panels_of(columns) * SUM_WORDS;
-    const float *from = (const float *)(c->bases[s[3]] + s[4]) + column;
+    word column = task % panels_of(columns) * LANES, n = least(LANES, columns - column), parts = map_parts(a, c->before);
+    const word *s = sums + task / panels_of(columns) * SUM_WORDS, apart = columns * sum_rows(s);
+    const float *from = (const float *)(c->bases[s[6]] + s[7]) + column;
     v16 total = all(0.f), part = all(0.f);
     for (word i = 0; i < parts; i++) {
-      part += load_part(from + i * columns, n);
+      part += load_part(from + i * apart, n);
       if (i % 64 == 63) total += part, part = all(0.f);
     }
-    store_part((float *)(c->bases[s[1]] + s[2]) + column, total + part, n, 1);
+    total += part;
+    if (s[2] >= 0) store_part((float *)(c->bases[s[2]] + s[3]) + column, total, n, 1);
+    if (s[1] != SQUARES) return;
+    v16 mean = total / all((float)(a[MAP_COUNT] / columns)), squares = all(0.f);
+    part = all(0.f);
+    for (word i = 0; i < parts; i++) {
+      float rows = (float)((map_start(a, c->before, i + 1) - map_start(a, c->before, i)) / columns);
+      v16 away = load_part(from + i * apart, n) / all(rows) - mean;
+      part += fma(away * away, all(rows), load_part(from + i * apart + columns, n));
+      if (i % 64 == 63) squares += part, part = all(0.f);
+    }
+    store_part((float *)(c->bases[s[4]] + s[5]) + column, squares + part, n, 1);
     return;
   }
-  word first = task * map_task_of(a), stop = least(first + map_task_of(a), a[MAP_COUNT]);
-  for (word i = 0; i < a[MAP_SUMS]; i++) {
-    float *partial = (float *)(c->bases[sums[i * SUM_WORDS + 3]] + sums[i * SUM_WORDS + 4]) + task * columns;
-    clear(partial, columns);
+  word first = map_start(a, c->before, task), stop = map_start(a, c->before, task + 1);
+  for (word i = 0; i < a[MAP_SUMS]; i++) clear(partial_of(c, sums + i * SUM_WORDS, task, columns), sum_rows(sums + i * SUM_WORDS) * columns);
+  enum { FILLED, DENSE, SAME } how[REGISTERS]; /* a block of a load is put together, lies end to end, or is the first one again */
+  for (word i = 0; i < a[MAP_LOADS]; i++) {
+    const word *l = loads + i * LOAD_WORDS, *z = a + MAP_SIZES;
+    int dense = l[2] == FLOAT32 && l[6] == 1 && l[5] == z[3] && l[4] == z[2] * z[3] && l[3] == z[1] * z[2] * z[3];
+    how[i] = dense ? DENSE : l[2] != UNPOOLED && !(l[3] | l[4] | l[5]) && (!l[6] || (l[6] == 1 && BLOCK % z[3] == 0)) ? SAME : FILLED;
   }
   for (word start = first; start < stop; start += BLOCK) {
     word n = least(BLOCK, stop - start), whole = (n + LANES - 1) / LANES * LANES;
-    for (word i = 0; i < REGISTERS; i++) registers[i] = buffers + i * BLOCK;
     for (word i = 0; i < a[MAP_LOADS]; i++) {
-      const word *l = loads + i * LOAD_WORDS, *z = a + MAP_SIZES;
+      const word *l = loads + i * LOAD_WORDS;
       const char *from = c->bases[l[0]] + l[1];
-      int dense = l[2] == FLOAT32 && l[6] == 1 && l[5] == z[3] && l[4] == z[2] * z[3] && l[3] == z[1] * z[2] * z[3];
-      int same = !(l[3] | l[4] | l[5]) && (!l[6] || (l[6] == 1 && BLOCK % z[3] == 0)) && start > first;
-      if (dense && n == whole) registers[i] = (const float *)from + start;
-      else if (!same) fill_block(buffers + i * BLOCK, from, l, z, start, n);
+      registers[i] = buffers + i * BLOCK;
+      if (how[i] == DENSE && n == whole) registers[i] = (const float *)from + start;
+      else if (l[2] == UNPOOLED) fill_unpooled(buffers + i * BLOCK, (const float *)from, (const uint8_t *)(c->bases[l[7]] + l[8]), l, start, n);
+      else if (how[i] != SAME || start == first) fill_block(buffers + i * BLOCK, from, l, a + MAP_SIZES, start, n);
+    }
+    for (word i = 0; i < a[MAP_STEPS]; i++) result[steps[i * STEP_WORDS + 1]] = buffers + steps[i * STEP_WORDS + 1] * BLOCK;
+    for (word i = 0; i < a[MAP_STORES]; i++) {
+      const word *s = stores + i * STORE_WORDS;
+      float *to = (float *)(c->bases[s[0]] + s[1]) + start;
+      int alone = n == whole && s[2] >= a[MAP_LOADS];
+      for (word j = 0; j < a[MAP_LOADS]; j++) alone &= registers[j] != to;
+      if (alone) result[s[2]] = to;
     }
     for (word i = 0; i < a[MAP_STEPS]; i++) {
       const word *s = steps + i * STEP_WORDS;
       union { int32_t i; float f; } number = {(int32_t)s[5]};
-      registers[s[1]] = buffers + s[1] * BLOCK;
-      map_step(s[0], buffers + s[1] * BLOCK, registers[s[2]], registers[s[3]], registers[s[4]], number.f, whole);
+      registers[s[1]] = result[s[1]];
+      map_step(s[0], result[s[1]], registers[s[2]], registers[s[3]], registers[s[4]], number.f, whole);
+    }
+    for (word i = 0; i < a[MAP_SUMS]; i++) { /* before a store may write over what it is of */
+      const word *s = sums + i * SUM_WORDS;
+      sum_columns(partial_of(c, s, task, columns), registers[s[0]], n, start - first, columns, s[1] == SQUARES);
     }
     for (word i = 0; i < a[MAP_STORES]; i++) {
       const word *s = stores + i * STORE_WORDS;
-      copy_items(c->bases[s[0]] + s[1] + 4 * start, (const char *)registers[s[2]], n, 4, 4, 4);
-    }
-    for (word i = 0; i < a[MAP_SUMS]; i++) {
-      const word *s = sums + i * SUM_WORDS;
-      const float *x = registers[s[0]];
-      float *partial = (float *)(c->bases[s[3]] + s[4]) + task * columns;
-      word column = start % columns;
-      if (columns % LANES == 0 && n == whole && column % LANES == 0)
-        for (word k = 0; k < n; k += LANES) {
-          store(partial + column, load(partial + column) + load(x + k));
-          column = column + LANES == columns ? 0 : column + LANES;
-        }
-      else
-        for (word k = 0; k < n; k++) {
-          partial[column] += x[k];
-          column = column + 1 == columns ? 0 : column + 1;
-        }
+      char *to = c->bases[s[0]] + s[1] + 4 * start;
+      if (to != (const char *)registers[s[2]]) copy_items(to, (const char *)registers[s[2]], n, 4, 4, 4);
     }
   }
+  for (word i = 0; i < a[MAP_SUMS]; i++)
+    if (sums[i * SUM_WORDS + 1] == SQUARES) finish_squares(partial_of(c, sums + i * SUM_WORDS, task, columns), columns, (stop - first) / columns);
 }
 
 /* --- reduce: [0,1] from, [2,3] to, [4,5] partial results, maximum?, outer, reduced, inner ---------------------------- */
@@ -401,12 +484,11 @@ static word reach(const word *a, int axis, word phase, word *place, word *distan
   return count;
 }
 
-INLINE word phases_of(const word *a) { return a[CONV_ADJOINT] ? a[CONV_SH] * a[CONV_SW] : 1; }
-
-static word conv_tasks(const word *a, int phase) {
-  if (phase == 0) return a[CONV_GROUPS] * panels_of(a[CONV_O] / a[CONV_GROUPS]);
-  return a[CONV_N] * phases_of(a) * parts_of(conv_height(a), block_height(a)) * parts_of(conv_width(a), block_width(a));
+static word blocks(const word *a) {
+  return a[CONV_N] * phases(a, 0) * phases(a, 1) * parts_of(conv_height(a), block_height(a)) * parts_of(conv_width(a), block_width(a));
 }
+
+static word conv_tasks(const word *a, int phase) { return phase == 0 ? a[CONV_GROUPS] * panels_of(a[CONV_O] / a[CONV_GROUPS]) : blocks(a); }
 
 /* Rows y to y + height of an image from column z on, with zeros around it, `pitch` elements a row: in place where they lie
    inside, else copied. */
@@ -429,20 +511,56 @@ static const float *window(const word *a, const float *image, word y, word z, wo
   return copy;
 }
 
+/* A block of pixels of a convolution's result, and what of x is under it. */
+struct block {
+  word image, row, column, height, width; /* of the first pixel, in the result; in pixels of the phase */
+  word down, across;                      /* from one pixel of the phase to the next, in the result */
+  word high, broad, *rows, *columns, *far, *wide; /* the kernel's places that reach it (see `reach`) */
+  word before;                            /* places of earlier phases */
+  const float *x;                         /* the pixel under the block's first one, at the first place */
+  word pitch, sh, sw;                     /* elements a row of x; pixels of x from one pixel of the phase to the next */
+};
+
+static int block_of(const struct call *c, word task, struct block *b) {
+  const word *a = c->a, kh = a[CONV_KH], kw = a[CONV_KW], adjoint = a[CONV_ADJOINT];
+  b->rows = (word *)c->scratch, b->columns = b->rows + kh, b->far = b->columns + kw, b->wide = b->far + kh;
+  b->down = adjoint ? a[CONV_SH] : 1, b->across = adjoint ? a[CONV_SW] : 1;
+  b->sh = adjoint ? 1 : a[CONV_SH], b->sw = adjoint ? 1 : a[CONV_SW];
+  word blocks_across = parts_of(conv_width(a), block_width(a)), blocks_down = parts_of(conv_height(a), block_height(a));
+  word v = task % blocks_across * block_width(a), u = task / blocks_across % blocks_down * block_height(a);
+  word turn = task / blocks_across / blocks_down, above = turn / phases(a, 1) % phases(a, 0), beside = turn % phases(a, 1);
+  b->image = turn / phases(a, 1) / phases(a, 0);
+  b->height = least(block_height(a), parts_of(a[CONV_OH] - above, b->down) - u);
+  b->width = least(block_width(a), parts_of(a[CONV_OW] - beside, b->across) - v);
+  if (b->height <= 0 || b->width <= 0) return 0;
+  b->row = u * b->down + above, b->column = v * b->across + beside;
+  b->before = 0;
+  for (word t = 0; t < above * phases(a, 1) + beside; t++) b->before += reach(a, 0, t / phases(a, 1), b->rows, b->far) * reach(a, 1, t % phases(a, 1), b->columns, b->wide);
+  b->high = reach(a, 0, above, b->rows, b->far), b->broad = reach(a, 1, beside, b->columns, b->wide);
+  b->x = at(c, 0), b->pitch = 0;
+  if (b->high && b->broad) {
+    word y = u * b->sh + b->far[0], z = v * b->sw + b->wide[0];
+    word height = (b->height - 1) * b->sh + b->far[b->high - 1] - b->far[0] + 1, width = (b->width - 1) * b->sw + b->wide[b->broad - 1] - b->wide[0] + 1;
+    b->x = window(a, b->x + b->image * a[CONV_H] * a[CONV_W] * a[CONV_C], y, z, height, width, (float *)(b->wide + kw), &b->pitch);
+  }
+  return 1;
+}
+INLINE float *result_of(const struct call *c, const struct block *b, word row, word column) {
+  const word *a = c->a;
+  return (float *)at(c, 4) + ((b->image * a[CONV_OH] + b->row + row * b->down) * a[CONV_OW] + b->column + column * b->across) * a[CONV_O];
+}
+
 static void conv_task(const struct call *c, int phase, word task) {
-  const word *a = c->a, groups = a[CONV_GROUPS], kh = a[CONV_KH], kw = a[CONV_KW];
-  const word in = a[CONV_C] / groups, out = a[CONV_O] / groups, panels = panels_of(out), k = kh * kw * in;
-  const word down = a[CONV_ADJOINT] ? a[CONV_SH] : 1, across = a[CONV_ADJOINT] ? a[CONV_SW] : 1;
-  word *rows = (word *)c->scratch, *columns = rows + kh, *far = columns + kw, *wide = far + kh;
+  const word *a = c->a, groups = a[CONV_GROUPS], in = a[CONV_C] / groups, out = a[CONV_O] / groups, panels = panels_of(out), k = a[CONV_KH] * a[CONV_KW] * in;
   float *packed = at(c, 8);
   if (phase == 0) { /* a panel: phases × the places that reach them × input channels × 16 output channels */
-    const word *s = a + CONV_WEIGHT;
+    const word *s = a + CONV_WEIGHT, is = a[CONV_ADJOINT] ? s[0] : s[1], os = a[CONV_ADJOINT] ? s[1] : s[0];
+    word *rows = (word *)c->scratch, *columns = rows + a[CONV_KH], *away = columns + a[CONV_KW];
     word group = task / panels, first = task % panels * LANES, width = least(LANES, out - first);
-    const word is = a[CONV_ADJOINT] ? s[0] : s[1], os = a[CONV_ADJOINT] ? s[1] : s[0];
     const float *w = (const float *)at(c, 2) + (a[CONV_ADJOINT] ? group * in * is + first * os : (group * out + first) * os);
     float *to = packed + task * k * LANES;
-    for (word turn = 0; turn < down * across; turn++) {
-      word high = reach(a, 0, turn / across, rows, far), broad = reach(a, 1, turn % across, columns, wide);
+    for (word turn = 0; turn < phases(a, 0) * phases(a, 1); turn++) {
+      word high = reach(a, 0, turn / phases(a, 1), rows, away), broad = reach(a, 1, turn % phases(a, 1), columns, away);
       for (word t = 0; t < high * broad; t++)
         for (word i = 0; i < in; i++, to += LANES) {
           const float *from = w + i * is + rows[t / broad] * s[2] + columns[t % broad] * s[3];
@@ -451,26 +569,14 @@ static void conv_task(const struct call *c, int phase, word task) {
     }
     return;
   }
-  word blocks_across = parts_of(conv_width(a), block_width(a)), blocks_down = parts_of(conv_height(a), block_height(a));
-  word v0 = task % blocks_across * block_width(a), u0 = task / blocks_across % blocks_down * block_height(a);
-  word turn = task / blocks_across / blocks_down % (down * across), image = task / blocks_across / blocks_down / (down * across);
-  word above = turn / across, beside = turn % across;
-  word height = least(block_height(a), parts_of(a[CONV_OH] - above, down) - u0), width = least(block_width(a), parts_of(a[CONV_OW] - beside, across) - v0);
-  if (height <= 0 || width <= 0) return;
-  word before = 0; /* weights of earlier phases */
-  for (word t = 0; t < turn; t++) before += reach(a, 0, t / across, rows, far) * reach(a, 1, t % across, columns, wide) * in;
-  word high = reach(a, 0, above, rows, far), broad = reach(a, 1, beside, columns, wide);
-  word sh = a[CONV_ADJOINT] ? 1 : a[CONV_SH], sw = a[CONV_ADJOINT] ? 1 : a[CONV_SW], pitch = 0;
-  const float *x = at(c, 0), *bias = a[6] < 0 ? 0 : at(c, 6);
-  if (high && broad) {
-    word y = u0 * sh + far[0], z = v0 * sw + wide[0];
-    x = window(a, x + image * a[CONV_H] * a[CONV_W] * a[CONV_C], y, z, (height - 1) * sh + far[high - 1] - far[0] + 1, (width - 1) * sw + wide[broad - 1] - wide[0] + 1, (float *)(wide + kw), &pitch);
-  }
-  int joined = groups == 1 && (broad < 2 || wide[1] - wide[0] == 1); /* a row of the kernel lies end to end in x */
-  word pixels = height * width;
+  struct block b;
+  if (!block_of(c, task, &b)) return;
+  const float *bias = a[6] < 0 ? 0 : at(c, 6);
+  int joined = groups == 1 && (b.broad < 2 || b.wide[1] - b.wide[0] == 1); /* a row of the kernel lies end to end in x */
+  word pixels = b.height * b.width;
   for (word group = 0; group < groups; group++)
     for (word p = 0; p < panels; p++) {
-      const float *panel = packed + ((group * panels + p) * k + before) * LANES;
+      const float *panel = packed + ((group * panels + p) * k + b.before * in) * LANES;
       word channel = group * out + p * LANES, some = least(LANES, out - p * LANES), row = 0, column = 0;
       v16 offset = bias ? load_part(bias + channel, some) : all(0.f);
       for (word q = 0; q < pixels; q += ROWS) {
@@ -479,17 +585,17 @@ static void conv_task(const struct call *c, int phase, word task) {
         struct sum sum;
         start_sum(&sum, offset);
         for (int m = 0; m < ROWS; m++) {
-          under[m] = x + row * sh * pitch + column * sw * a[CONV_C] + group * in;
-          to[m] = (float *)at(c, 4) + ((image * a[CONV_OH] + (u0 + row) * down + above) * a[CONV_OW] + (v0 + column) * across + beside) * a[CONV_O] + channel;
-          if (q + m + 1 < pixels && ++column == width) column = 0, row++; /* the last pixel again where there are no more */
+          under[m] = b.x + row * b.sh * b.pitch + column * b.sw * a[CONV_C] + group * in;
+          to[m] = result_of(c, &b, row, column) + channel;
+          if (q + m + 1 < pixels && ++column == b.width) column = 0, row++; /* the last pixel again where there are no more */
         }
         const float *weight = panel;
-        if (joined && high * broad * in <= RUN && high)
-          multiply(sum.chain, under, 1, high > 1 ? (far[1] - far[0]) * pitch : 0, weight, LANES, broad * in * LANES, broad * in, high);
-        else for (word i = 0; i < high; i++)
-          for (word j = 0; j < (joined ? 1 : broad); j++) {
-            word n = joined ? broad * in : in;
-            add_products(&sum, under, (far[i] - far[0]) * pitch + (wide[j] - wide[0]) * a[CONV_C], 1, weight, n);
+        if (joined && b.high && b.high * b.broad * in <= RUN)
+          multiply(sum.chain, under, 1, b.high > 1 ? (b.far[1] - b.far[0]) * b.pitch : 0, weight, LANES, b.broad * in * LANES, b.broad * in, b.high);
+        else for (word i = 0; i < b.high; i++)
+          for (word j = 0; j < (joined ? 1 : b.broad); j++) {
+            word n = joined ? b.broad * in : in;
+            add_products(&sum, under, (b.far[i] - b.far[0]) * b.pitch + (b.wide[j] - b.wide[0]) * a[CONV_C], 1, weight, n);
             weight += n * LANES;
           }
         finish_sum(&sum);
@@ -788,12 +894,26 @@ INLINE const float *tap(const word *a, const float *x, word image, word row, wor
 
 static word depthwise_tasks(const word *a, int phase) {
   if (a[DEPTH_WHAT] == 2) return phase == 0 ? parts_of(a[CONV_N], a[DEPTH_IMAGES]) * a[CONV_KH] * a[CONV_KW] : a[CONV_KH] * a[CONV_KW];
-  return phase == 0 ? a[CONV_KH] * a[CONV_KW] : a[CONV_N] * a[CONV_OH];
+  return phase == 0 ? 1 : blocks(a);
+}
+
+/* 16 channels, or `n` fewer, of four pixels of a block's row, or of `count` fewer */
+INLINE void depthwise_pixels(const struct call *c, const struct block *b, const float *packed, v16 bias, word row, word column, word k, word n, int count) {
+  const word *a = c->a, channels = a[CONV_C];
+  const float *under = b->x + row * b->sh * b->pitch + column * b->sw * channels + k;
+  v16 total[4] = {bias, bias, bias, bias};
+  for (word i = 0; i < b->high; i++)
+    for (word j = 0; j < b->broad; j++) {
+      const float *from = under + (b->far[i] - b->far[0]) * b->pitch + (b->wide[j] - b->wide[0]) * channels;
+      v16 weight = load_part(packed + (b->before + i * b->broad + j) * channels + k, n);
+      for (int m = 0; m < count; m++) total[m] = fma(load_part(from + m * b->sw * channels, n), weight, total[m]);
+    }
+  for (int m = 0; m < count; m++) store_part(result_of(c, b, row, column + m) + k, total[m], n, 1);
 }
 
 static void depthwise_task(const struct call *c, int phase, word task) {
   const word *a = c->a, taps = a[CONV_KH] * a[CONV_KW], channels = a[CONV_C], *s = a + CONV_WEIGHT;
-  float *packed = at(c, 8); /* [taps, channels]; of the weight gradient [parts, taps, channels] */
+  float *packed = at(c, 8); /* [taps in the order of the phases, channels]; of the weight gradient [parts, taps, channels] */
   if (a[DEPTH_WHAT] == 2) {
     if (phase == 1) {
       float *to = (float *)at(c, 4) + task / a[CONV_KW] * s[2] + task % a[CONV_KW] * s[3];
@@ -828,81 +948,96 @@ static void depthwise_task(const struct call *c, int phase, word task) {
     return;
   }
   if (phase == 0) {
-    const float *w = (const float *)at(c, 2) + task / a[CONV_KW] * s[2] + task % a[CONV_KW] * s[3];
-    for (word k = 0; k < channels; k++) packed[task * channels + k] = w[k * s[0]];
+    word *rows = (word *)c->scratch, *columns = rows + a[CONV_KH], *away = columns + a[CONV_KW];
+    for (word turn = 0; turn < phases(a, 0) * phases(a, 1); turn++) {
+      word high = reach(a, 0, turn / phases(a, 1), rows, away), broad = reach(a, 1, turn % phases(a, 1), columns, away);
+      for (word t = 0; t < high * broad; t++, packed += channels) {
+        const float *w = (const float *)at(c, 2) + rows[t / broad] * s[2] + columns[t % broad] * s[3];
+        for (word k = 0; k < channels; k++) packed[k] = w[k * s[0]];
+      }
+    }
     return;
   }
-  const float *x = at(c, 0), *bias = a[6] < 0 ? 0 : at(c, 6);
-  word row = task % a[CONV_OH], image = task / a[CONV_OH];
-  const float **under = (const float **)c->scratch; /* of one pixel */
-  const float **weights = under + taps;
+  struct block b;
+  if (!block_of(c, task, &b)) return;
+  const float *bias = a[6] < 0 ? 0 : at(c, 6);
+  for (word row = 0; row < b.height; row++)
+    for (word column = 0; column < b.width; column += 4) {
+      word count = least(4, b.width - column);
+      for (word k = 0; k < channels; k += LANES) {
+        word n = least(LANES, channels - k);
+        v16 start = bias ? load_part(bias + k, n) : all(0.f);
+        if (count == 4 && n == LANES) depthwise_pixels(c, &b, packed, start, row, column, k, LANES, 4);
+        else depthwise_pixels(c, &b, packed, start, row, column, k, n, (int)count);
+      }
+    }
+}
+
+/* --- pooling of images [N, H, W, C]: [0,1] x, or dy, [2,3] a factor a channel of what is pooled (base −1: none), [4,5] to,
+   [6,7] winners (base −1: none), the number of each window's first largest pixel; then the words of the convolution; what
+   = 0 largest, 1 its gradient, 2 mean, 3 its gradient; bytes of a winner, 1 or 4 ---------------------------------------- */
+
+static word pool_tasks(const word *a, int phase) { return a[POOL_WHAT] & 1 ? a[CONV_N] * panels_of(a[CONV_C]) : a[CONV_N] * a[CONV_OH]; }
+
+INLINE void keep_winners(void *to, word i, i16 winners, word n, word wide) {
+  typedef uint8_t u8 __attribute__((vector_size(16), aligned(1)));
+  if (wide == 1 && n == LANES) *(u8 *)((uint8_t *)to + i) = __builtin_convertvector(winners, u8);
+  else for (word l = 0; l < n; l++)
+    if (wide == 1) ((uint8_t *)to)[i + l] = (uint8_t)winners[l];
+    else ((int32_t *)to)[i + l] = winners[l];
+}
+
+static void pool_row(const struct call *c, word task) {
+  const word *a = c->a, channels = a[CONV_C], taps = a[CONV_KH] * a[CONV_KW], mean = a[POOL_WHAT] & 2;
+  word image = task / a[CONV_OH], row = task % a[CONV_OH];
+  const float *x = at(c, 0), *factor = a[2] < 0 ? 0 : at(c, 2);
+  void *winners = a[6] < 0 ? 0 : at(c, 6);
   float *to = (float *)at(c, 4) + task * a[CONV_OW] * channels;
+  const float **under = (const float **)c->scratch; /* of one pixel */
+  word *number = (word *)(under + taps);
   for (word column = 0; column < a[CONV_OW]; column++, to += channels) {
     word some = 0;
     for (word t = 0; t < taps; t++) {
       const float *from = tap(a, x, image, row, column, t / a[CONV_KW], t % a[CONV_KW]);
-      if (from) under[some] = from, weights[some++] = packed + t * channels;
+      if (from) under[some] = from, number[some++] = t;
     }
     for (word k = 0; k < channels; k += LANES) {
-      word n = least(LANES, channels - k);
-      v16 total = bias ? load_part(bias + k, n) : all(0.f);
-      if (n == LANES) for (word t = 0; t < some; t++) total = fma(load(under[t] + k), load(weights[t] + k), total);
-      else for (word t = 0; t < some; t++) total = fma(load_part(under[t] + k, n), load_part(weights[t] + k, n), total);
-      store_part(to + k, total, n, 1);
+      word width = least(LANES, channels - k);
+      v16 best = all(mean ? 0.f : -__builtin_inff()), scale = factor ? load_part(factor + k, width) : all(1.f);
+      i16 where = (i16){} - 1;
+      for (word t = 0; t < some; t++) {
+        v16 value = load_part(under[t] + k, width);
+        if (mean) { best += value; continue; }
+        if (factor) value = value * scale;
+        i16 above = (value > best) | (value != value) | (where < 0);
+        best = choose(above, value, best);
+        where = (where & ~above) | (((i16){} + (int32_t)number[t]) & above);
+      }
+      store_part(to + k, mean ? best * all(1.f / (float)taps) : best, width, 1);
+      if (winners) keep_winners(winners, (task * a[CONV_OW] + column) * channels + k, where, width, a[POOL_WIDE]);
     }
   }
 }
 
-/* --- pooling of images [N, H, W, C]: [0,1] x, [2,3] dy, [4,5] to, then the words of the convolution; what = 0 largest,
-   1 its gradient (to the first largest of a window), 2 mean, 3 its gradient ------------------------------------------ */
-
-static word pool_tasks(const word *a, int phase) { return a[POOL_WHAT] & 1 ? a[CONV_N] * panels_of(a[CONV_C]) : a[CONV_N] * a[CONV_OH]; }
-
 static void pool_task(const struct call *c, int phase, word task) {
-  const word *a = c->a, channels = a[CONV_C], taps = a[CONV_KH] * a[CONV_KW], backward = a[POOL_WHAT] & 1, mean = a[POOL_WHAT] & 2;
-  const word images = a[CONV_H] * a[CONV_W] * channels;
-  word image = backward ? task / panels_of(channels) : task / a[CONV_OH];
-  word k0 = backward ? task % panels_of(channels) * LANES : 0, k1 = backward ? least(k0 + LANES, channels) : channels;
-  const float *x = (const float *)at(c, 0), share = 1.f / (float)taps;
-  float *to = at(c, 4);
-  if (backward)
-    for (word p = 0; p < a[CONV_H] * a[CONV_W]; p++)
-      for (word k = k0; k < k1; k++) to[image * images + p * channels + k] = 0;
-  word start = backward ? 0 : task % a[CONV_OH], stop = backward ? a[CONV_OH] : start + 1;
-  for (word row = start; row < stop; row++)
+  const word *a = c->a, channels = a[CONV_C], taps = a[CONV_KH] * a[CONV_KW], mean = a[POOL_WHAT] & 2;
+  if (!(a[POOL_WHAT] & 1)) { pool_row(c, task); return; }
+  const word pixels = a[CONV_H] * a[CONV_W], image = task / panels_of(channels), k = task % panels_of(channels) * LANES, width = least(LANES, channels - k);
+  const float share = 1.f / (float)taps;
+  float *to = (float *)at(c, 4) + image * pixels * channels + k;
+  for (word p = 0; p < pixels; p++) store_part(to + p * channels, all(0.f), width, 1);
+  for (word row = 0; row < a[CONV_OH]; row++)
     for (word column = 0; column < a[CONV_OW]; column++) {
-      word result = ((image * a[CONV_OH] + row) * a[CONV_OW] + column) * channels;
-      for (word k = k0; k < k1; k += LANES) {
-        word width = least(LANES, k1 - k);
-        v16 best = all(mean ? 0.f : -__builtin_inff());
-        i16 where = (i16){} - 1;
-        if (!(backward && mean))
-          for (word t = 0; t < taps; t++) {
-            const float *from = tap(a, x, image, row, column, t / a[CONV_KW], t % a[CONV_KW]);
-            if (!from) continue;
-            v16 value = all(0.f);
-            if (width == LANES) value = load(from + k);
-            else for (word l = 0; l < width; l++) value[l] = from[k + l];
-            if (mean) { best += value; continue; }
-            i16 above = (value > best) | (value != value) | (where < 0);
-            best = choose(above, value, best);
-            where = (where & ~above) | (((i16){} + (int32_t)t) & above);
-          }
-        if (!backward) {
-          store_part(to + result + k, mean ? best * all(share) : best, width, 1);
-          continue;
-        }
-        const float *dy = (const float *)at(c, 2) + result + k;
-        for (word t = 0; t < taps; t++) {
-          const float *from = tap(a, to, image, row, column, t / a[CONV_KW], t % a[CONV_KW]);
-          if (!from) continue;
-          float *p = (float *)from + k;
-          if (width == LANES) {
-            v16 d = mean ? load(dy) * all(share) : choose(where == (int32_t)t, load(dy), all(0.f));
-            store(p, load(p) + d);
-          } else
-            for (word l = 0; l < width; l++) p[l] += mean ? dy[l] * share : where[l] == t ? dy[l] : 0;
-        }
+      word i = ((image * a[CONV_OH] + row) * a[CONV_OW] + column) * channels + k;
+      v16 dy = load_part((const float *)at(c, 0) + i, width), d = mean ? dy * all(share) : dy;
+      i16 where = {};
+      if (!mean)
+        for (word l = 0; l < width; l++) where[l] = a[POOL_WIDE] == 1 ? ((const uint8_t *)at(c, 6))[i + l] : ((const int32_t *)at(c, 6))[i + l];
+      for (word t = 0; t < taps; t++) {
+        float *p = (float *)tap(a, at(c, 4), image, row, column, t / a[CONV_KW], t % a[CONV_KW]);
+        if (!p) continue;
+        p += k;
+        store_part(p, load_part(p, width) + (mean ? d : choose(where == (int32_t)t, d, all(0.f))), width, 1);
       }
     }
 }
@@ -967,7 +1102,7 @@ static word index_tasks(const word *a, int phase) {
 
 static void index_task(const struct call *c, int phase, word task) {
   const word *a = c->a, size = a[INDEX_SIZE], count = a[INDEX_COUNT], inner = a[INDEX_INNER];
-  const float *x = at(c, 0);
+  const float *x = a[INDEX_WHAT] == ONE_HOT ? 0 : at(c, 0);
   const int64_t *index = a[INDEX_WHAT] == ARGMAX || a[INDEX_WHAT] == TO_INTEGER ? 0 : at(c, 2);
   switch (a[INDEX_WHAT]) {
     case GATHER: {
@@ -1040,15 +1175,27 @@ static void meet(struct run *run) {
 
 void RUN_PLAN(struct run *run, word thread) {
   const word *plan = run->plan, *next = plan + sizeof(struct plan) / sizeof(word) + 2 * plan[2];
-  struct call call = {0, run->bases, run->scratch + thread * plan[4]};
+  struct call call = {0, next, run->bases, run->scratch + thread * plan[4]};
   for (word i = 0; i < plan[5]; i++, next += 2 + next[1]) {
     const struct kernel *kernel = KERNELS + next[0];
+    const word *chain = next + 2 + next[1];
+    int chained = kernel->tasks == map_tasks && next[2 + MAP_CHAINED];
     call.a = next + 2;
+    if (!chained) call.before = next;
     for (int phase = 0; phase < kernel->phases; phase++) {
       word tasks = kernel->tasks(call.a, phase);
       if (!tasks) continue;
-      for (word task = tasks * thread / run->threads; task < tasks * (thread + 1) / run->threads; task++)
+      for (word task = tasks * thread / run->threads; task < tasks * (thread + 1) / run->threads; task++) {
         kernel->task(&call, phase, task);
+        if (phase < kernel->phases - 1 || chained) continue;
+        const word *own = call.a;
+        word left = plan[5] - i - 1;
+        for (const word *each = chain; left && KERNELS[each[0]].tasks == map_tasks && each[2 + MAP_CHAINED]; each += 2 + each[1], left--) {
+          call.a = each + 2;
+          map_task(&call, 0, task);
+        }
+        call.a = own;
+      }
       meet(run);
     }
   }

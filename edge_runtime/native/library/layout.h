@@ -5,13 +5,14 @@
 
 #define TASK_ROWS 96 /* a multiple of every ROWS */
 #define RUN 256      /* so many products are summed before they join the total: the error grows with RUN, not with K */
-#define BLOCK 256    /* elements of an elementwise program at a time */
+#define BLOCK 512    /* elements of an elementwise program at a time */
 enum { COPY_ITEM = 4, COPY_FILL, COPY_FILLED, COPY_RANK, COPY_SIZES, COPY_FROM = COPY_SIZES + RANK, COPY_TO = COPY_FROM + RANK, COPY_WORDS = COPY_TO + RANK };
-enum { MAP_COUNT, MAP_SIZES, MAP_LOADS = 5, MAP_STEPS, MAP_STORES, MAP_SUMS, MAP_COLUMNS, MAP_BODY, LOAD_WORDS = 7, STEP_WORDS = 6, STORE_WORDS = 3, SUM_WORDS = 5 };
-enum { FLOAT32, UINT8, INT64 };
-enum { ADD, SUBTRACT, MULTIPLY, DIVIDE, MAXIMUM, MINIMUM, GREATER, GREATER_EQUAL, EQUAL, MASKED, WHERE, RELU, CLAMP_LOW, CLAMP_HIGH, ABS, EXP, LOG, SQRT, RSQRT, POWER, ERF, TANH, SIGMOID, SOFTPLUS, SIN, COS, ATAN, FLOOR, NUMBER, MULTIPLY_ADD, OPERATORS };
+enum { MAP_COUNT, MAP_SIZES, MAP_LOADS = 5, MAP_STEPS, MAP_STORES, MAP_SUMS, MAP_COLUMNS, MAP_CHAINED, MAP_BODY, LOAD_WORDS = 9, STEP_WORDS = 6, STORE_WORDS = 3, SUM_WORDS = 8 };
+enum { FLOAT32, UINT8, INT64, UNPOOLED };
+enum { SUM, SQUARES }; /* of the distances from the mean */
+enum { ADD, SUBTRACT, MULTIPLY, DIVIDE, MAXIMUM, MINIMUM, GREATER, GREATER_EQUAL, EQUAL, MASKED, WHERE, RELU, CLAMP_LOW, CLAMP_HIGH, ABS, EXP, LOG, SQRT, RSQRT, POWER, ERF, TANH, SIGMOID, SOFTPLUS, SIN, COS, ATAN, FLOOR, NUMBER, MULTIPLY_ADD, MASKED_ABOVE, OPERATORS };
 #define REGISTERS 48
-#define MAP_TASK (16 * BLOCK)
+#define MAP_TASK (8 * BLOCK)
 #define SUM_ROWS 128 /* at most so many rows are summed before they join the total */
 enum { REDUCE_MAX = 6, REDUCE_OUTER, REDUCE_SIZE, REDUCE_INNER };
 #define REDUCE_PART 128
@@ -19,7 +20,7 @@ enum { PRODUCT_BATCHES = 8, PRODUCT_M, PRODUCT_N, PRODUCT_K, PRODUCT_A, PRODUCT_
 enum { CONV_N = 10, CONV_H, CONV_W, CONV_C, CONV_OH, CONV_OW, CONV_O, CONV_KH, CONV_KW, CONV_SH, CONV_SW, CONV_TOP, CONV_LEFT, CONV_DH, CONV_DW, CONV_GROUPS, CONV_WEIGHT, CONV_ADJOINT = CONV_WEIGHT + 4, CONV_WORDS };
 enum { GRAD_IMAGES = CONV_WORDS };
 enum { DEPTH_WHAT = CONV_WORDS, DEPTH_IMAGES };
-enum { POOL_WHAT = CONV_WORDS };
+enum { POOL_WHAT = CONV_WORDS, POOL_WIDE };
 enum { WINOGRAD_TILES = CONV_WORDS }; /* of 4×4 pixels a task; of the weight gradient: unused */
 #define SPOTS 36 /* of a transformed tile */
 enum { ROWS_WHAT = 6, ROWS_COUNT, ROWS_SIZE, ROWS_NUMBER };
@@ -33,6 +34,8 @@ INLINE word reduce_parts(const word *a) { return a[REDUCE_INNER] == 1 ? parts_of
 INLINE word panels_of(word n) { return parts_of(n, LANES); }
 INLINE word grad_parts(const word *a) { return parts_of(a[CONV_N], a[GRAD_IMAGES]); }
 INLINE word tiles_of(const word *a) { return a[CONV_N] * parts_of(a[CONV_OH], 4) * parts_of(a[CONV_OW], 4); }
+/* rows of partial results that a program's sum has */
+INLINE word sum_rows(const word *sum) { return sum[1] == SQUARES ? 3 : 1; }
 /* elements of a program that are a task: whole rows where columns are summed */
 INLINE word map_task_of(const word *a) {
   if (!a[MAP_SUMS]) return MAP_TASK;
@@ -41,6 +44,7 @@ INLINE word map_task_of(const word *a) {
 }
 /* A convolution's task is a block of pixels of the result (of an adjoint: of one phase, that is of those with the same
    remainder by the stride). */
+INLINE word phases(const word *a, int axis) { return a[CONV_ADJOINT] ? least(a[CONV_SH + axis], a[CONV_OH + axis]) : 1; }
 INLINE word conv_height(const word *a) { return a[CONV_ADJOINT] ? parts_of(a[CONV_OH], a[CONV_SH]) : a[CONV_OH]; }
 INLINE word conv_width(const word *a) { return a[CONV_ADJOINT] ? parts_of(a[CONV_OW], a[CONV_SW]) : a[CONV_OW]; }
 INLINE word block_width(const word *a) { return least(conv_width(a), TASK_ROWS); }
@@ -52,3 +56,27 @@ INLINE word block_under(const word *a, int axis) {
 }
 /* elements of a spot's tiles; not a multiple of 4096 bytes, of which a cache holds few at once */
 INLINE word spot_size(word elements) { return elements + LANES; }
+/* A chained program runs on the pixels that a task of the call before has made, right after it: while they are in the
+   cache. Tasks of these kernels make whole rows of images, one after the other. */
+enum { CONV = 4, DEPTHWISE = 6, WINOGRAD = 10 };
+INLINE word chain_tasks(const word *before) {
+  const word *a = before + 2;
+  if (before[0] == WINOGRAD) return parts_of(tiles_of(a), a[WINOGRAD_TILES]);
+  return a[CONV_N] * parts_of(a[CONV_OH], block_height(a));
+}
+/* the pixel that a task begins with; of the number of tasks, that of all pixels */
+INLINE word chain_start(const word *before, word task) {
+  const word *a = before + 2;
+  if (before[0] == WINOGRAD) {
+    word tile = least(task * a[WINOGRAD_TILES], tiles_of(a)) / parts_of(a[CONV_OW], 4), down = parts_of(a[CONV_OH], 4);
+    return (tile / down * a[CONV_OH] + tile % down * 4) * a[CONV_OW];
+  }
+  word parts = parts_of(a[CONV_OH], block_height(a));
+  return (task / parts * a[CONV_OH] + task % parts * block_height(a)) * a[CONV_OW];
+}
+INLINE word map_parts(const word *a, const word *before) { return a[MAP_CHAINED] ? chain_tasks(before) : parts_of(a[MAP_COUNT], map_task_of(a)); }
+/* the element that a part begins with */
+INLINE word map_start(const word *a, const word *before, word part) {
+  if (a[MAP_CHAINED]) return chain_start(before, part) * before[2 + CONV_O];
+  return least(part * map_task_of(a), a[MAP_COUNT]);
+}

@@ -31,17 +31,18 @@ static int level(void) {
   return wide ? 4 : 3;
 }
 
-/* 0 where this processor is too old, else what it has; runs use at most `limit`. */
+/* 0 where this processor is too old, else what it has. */
 PUBLIC int edgestill_level(void) { return level(); }
 
-PUBLIC void edgestill_run(struct run *run, word thread, int limit) {
-  if (level() >= 4 && limit >= 4) run_v4(run, thread);
+/* On instructions of a level, at most the processor's: asking again takes longer than a small plan. */
+PUBLIC void edgestill_run(struct run *run, word thread, int at) {
+  if (at >= 4) run_v4(run, thread);
   else run_v3(run, thread);
 }
 #else
 void run_neon(struct run *, word);
 PUBLIC int edgestill_level(void) { return 1; }
-PUBLIC void edgestill_run(struct run *run, word thread, int limit) { run_neon(run, thread); }
+PUBLIC void edgestill_run(struct run *run, word thread, int at) { run_neon(run, thread); }
 #endif
 
 PUBLIC const char *edgestill_check(const word *plan, word bytes, word *call) { return check_plan(plan, bytes, call); }

@@ -179,6 +179,7 @@ INLINE double log_double(double x) { /* of a normal float, as a double */
   return e * 0.69314718055994530942 + 2 * f * s;
 }
 INLINE double exp_double(double x) {
+  if (x != x) return x;
   if (x > 700) return 1e300 * 1e300;
   if (x < -700) return 0;
   double n = round_even(x * 1.44269504088896340736), r = x - n * 0.69314718055994530942, s = 1;
