@@ -195,7 +195,7 @@ def _teacher_sizes(bundle: Bundle) -> tuple[int, int]:
 def _complete(
     bundle: Bundle, outputs: TeacherOutputs, samples: int
 ) -> tuple[TeacherOutputs, dict[str, float]]:
-    """The outputs with zeros for what is missing or not learnt from, and the hyperparameters that follow from what is there.
+    """The outputs, with zeros for what is missing or not learnt from, and the hyperparameters that follow from them.
 
     Errors: UsageError where an output that the step takes is missing or has another shape.
     """
