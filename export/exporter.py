@@ -40,7 +40,7 @@ from edgestill.runtime.errors import UsageError
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 LOWERING = {"executorch": 4.0, "others": 0.2}
-"""How long it takes, in times of tracing and checking: measured of students of 200 to 3,000 operators 2 to 5, and 0.1."""
+"""How long it takes, in times of tracing and checking: measured 2 to 5, and 0.1, at 200 to 3,000 operators."""
 CRD_SIZES = ("negatives", "features", "teacher_latent_size")
 
 
