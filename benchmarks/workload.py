@@ -9,18 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from edgestill.runtime.bundle.manifest import TensorSpec
 from edgestill.runtime.randomness import noise
+from edgestill.runtime.training.hyperparameters import HYPERPARAMETERS, default
 
-# The settings of workload W1 and of `edgestill train`; AdamW's are PyTorch's defaults.
-SGD_HYPERPARAMETERS = {"learning_rate": 0.01, "momentum": 0.9, "weight_decay": 0.0}
-ADAMW_HYPERPARAMETERS = {
-    "learning_rate": 0.001,
-    "beta1": 0.9,
-    "beta2": 0.999,
-    "epsilon": 1e-8,
-    "weight_decay": 0.01,
-}
-DISTILLATION_HYPERPARAMETERS = {"alpha": 0.5, "temperature": 4.0, "logit_share": 0.5}
 BATCHES = 4
 
 
@@ -30,9 +22,9 @@ def read_manifest(bundle: Path) -> dict[str, Any]:
 
 
 def hyperparameters(manifest: Mapping[str, Any]) -> dict[str, float]:
-    """Fixed values for every hyperparameter that the bundle's step may take."""
-    own = ADAMW_HYPERPARAMETERS if manifest["optimizer"]["name"] == "adamw" else SGD_HYPERPARAMETERS
-    return {**DISTILLATION_HYPERPARAMETERS, **own}
+    """The default of every hyperparameter, as `edgestill train` has it: the settings of workload W1."""
+    kinds = (manifest["objective"]["name"], manifest["optimizer"]["name"])
+    return {name: default(name, *kinds) for name in HYPERPARAMETERS}
 
 
 def make_batches(manifest: Mapping[str, Any], seed: int, count: int = BATCHES) -> list[dict[str, np.ndarray]]:
@@ -40,26 +32,22 @@ def make_batches(manifest: Mapping[str, Any], seed: int, count: int = BATCHES) -
 
     Noise images cost an engine the same time as photographs do: no graph has a branch that depends on values.
     """
-    generator = np.random.default_rng(seed)
-    values = hyperparameters(manifest)
-    batches = []
-    for step in range(count):
-        batch: dict[str, np.ndarray] = {}
-        for spec in manifest["inputs"]["train_step"]:
-            name, shape, dtype = spec["name"], spec["shape"], np.dtype(spec["dtype"])
-            if name in values:
-                batch[name] = np.full(shape, values[name], dtype)
-            elif name == "labels":
-                batch[name] = generator.integers(0, manifest["classes"], shape).astype(dtype)
-            elif name.endswith("_weights"):
-                batch[name] = np.ones(shape, dtype)
-            elif name.startswith("noise."):
-                batch[name] = noise(seed, step, name, tuple(shape))
-            elif dtype == np.int64:  # tokens, of which every vocabulary has two
-                batch[name] = generator.integers(0, 2, shape)
-            elif dtype == np.uint8:
-                batch[name] = generator.integers(0, 256, shape, dtype=np.uint8)
-            else:
-                batch[name] = generator.standard_normal(shape, dtype=np.float32)
-        batches.append(batch)
-    return batches
+    entries = manifest["inputs"]["train_step"]
+    specs = [TensorSpec(entry["name"], tuple(entry["shape"]), entry["dtype"]) for entry in entries]
+    generator, values = np.random.default_rng(seed), hyperparameters(manifest)
+
+    def draw(spec: TensorSpec, step: int) -> np.ndarray:
+        if spec.name in values:
+            return np.full(spec.shape, values[spec.name], spec.numpy_dtype)
+        if spec.name == "labels":
+            return generator.integers(0, manifest["classes"], spec.shape).astype(spec.numpy_dtype)
+        if spec.name.endswith("_weights"):
+            return np.ones(spec.shape, spec.numpy_dtype)
+        if spec.name.startswith("noise."):
+            return noise(seed, step, spec.name, spec.shape)
+        if spec.dtype == "float32":
+            return generator.standard_normal(spec.shape, dtype=np.float32)
+        # grey levels, or tokens, of which every vocabulary has two
+        return generator.integers(0, 256 if spec.dtype == "uint8" else 2, spec.shape, dtype=spec.numpy_dtype)
+
+    return [{spec.name: draw(spec, step) for spec in specs} for step in range(count)]

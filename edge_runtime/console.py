@@ -3,6 +3,55 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+LINE_S = 30.0
+"""Between two lines about the same work where no terminal shows every second."""
+
+
+class Progress:
+    """What a slow command is at, on stderr, a line each; and how long it has been at it: on a terminal every second in
+    its place, elsewhere on a line of its own now and then. `every_s`, `clock`: for tests."""
+
+    def __init__(self, every_s: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._live, self._clock = sys.stderr.isatty(), clock
+        self._every_s = every_s or (1.0 if self._live else LINE_S)
+        self._line, self._since_s = "", 0.0
+        self._lock, self._ended = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._tell, daemon=True)
+
+    def __call__(self, line: str) -> None:
+        with self._lock:
+            self._end_line()
+            print(line, end="" if self._live else "\n", file=sys.stderr, flush=True)
+            self._line, self._since_s = line, self._clock()
+
+    def _end_line(self) -> None:
+        if self._live and self._line:
+            print(file=sys.stderr, flush=True)
+
+    def _tell(self) -> None:
+        while not self._ended.wait(self._every_s):
+            with self._lock:
+                text = f"{self._line} ({self._clock() - self._since_s:.0f} s so far)"
+                if self._line:
+                    print(f"\r{text}\033[K" if self._live else text, end="" if self._live else "\n",
+                          file=sys.stderr, flush=True)  # fmt: skip
+
+    def __enter__(self) -> Progress:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._end_line()
 
 
 def add_json_option(parser: argparse.ArgumentParser, form: str) -> None:

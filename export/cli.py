@@ -6,11 +6,12 @@ import argparse
 import json
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from edgestill.runtime.bundle.manifest import DTYPES, KD_LOSSES, OBJECTIVES, OPTIMIZERS, InputSpec
-from edgestill.runtime.console import add_json_option
+from edgestill.runtime.console import Progress, add_json_option
 from edgestill.runtime.errors import UsageError
 
 
@@ -74,12 +75,13 @@ def run_export(args: argparse.Namespace) -> int:
     from edgestill.export.exporter import export_bundle, options_of
 
     options, start = options_of(vars(args)), time.monotonic()
-    path = export_bundle(options, args.output, _say, args.overwrite)
+    with Progress() as progress, redirect_stdout(sys.stderr):  # what a student prints is no data
+        path = export_bundle(options, args.output, progress, args.overwrite)
     if args.json:
         seconds = round(time.monotonic() - start, 2)
         print(json.dumps({"bundle": str(path), "engines": list(options.engines), "seconds": seconds}))
     else:
-        _say(f"next: edgestill verify {path}")
+        print(f"next: edgestill verify {path}", file=sys.stderr)
     return 0
 
 
@@ -109,18 +111,15 @@ def run_verify(args: argparse.Namespace) -> int:
     check_seed(args.seed)
     if args.steps < 1:
         raise UsageError(f"--steps must be at least 1, not {args.steps}")
-    report = verify_bundle(
-        args.bundle, args.steps, args.engines, args.data, args.student, args.seed, args.threads, _say
-    )
+    with Progress() as progress, redirect_stdout(sys.stderr):
+        report = verify_bundle(
+            args.bundle, args.steps, args.engines, args.data, args.student, args.seed, args.threads, progress
+        )
     if args.json:
         print(json.dumps({"engines": report}))
     else:
         print_report(report)
     return 0 if all(entry["ok"] for entry in report.values()) else 1
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _names(text: str) -> tuple[str, ...]:

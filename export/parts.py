@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any, TypeVar
+from unittest import mock
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 from edgestill.export.students import Student
@@ -31,6 +34,12 @@ class Parts(Student):
         """What `named_parameters()` and the like give, by the student's own names."""
         return {name.removeprefix(self.prefix): one for name, one in named}
 
+    def __call__(self, *samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Without checkpoints: they would run forward again while the gradient is computed, and draw noise again."""
+        changed = {"CheckpointFunction": _Through, "_checkpoint_without_reentrant_generator": _once}
+        with mock.patch.multiple(torch.utils.checkpoint, **changed):
+            return super().__call__(*samples)
+
     def train(self, mode: bool = True) -> Parts:
         super().train(mode)
         for module in self.resting:
@@ -38,31 +47,60 @@ class Parts(Student):
         return self
 
 
+class _Through:
+    """In place of PyTorch's reentrant checkpoint, which has no gradient unless one of its inputs has one."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *inputs: Any) -> Any:
+        with (
+            nullcontext() if any(getattr(one, "requires_grad", False) for one in inputs) else torch.no_grad()
+        ):
+            return function(*inputs)
+
+
+def _once(*_: Any, **__: Any) -> Iterator[None]:
+    """In place of what PyTorch's other checkpoint does before and after the function: nothing."""
+    yield
+
+
 class SplitModel(Parts):
-    """An existing model: its forward() gives the logits, the latents are what the module `output` is called with."""
+    """An existing model: its forward() gives the logits, the latents are what the last of `places` is called with.
+
+    Modules are called in the order of `places`, one or more in each; else UsageError.
+    """
 
     prefix = "student."
 
-    def __init__(self, model: nn.Module, output: str, resting: Iterable[nn.Module] = ()):
+    def __init__(self, model: nn.Module, places: Sequence[str], resting: Iterable[nn.Module] = ()):
         nn.Module.__init__(self)
-        self.student, self.place, self.resting = model, output, tuple(resting)
+        self.student, self.places, self.resting = model, tuple(places), tuple(resting)
 
     def forward(self, *samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         seen: list[torch.Tensor] = []
-        module = self.student.get_submodule(self.place)
-        handle = module.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[:1]))
+        ran: dict[str, None] = {}
+        inside = [(name, m) for name in self.places for m in self.student.get_submodule(name).modules()]
+        hooks = [m.register_forward_pre_hook(lambda *_, name=name: ran.setdefault(name)) for name, m in inside]
+        last = self.student.get_submodule(self.places[-1])
+        hooks.append(last.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[:1])))
         try:
             logits = self.student(*samples)
         finally:
-            handle.remove()
+            for hook in hooks:
+                hook.remove()
         if not isinstance(logits, torch.Tensor):
             raise UsageError(
                 f"--split: {type(self.student).__name__} returns {type(logits).__name__}, not a tensor of logits",
                 hint="wrap it in a module that returns the logits alone",
             )
+        if tuple(ran) != self.places:
+            missing, called = [name for name in self.places if name not in ran], ", ".join(ran) or "none of these"
+            raise UsageError(
+                f"--split names {', '.join(self.places)}, but the model calls {called}",
+                hint=f"leave {' and '.join(missing)} out" if missing else f"--split {','.join(ran)}",
+            )
         if len(seen) != 1:
             raise UsageError(
-                f"--split: {self.place} is called {len(seen)} times, not once",
+                f"--split: {self.places[-1]} is called {len(seen)} times, not once",
                 hint="name the module that is called once, with the latent",
             )
         return seen[0], logits
@@ -71,11 +109,14 @@ class SplitModel(Parts):
 def student_parts(student: nn.Module, split: Sequence[str] = (), freeze: Sequence[str] = ()) -> Parts:
     """The module to call. Errors: UsageError where a part is missing.
 
-    `split` names the modules of perception, representation and output in an existing model, in that order; the last one
-    is called with the latent. Fewer than three: what lies before the last is perception and representation.
+    `split` names the modules of perception, representation and output in an existing model, in the order in which it
+    calls them; the last with the latent. Fewer than three: what lies before the last is perception and representation.
     """
     resting = resting_norms(student, frozen_names(student, freeze)) if freeze else ()
     if split:
+        if len(split) > len(PARTS):
+            message = f"--split names {len(split)} modules: {', '.join(split)}"
+            raise UsageError(message, hint="name at most three: where perception, representation and output lie")
         names = [name for name, _ in student.named_modules() if name]
         for name in split:
             if name not in names:
@@ -83,7 +124,7 @@ def student_parts(student: nn.Module, split: Sequence[str] = (), freeze: Sequenc
                     f"--split names {name!r}, which {type(student).__name__} has not",
                     hint="it has " + ", ".join([n for n in names if "." not in n] or names[:8]),
                 )
-        return SplitModel(student, split[-1], resting)
+        return SplitModel(student, split, resting)
     missing = [name for name in PARTS if not isinstance(getattr(student, name, None), nn.Module)]
     if missing:
         raise UsageError(

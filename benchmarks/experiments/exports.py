@@ -25,7 +25,7 @@ def export_cached(request: BundleRequest, folder: Path, seed: int = 0) -> Path:
             return bundle
         seeded = bundle.with_name(f"{bundle.name}-seed{seed}")
         if not seeded.exists():
-            from edgestill.export.reseed import reseed_bundle  # torch takes seconds to load
+            from edgestill.benchmarks.experiments.reseed import reseed_bundle  # torch takes seconds to load
 
             reseed_bundle(bundle, seeded, seed)
         return seeded

@@ -24,7 +24,6 @@ from edgestill.runtime.training.hyperparameters import (
     CHECKPOINT_EVERY,
     EPOCHS,
     HYPERPARAMETERS,
-    TRAINING_FIELDS,
     TRANSFER_FRACTION,
 )
 
@@ -47,11 +46,9 @@ def _clip(text: str) -> float | str:
 def _training_options(part: str, whose: str, prefix: str = "") -> dict[str, _Option]:
     """Options for what a task says of a training, with the defaults of the one table."""
     found = {f"{part}-epochs": _Option(f"{part}.epochs", int, f"{whose}: {EPOCHS.help}")}
-    for name in TRAINING_FIELDS:
-        if name in HYPERPARAMETERS:
-            row = HYPERPARAMETERS[name]
-            kind = int if row.whole else float
-            found[prefix + name.replace("_", "-")] = _Option(f"{part}.{name}", kind, f"{whose}: {row.help}")
+    for name, row in HYPERPARAMETERS.items():
+        kind = int if row.whole else float
+        found[prefix + name.replace("_", "-")] = _Option(f"{part}.{name}", kind, f"{whose}: {row.help}")
     return found
 
 

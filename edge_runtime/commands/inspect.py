@@ -133,7 +133,8 @@ def describe(report: dict[str, Any]) -> str:
         lines += ["", f"engine {engine}: {_parity(report['parity'].get(engine))}"]
         for name, graph in graphs.items():
             planned = graph["planned_memory_bytes"]
-            memory = f", {_megabytes(planned)} planned" if planned else ""
+            exact = engine == "native"  # the others allocate for themselves
+            memory = f", {'' if exact else 'at least '}{_megabytes(planned)} for its values" if planned else ""
             lines.append(
                 f"  {name:<10} {graph['operator_count']} operators, {_megabytes(graph['size_bytes'])}{memory}"
             )

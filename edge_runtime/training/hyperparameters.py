@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, make_dataclass
 from typing import Any
 
 from edgestill.runtime.bundle.bundle import Bundle
@@ -101,38 +101,30 @@ CHECKPOINT_EVERY = Hyperparameter(50, 1, 1_000_000, "steps", "how often the stat
 """The same for what a run takes with every bundle."""
 
 
-@dataclass(frozen=True)
-class TrainingSettings:
-    """What a task says of a training, of its devices or in step 5; None is the default of each student's own step.
+_Fields = make_dataclass(
+    "_Fields",
+    [("epochs", int, int(EPOCHS.default)), *((name, float | None, None) for name in HYPERPARAMETERS)],
+    frozen=True,
+)
+
+
+class TrainingSettings(_Fields):
+    """What a task says of a training, of its devices or in step 5: `epochs`, and every hyperparameter of the table, of
+    which None is the default of each student's own step.
 
     What a student's step does not take (momentum with AdamW, temperature without KL divergence) is not used for it.
     """
 
-    epochs: int = int(EPOCHS.default)
-    learning_rate: float | None = None
-    momentum: float | None = None
-    weight_decay: float | None = None
-    alpha: float | None = None
-    temperature: float | None = None
-    logit_share: float | None = None
-    neighbours: int | None = None
-    neighbour_scale: float | None = None
-
     @property
     def hyperparameters(self) -> dict[str, float]:
         """Those that are given."""
-        named = ((name, getattr(self, name)) for name in TRAINING_FIELDS if name in HYPERPARAMETERS)
+        named = ((name, getattr(self, name)) for name in HYPERPARAMETERS)
         return {name: value for name, value in named if value is not None}
-
-
-TRAINING_FIELDS = tuple(entry.name for entry in fields(TrainingSettings))
 
 
 def read_training(node: Node) -> dict[str, Any]:
     """The fields of `TrainingSettings` from a task's JSON. Errors: UsageError naming field, value and range."""
-    given = {
-        name: node.optional(name, HYPERPARAMETERS[name].read) for name in TRAINING_FIELDS if name != "epochs"
-    }
+    given = {name: node.optional(name, row.read) for name, row in HYPERPARAMETERS.items()}
     return {"epochs": EPOCHS.read(node.get("epochs", int(EPOCHS.default))), **given}
 
 

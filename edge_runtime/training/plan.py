@@ -134,6 +134,12 @@ def plan(
         outputs, implied = _complete(bundle, transfer.outputs, len(transfer))
         transfer = replace(transfer, outputs=outputs)
         given |= implied
+        if teacher is not None and outputs.latents.shape[1] != teacher.latents.shape[1]:
+            raise UsageError(
+                f"{bundle.source}: latents of size {teacher.latents.shape[1]} on the data and of size "
+                f"{outputs.latents.shape[1]} on the transfer set, whose samples objective {objective.name} compares",
+                "take both from one teacher",
+            )
     if not labelled:
         given["alpha"] = 1.0
     hyperparameters = resolve(bundle, given)
@@ -189,7 +195,7 @@ def _teacher_sizes(bundle: Bundle) -> tuple[int, int]:
 def _complete(
     bundle: Bundle, outputs: TeacherOutputs, samples: int
 ) -> tuple[TeacherOutputs, dict[str, float]]:
-    """The outputs with zeros for what is missing, and the hyperparameters that follow from what is there.
+    """The outputs, with zeros for what is missing or not learnt from, and the hyperparameters that follow from them.
 
     Errors: UsageError where an output that the step takes is missing or has another shape.
     """
@@ -216,7 +222,7 @@ def _complete(
             )
     whole = {
         name: np.zeros((samples, sizes[name]), np.float32)
-        if array is None
+        if array is None or name not in learnt
         else np.ascontiguousarray(array, np.float32)
         for name, array in found.items()
     }

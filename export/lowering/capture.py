@@ -6,21 +6,22 @@ else differs between the modes is in the right graph. What would be altered on t
 
 from __future__ import annotations
 
+import linecache
 import logging
 import operator
-import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import torch
 from torch import nn
 
-from edgestill.export.lowering.aten import ATEN, Context, Refusal
+from edgestill.export.lowering.aten import ATEN, Context, Refusal, way_out
 from edgestill.export.lowering.graph import Graph, LoweringError, Value
 from edgestill.runtime.errors import EdgestillError
 
@@ -94,12 +95,12 @@ def capture(parts: nn.Module, samples: Sequence[SampleSpec], training: bool, pre
         raise
     except Exception as error:
         shapes = ", ".join(f"{spec.name} {list(spec.shape)} of {spec.dtype}" for spec in samples)
+        why = _first_line(error)
+        hint = next(
+            (hint for pattern, hint in _UNTRACED.items() if re.search(pattern, f"{error}")), _UNTRACED[""]
+        )
         raise LoweringError(
-            f"PyTorch cannot trace the student on {shapes}: {_first_line(error)}{_line_of(error)}",
-            hint=_ONE_VALUE
-            if "more than 1 value per channel" in str(error)
-            else "check --input-shape, put nn.Flatten() before the first nn.Linear, and keep Python branches on "
-            "tensor values out of forward()",
+            f"PyTorch cannot trace the student on {shapes}{_raised_at(error, parts, prefix)}: {why}", hint
         ) from error
     finally:
         for name, tensor in parts.named_buffers():
@@ -128,11 +129,19 @@ def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _line_of(error: Exception) -> str:
-    """The line of the student's own code that PyTorch names last, if it names one."""
-    lines = re.findall(r'File "([^"]+)", line (\d+)', str(error))
-    lines = [(path, line) for path, line in lines if f"{os.sep}torch{os.sep}" not in path]
-    return f" ({Path(lines[-1][0]).name}, line {lines[-1][1]})" if lines else ""
+def _raised_at(error: BaseException, parts: nn.Module, prefix: str) -> str:
+    """The module that was called last, and the last line of the student's own code."""
+    paths = {id(module): (name, type(module).__name__) for name, module in parts.named_modules() if name}
+    called, line = None, ""
+    for frame, number in walk_tb(error.__traceback__):
+        called = paths.get(id(frame.f_locals.get("self")), called)
+        file = frame.f_code.co_filename
+        if called and frame.f_globals.get("__name__", "").partition(".")[0] not in ("torch", "edgestill"):
+            line = f" ({Path(file).name}, line {number}: {linecache.getline(file, number).strip()})"
+    if called is None:  # PyTorch found it afterwards, and names an attribute that it made of it
+        name = re.search(r"attribute: ([\w.]+)\.\w+\.", str(error))
+        called = next((pair for pair in paths.values() if name and pair[0] == name[1]), None)
+    return f" in {called[0].removeprefix(prefix)} ({called[1]}){line}" if called else ""
 
 
 @contextmanager
@@ -241,7 +250,7 @@ class _Reader:
     def _refuse(self, node: torch.fx.Node, what: str, hint: str | None = None) -> None:
         path, module = _place(node)
         where = path.removeprefix(self.prefix) + (f" ({module})" if module else "")
-        error = LoweringError(f"{where}: {what} cannot be lowered to a training graph", hint or _HINT)
+        error = LoweringError(f"{where}: {what} cannot be lowered to a training graph", hint or way_out(node))
         self.refusals.setdefault(f"{where} {what}", error)
 
     def _stand_in(self, result: Any) -> Any:
@@ -301,7 +310,13 @@ def _place(node: torch.fx.Node) -> tuple[str, str]:
 
 
 _ONE_VALUE = "a BatchNorm over one value has no variance: export with a larger --batch, or use nn.GroupNorm"
-_HINT = (
-    "write it with other operators (docs/lowering.md lists what can be lowered), compute it before the student, or "
-    "leave it out"
-)
+_UNTRACED = {
+    "more than 1 value per channel": _ONE_VALUE,
+    "data-dependent": "no branch, loop, number or shape of a graph depends on values: use torch.where with a mask, and "
+    "sequences of one length instead of packed ones",
+    "nested_tensor": "use tensors of one length with a mask instead of nested tensors",
+    "FakeTensor|fake tensor|data pointer|not allocated|tensor subclasses": "what leaves PyTorch is lost: no NumPy, no "
+    "formatting of values, detach() instead of .data, torch.stack instead of torch.tensor of tensors",
+    "": "check --input-shape, put nn.Flatten() before the first nn.Linear, or write that line with other operators",
+}
+"""The way out by what PyTorch says."""

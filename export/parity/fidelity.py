@@ -42,7 +42,8 @@ def check_fidelity(
         drawn_before = _drawn_elsewhere()
         with _unchanged(parts), torch.no_grad(), generator:
             torch.manual_seed(0)
-            expected = dict(zip(("latents", "logits"), parts(*inputs), strict=True))
+            with _named(f"the student fails in {mode} mode below torch.no_grad(), on random samples"):
+                expected = dict(zip(("latents", "logits"), parts(*_copied(inputs)), strict=True))
             _check_buffers(parts, graph, state, mode)
         if _drawn_elsewhere() != drawn_before:
             raise LoweringError(
@@ -66,7 +67,8 @@ def check_fidelity(
             found = run_graph(graph.graph, state | named | noise)
         for name, ours in expected.items():
             _compare(found[name], ours, f"the captured graph gives other {name} than the student in {mode} mode",
-                     "this is a defect of edgestill, or the student keeps state outside of its buffers")  # fmt: skip
+                     "this is a defect of edgestill, or the student reads what no graph has: a clock, state outside of "
+                     "its buffers, is_grad_enabled(), requires_grad, is_exporting()")  # fmt: skip
     parts.train()
     _check_gradients_are_torchs(parts, inputs)
     _check_gradients(student, parts, captured[True], samples, batch)
@@ -81,7 +83,7 @@ def _check_gradients_are_torchs(parts: Parts, inputs: list[torch.Tensor]) -> Non
             hint="leave it out: a step's gradients are those of its forward pass",
         )
     with _unchanged(parts):
-        left, seen = [tensor.grad_fn for tensor in parts(*inputs)], set()
+        left, seen = [tensor.grad_fn for tensor in parts(*_copied(inputs))], set()
     while left:
         node = left.pop()
         if node is None or node in seen:
@@ -94,6 +96,11 @@ def _check_gradients_are_torchs(parts: Parts, inputs: list[torch.Tensor]) -> Non
                 f"the student calls {name}, a torch.autograd.Function whose backward() would be lost",
                 hint="say its forward pass in PyTorch's operators, with detach() for what is to have no gradient",
             )
+
+
+def _copied(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """A student may change its input in place."""
+    return [tensor.clone() for tensor in inputs]
 
 
 def _drawn_elsewhere() -> tuple[object, ...]:
@@ -143,8 +150,11 @@ def _check_gradients(
         generator = GivenNoise()
         with _unchanged(parts), torch.enable_grad(), generator:
             torch.manual_seed(seed)
-            total = sum((one * factor).sum() for one, factor in zip(parts(*inputs), factors, strict=True))
-            autograd = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
+            total = sum(
+                (one * factor).sum() for one, factor in zip(parts(*_copied(inputs)), factors, strict=True)
+            )
+            with _named("the student's gradient fails in PyTorch itself, on random samples"):
+                autograd = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
         given = state | {spec.name: tensor for spec, tensor in zip(samples, inputs, strict=True)}
         given |= {f"noise.{i}": tensor for i, tensor in enumerate(generator.drawn)}
         given |= {f"weight of {n}": f for n, f in zip(("latents", "logits"), factors, strict=True)}
@@ -212,7 +222,7 @@ def _own_forward(
         return {}
     try:
         with torch.no_grad(), GivenNoise(noise):
-            result = student(*inputs)
+            result = student(*_copied(inputs))
     except NotImplementedError:
         return {}
     except Exception as error:
@@ -236,6 +246,17 @@ def _compare(ours: torch.Tensor, expected: torch.Tensor, message: str, hint: str
     difference = float((ours - expected).abs().max())
     if not difference <= TOLERANCE * max(float(expected.abs().max()), 1e-6):
         raise LoweringError(f"{message}: by up to {difference:.3g}", hint)
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """PyTorch's own errors become a LoweringError that begins with `what`."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LoweringError(
+            f"{what}: {error}", "call the student, and backward(), on such samples yourself"
+        ) from error
 
 
 @contextmanager

@@ -63,23 +63,30 @@ def verify_bundle(
                 report[name] = {"ok": False, "error": error.message, "hint": error.hint}
         if running:
             progress(f"{', '.join(running)} beside eager PyTorch: {steps} steps")
-            records = compare(bundle, running, model, batches, steps)
+            records = compare(bundle, running, lambda: rebuild_student(bundle, student), batches, steps)
             _record(bundle, records)
             report |= records
     return {name: report[name] for name in chosen}
 
 
 def compare(
-    bundle: Bundle, engines: Mapping[str, Engine], student: nn.Module, batches: Iterator[Arrays], steps: int
+    bundle: Bundle,
+    engines: Mapping[str, Engine],
+    build: Callable[[], nn.Module],
+    batches: Iterator[Arrays],
+    steps: int,
 ) -> dict[str, dict]:
     """The parity record of each engine over `steps` training steps and some batches in inference mode.
 
+    `build` makes the student anew: a closure in a copy of one would still call the original.
     Every step starts from the state of the oracle, eager PyTorch in float64. The yardstick is the error of eager
     float32 from there, and from a state moved by rounding. Errors: UsageError where the oracle diverges.
     """
-    oracle, eager, moved, alone = (
-        ReferenceStep(bundle, copy.deepcopy(student), torch.float64 if i == 0 else torch.float32) for i in range(4)
-    )
+    students = [build() for _ in range(4)]
+    if students[0] is students[1]:  # a factory that keeps what it makes
+        students = [copy.deepcopy(one) for one in students]
+    dtypes = (torch.float64, torch.float32, torch.float32, torch.float32)
+    oracle, eager, moved, alone = (ReferenceStep(bundle, *pair) for pair in zip(students, dtypes, strict=True))
     random, state, curve = np.random.default_rng(0), bundle.initial_state(), []
     free = {name: (runner, state, []) for name, runner in [*engines.items(), ("", alone)]}
     seen: dict[str, dict[str, list]] = {name: {} for name in engines}

@@ -26,6 +26,7 @@ from edgestill.coordinator.task.task import (
 from edgestill.runtime.device.local_settings import LocalSettings
 from edgestill.runtime.device.outputs import MOST_CLASS_COUNTS
 from edgestill.runtime.errors import UsageError
+from edgestill.runtime.training.hyperparameters import HYPERPARAMETERS
 
 STUDENT = {
     "student": "cnn3",
@@ -57,10 +58,7 @@ def test_own_students_take_part(name: str) -> None:
 def test_the_defaults_are_those_of_the_contract() -> None:
     task = parse_task(LEAST)
     assert (task.exchange, task.mode, task.precision) == ("latents", "consensus", "fp16")
-    numbers = dict.fromkeys(
-        ("learning_rate", "momentum", "weight_decay", "alpha", "temperature", "logit_share", "neighbours",
-         "neighbour_scale")
-    )  # fmt: skip
+    numbers = dict.fromkeys(HYPERPARAMETERS)
     assert task.as_json()["local"] == {
         "epochs": 1, **numbers, "transfer_fraction": 0.5, "augment": "", "checkpoint_every": 50,
     }  # fmt: skip

@@ -89,6 +89,16 @@ FUNCTIONS: dict[str, Function] = {
     "chosen-by-largest": lambda x: x[0, :, :, 0].T[x[:, 0, :, 1].argmax(1)],
     "negative-index": lambda x: x[:, [-1, -2, 0]],
     "slice-scatter": lambda x: torch.slice_scatter(x, x[:, :2] * 2, 1, 3, 5),
+    "slice-scatter-with-a-step": lambda x: torch.slice_scatter(x, x[:, :2] * 2, 1, 1, 6, 3),
+    "put-by-index": lambda x: x.index_put((torch.tensor([0, 1]), torch.tensor([2, 0])), x[:2, 1] * 2),
+    "put-by-mask": lambda x: x.index_put((x > 0,), torch.tensor(0.5)),
+    "put-by-mask-of-an-inner-axis": lambda x: torch.ops.aten.index_put(
+        x, [None, x[0, :, 0, 0] > 0], torch.ones(16, 16)
+    ),
+    "added-by-mask": lambda x: x.index_put((x[:, :, 0, 0] > 0,), torch.linspace(0, 1, 16), accumulate=True),
+    "scatter": lambda x: x.scatter(1, x.argmax(1, keepdim=True), x[:, :1] * 2),
+    "scatter-by-constants": lambda x: x.scatter(2, torch.tensor([[[[1], [5]]]]).expand(len(x), 6, 2, 16), 0.5),
+    "scatter-add": lambda x: x.scatter_add(1, x.argmax(1, keepdim=True), x[:, 1:2]),
     "triangles": lambda x: x.tril() + x.triu(2) * 2 + x.tril(-1),
     "strided": lambda x: x.as_strided((len(x), 5, 7), (1536, 3, 2), 1),
     "roll-all": lambda x: x.roll(3) * x,
@@ -289,9 +299,9 @@ REFUSALS: dict[str, tuple[Function, str]] = {
     "complex": (lambda x: torch.fft.fft(x).real, "the operator aten._fft_r2c"),
     "round": (lambda x: x.round(), "the operator aten.round"),
     "sort": (lambda x: x.sort(2).values, "the operator aten.sort"),
-    "step": (
-        lambda x: torch.slice_scatter(x, x[:, :, ::2] * 2, 2, 0, 24, 2),
-        "an assignment to a slice with a step",
+    "assignment": (
+        lambda x: x.index_put((torch.tensor([0, 1]), x[:2, :, 0].argmax(1)), torch.tensor(0.5)),
+        "an assignment by an index known only at run time",
     ),
     "far-axes": (lambda x: x[[0, 1], :, [2, 3]], "an index of axes that are not side by side"),
     "gather": (lambda x: x.gather(2, (x > 0).to(torch.int64)), "torch.gather of more than one entry"),

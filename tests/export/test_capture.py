@@ -236,6 +236,33 @@ def test_a_split_that_names_nothing_is_refused() -> None:
     assert "features, neck, head" in error.value.hint
 
 
+@pytest.mark.parametrize(
+    ("split", "message", "hint"),
+    [
+        (("head", "features"), "names head, features, but the model calls features, head", "features,head"),
+        (("neck", "features", "head"), "but the model calls features, neck, head", "features,neck,head"),
+        (("spare", "head"), "names spare, head, but the model calls head", "leave spare out"),
+        (("spare",), "names spare, but the model calls none of these", "leave spare out"),
+        (("features.0", "features", "neck", "head"), "names 4 modules", "at most three"),
+    ],
+)
+def test_a_split_that_is_not_what_the_model_runs_is_refused(split: tuple[str, ...], message: str, hint: str) -> None:
+    model = Existing()
+    model.spare = nn.ModuleList([nn.Linear(8, 8)])
+    with pytest.raises(UsageError, match=message) as error:
+        prepare_step(replace(OPTIONS, split=split), model)
+    assert hint in error.value.hint
+
+
+def test_a_module_that_is_called_by_its_parts_is_one_that_is_called() -> None:
+    class Blocks(Existing):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([self.features])
+
+    checked(Blocks(), split=("blocks", "head"))
+
+
 def test_a_split_at_a_module_that_is_called_twice_is_refused() -> None:
     class Twice(Existing):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -321,7 +348,7 @@ def test_all_blockers_are_named_at_once_each_with_its_way_out() -> None:
         lines[1:],
         ("perception.1 (Apply): the operator aten.sort", "perception.1 (Apply): the operator aten.round",
          "perception.3 (Apply): the random operator aten.poisson"),
-        ("write it with other operators", "write it with other operators", "draw with torch.rand"),
+        ("use max, argmax, or comparisons", "write it with other operators", "draw with torch.rand"),
         strict=True,
     ):  # fmt: skip
         assert place in line and f"hint: {hint}" in line

@@ -36,7 +36,8 @@ def test_a_step_of_cnn3_is_at_most_three_delegated_pieces(tmp_path: Path) -> Non
         operators = record["operators"]
         assert {n for n in operators if not n.startswith("xnnpack.")} <= PORTABLE, name
         assert 1 <= operators["xnnpack.delegate"] <= 3
-        assert record["planned_memory_bytes"] > 0
+        activation = 8 * 4 * 32 * 32 * 4  # what XNNPACK keeps outside of the program's own arena counts, too
+        assert record["planned_memory_bytes"] > activation
         assert (tmp_path / record["file"]).stat().st_size > 1000
     assert records["encode"]["outputs"] == ["latents", "logits"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -250,8 +249,6 @@ class Changed(nn.Module):
             self.layer.weight.register_hook(lambda gradient: -gradient)
         if how == "accumulate-hook":
             self.layer.weight.register_post_accumulate_grad_hook(lambda parameter: None)
-        if how == "lock":
-            self.lock = threading.Lock()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.layer(x)
@@ -293,18 +290,6 @@ def test_what_a_trace_would_lose(how: str) -> None:
     with pytest.raises(LoweringError, match=LOST[how]) as error:
         prepare(options, student)
     assert error.value.hint
-
-
-def test_a_hook_of_an_instance_is_seen_before_it_is_copied() -> None:
-    student = Student(Changed("parameter-hook"), nn.Identity(), nn.Linear(6, 4))
-    with pytest.raises(LoweringError, match="backward hook"):
-        replace(OPTIONS, student=student).build()
-
-
-def test_an_instance_that_cannot_be_copied() -> None:
-    student = Student(Changed("lock"), nn.Identity(), nn.Linear(6, 4))
-    with pytest.raises(UsageError, match="cannot be copied"):
-        replace(OPTIONS, student=student).build()
 
 
 def test_a_layer_that_has_no_shape_yet() -> None:

@@ -256,6 +256,28 @@ def test_settings_that_make_no_sense_are_refused(
     assert error.value.hint
 
 
+def test_latents_of_two_sizes_are_not_compared(bundles: Path) -> None:
+    bundle = Bundle.open(bundles / "lpd")
+
+    def planned(size: int, transfer: int) -> Run:
+        others = TransferSet(labelled(OTHERS).images, outputs_of(OTHERS, transfer))
+        return plan(bundle, labelled(SAMPLES), TrainSettings(), teacher=outputs_of(SAMPLES, size), transfer=others)
+
+    with pytest.raises(UsageError, match="latents of size 7 on the data and of size 9 on the transfer set") as error:
+        planned(7, 9)
+    assert "one teacher" in error.value.hint
+    inputs = planned(9, 9).inputs(0)  # of any one size
+    assert inputs["neighbour_weights"].any()
+
+
+def test_outputs_that_are_not_learnt_from_may_have_any_size(bundles: Path) -> None:
+    bundle, latents = Bundle.open(bundles / "lpd"), outputs_of(SAMPLES, 7)
+    classes = TeacherOutputs(latents.latents, np.zeros((SAMPLES, 1000), np.float32))
+    others = TransferSet(labelled(OTHERS).images, TeacherOutputs(outputs_of(OTHERS, 7).latents))
+    run = plan(bundle, labelled(SAMPLES), TrainSettings(), teacher=classes, transfer=others)
+    assert run.inputs(0)["neighbour_weights"].any()
+
+
 def test_a_batch_that_holds_every_sample_leaves_no_negatives(bundles: Path) -> None:
     bundle = Bundle.open(bundles / "crd")
     with pytest.raises(UsageError, match="one batch of 6 holds all 6") as error:

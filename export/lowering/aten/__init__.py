@@ -11,9 +11,9 @@ from edgestill.export.lowering.aten import (  # noqa: F401 - each enters its row
     recurrence,
     resampling,
 )
-from edgestill.export.lowering.aten.context import ATEN, Context, Refusal
+from edgestill.export.lowering.aten.context import ATEN, Context, Refusal, way_out
 
-__all__ = ["ATEN", "Context", "Refusal", "families"]
+__all__ = ["ATEN", "Context", "Refusal", "families", "way_out"]
 
 
 def families() -> dict[str, list[str]]:

@@ -7,6 +7,7 @@ operator's result, so a row need not tell a view from a squeeze, nor keep or dro
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +39,8 @@ class Context:
         """By its row; by PyTorch itself, now, where nothing enters that is given at run time."""
         self.node = node
         operator, rule = node.target, ATEN.get(node.target)
+        if isinstance(operator, torch._ops.HigherOrderOperator):
+            raise Refusal(f"the control flow of torch's {operator.name()}")
         if rule is None and torch.Tag.nondeterministic_seeded in operator.tags:
             raise Refusal(f"the random operator {operator}", hint="draw with torch.rand, torch.randn or nn.Dropout")
         if operator not in RANDOM and not any(isinstance(leaf, Value) for leaf in tree_leaves((args, kwargs))):
@@ -97,6 +100,32 @@ def _shaped(made: Any, result: Any) -> Any:
     return made.reshape(*result.shape)
 
 
+def way_out(node: torch.fx.Node) -> str:
+    """What to do instead of an operator that cannot be lowered, by what it takes and gives, or by its name."""
+    tensors = [one for n in (node, *node.all_input_nodes) for one in tree_leaves(n.meta.get("val"))]
+    sizes = [size for one in tensors for size in (one.shape if isinstance(one, torch.Tensor) else (one,))]
+    found = [one for one in tensors if isinstance(one, torch.Tensor)]
+    if any(isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool) for size in sizes):
+        return "its number or shape depends on values: stay with tensors of fixed shapes, and torch.where with a mask"
+    if any(one.dtype.is_complex for one in found):
+        return "no complex numbers: compute spectrograms before the student, or say it with real and imaginary parts"
+    if any(one.layout is not torch.strided for one in found):
+        return "use dense tensors: to_dense()"
+    named = (hint for names, hint in INSTEAD.items() if re.search(rf"\b_?({names})\b", str(node.target)))
+    return next(named, INSTEAD[""])
+
+
+INSTEAD = {
+    "cond": "compute both results and take torch.where(mask, a, b)",
+    "while_loop|scan|map_impl|associative_scan": "write a Python loop of a fixed number of steps",
+    "sort|topk|kthvalue|median|mode|cummax|cummin|searchsorted|bucketize|histc": "use max, argmax, or comparisons",
+    "scatter|scatter_add|scatter_reduce|index_put|index_add|masked_scatter": "assign by constants or by a mask, or "
+    "multiply with F.one_hot(index, n)",
+    "cdist|det|inverse|linalg\\w*|svd": "say it with products and sums",
+    "": "write it with other operators (docs/lowering.md lists what can be lowered), compute it before the student, or "
+    "leave it out",
+}
+"""By the names of operators, or for all others."""
 Row = Callable[..., Any]
 ATEN: dict[Any, Row] = {}
 """By operator overload. What stands here is not decomposed further by PyTorch."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ def _slice_scatter(c: Context, x: Value, source: Value, dim: int, start: Any, st
     axis = dim % x.rank
     start, stop, step = slice(start, stop, step).indices(x.shape[axis])
     if step != 1:
-        raise Refusal("an assignment to a slice with a step")
+        return _assigned(x, source, lambda ours, theirs: ours.slice_scatter(theirs, axis, start, stop, step))
     return _cat(c, [x.narrow(axis, 0, start), source, x.narrow(axis, stop, x.shape[axis])], axis)
 
 
@@ -75,8 +75,13 @@ def take(x: Value, index: Value | np.ndarray, axis: int) -> Value:
 
 def chosen(x: Value, index: Value, axis: int) -> Value:
     """One entry of each line along an axis, by an index that is known only at run time."""
+    return where(_there(x, index, axis), x, 0.0).sum(axis)
+
+
+def _there(x: Value, index: Value, axis: int) -> Value:
+    """1 for the entry of each line along an axis that the index names."""
     places = np.arange(x.shape[axis]).reshape([-1 if i == axis else 1 for i in range(x.rank)])
-    return where(index.apply("equal", x.graph.constant(places)), x, 0.0).sum(axis)
+    return index.apply("equal", x.graph.constant(places))
 
 
 def _flip(c: Context, x: Value, dims: Sequence[int]) -> Value:
@@ -96,11 +101,54 @@ def _index(c: Context, x: Value, indices: Sequence[Value | None]) -> Value:
             raise Refusal("several indices that are known only at run time")
         return take(x, found[0].reshape(-1), first)
     # A mask takes as many axes as it has; PyTorch itself says where in their product each entry is.
-    arrays = [index.constant if index.dtype == "int64" else index.constant != 0 for index in found]
+    arrays = [_array(index) for index in found]
     sizes = x.shape[first : first + sum(array.ndim if array.dtype == bool else 1 for array in arrays)]
     places = torch.arange(math.prod(sizes)).reshape(sizes)[tuple(map(torch.from_numpy, arrays))]
     lines = x.reshape(*x.shape[:first], -1, *x.shape[first + len(sizes) :])
     return take(lines, places.reshape(-1).numpy(), first)
+
+
+def _array(index: Value) -> np.ndarray:
+    return index.constant if index.dtype == "int64" else index.constant != 0
+
+
+@row("index_put")
+def _index_put(
+    c: Context, x: Value, indices: Sequence[Value | None], source: Value, accumulate: bool
+) -> Value:
+    given = [index for index in indices if index is not None]
+    if not accumulate and all(index.constant is not None for index in given):
+        arrays = [None if index is None else torch.from_numpy(_array(index)) for index in indices]
+        return _assigned(x, source, lambda ours, theirs: torch.ops.aten.index_put(ours, arrays, theirs))
+    first, mask = next((i, index) for i, index in enumerate(indices) if index is not None)
+    after = x.rank - first - mask.rank
+    if len(given) > 1 or mask.dtype == "int64" or not (source.size == 1 or source.rank <= after):
+        raise Refusal("an assignment by an index known only at run time")
+    mask = mask.reshape(*(1,) * first, *mask.shape, *(1,) * after)
+    source = source.reshape(*source.shape[max(source.rank - after, 0) :])
+    return where(mask, x + source if accumulate else source, x)
+
+
+@row("scatter.value scatter.src scatter_add")
+def _scatter(c: Context, x: Value, dim: int, index: Value, source: Value | float) -> Value:
+    axis, add = dim % x.rank, "add" in c.node.target.name()
+    if isinstance(source, Value):
+        for i, size in enumerate(index.shape):  # what the index does not name
+            source = source.narrow(i, 0, size)
+    if index.constant is not None and not add:
+        places = torch.from_numpy(index.constant)
+        source = c.value(source).expand(*index.shape)
+        return _assigned(x, source, lambda ours, theirs: ours.scatter(axis, places, theirs))
+    if index.shape != (*x.shape[:axis], 1, *x.shape[axis + 1 :]):
+        raise Refusal("more than one assignment a line by an index known only at run time")
+    return where(_there(x, index, axis), x + source if add else source, x)
+
+
+def _assigned(x: Value, source: Value, assign: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Value:
+    """Any assignment at constant places: PyTorch itself is shown the positions of x's entries and of the source's."""
+    both = x.graph.apply("concat", x.reshape(-1), source.reshape(-1), axis=0)
+    ours, theirs = torch.arange(both.size).split([x.size, source.size])
+    return take(both, assign(ours.reshape(x.shape), theirs.reshape(source.shape)).reshape(-1).numpy(), 0)
 
 
 def _moved(c: Context, x: Value, *how: Any) -> Value:

@@ -69,11 +69,18 @@ def _avg_pool(c: Context, x: Value, kernel, stride, padding, ceil_mode, count_in
     return y * c.value(factor) if bool((factor - 1).abs().max() > 1e-6) else y
 
 
+def _tiles(x: Value, size: Sequence[int]) -> Form | None:
+    """The windows of an adaptive pooling where they are of one size and tile the image."""
+    if any(have % out for have, out in zip(x.shape[2:], size, strict=True)):
+        return None
+    kernel = [have // out for have, out in zip(x.shape[2:], size, strict=True)]
+    return kernel, kernel, [(0, 0)] * len(kernel), [1] * len(kernel)
+
+
 @row("_adaptive_avg_pool2d _adaptive_avg_pool3d")
 def _adaptive_average(c: Context, x: Value, size: Sequence[int]) -> Value:
-    if all(have % out == 0 for have, out in zip(x.shape[2:], size, strict=True)):
-        kernel = [have // out for have, out in zip(x.shape[2:], size, strict=True)]
-        return _pooled(x, (kernel, kernel, [(0, 0)] * len(kernel), [1] * len(kernel)), _average)
+    if (form := _tiles(x, size)) is not None:
+        return _pooled(x, form, _average)
     for axis, out in enumerate(size, 2):
         if x.shape[axis] != out:
             shares = torch.adaptive_avg_pool1d(torch.eye(x.shape[axis]), out)
@@ -83,7 +90,9 @@ def _adaptive_average(c: Context, x: Value, size: Sequence[int]) -> Value:
 
 @row("adaptive_max_pool2d adaptive_max_pool3d")
 def _adaptive_max(c: Context, x: Value, size: Sequence[int]) -> tuple[Value, None]:
-    """Axis by axis from the last, so that the first largest of a window stays the first."""
+    """Uneven windows axis by axis from the last, so that the first largest of a window stays the first."""
+    if (form := _tiles(x, size)) is not None:
+        return _pooled(x, form, _largest), None
     for axis, out in reversed(list(enumerate(size, 2))):
         if (have := x.shape[axis]) == out:
             continue

@@ -68,13 +68,13 @@ def measure(name: str, engine: str, batch: int) -> dict[str, object]:
         start = time.process_time()
         with Bundle.open(export_bundle(options, Path(folder, "bundle"))) as bundle:
             record: dict[str, object] = {"network": name, "export_cpu_s": round(time.process_time() - start, 1)}
-            student, random = options.build(), np.random.default_rng(0)
+            random = np.random.default_rng(0)
             specs = options.samples
             samples = [_random(spec, 4 * batch, random) for spec in specs]
             batches = draw_batches(bundle, samples, random.integers(0, bundle.classes, 4 * batch), random)
             running = open_engine(bundle, engine, 1)
             try:
-                entry = compare(bundle, {engine: running}, student, batches, STEPS)[engine]
+                entry = compare(bundle, {engine: running}, options.build, batches, STEPS)[engine]
                 record |= {key: entry[key] for key in ("ok", "multiple", "worst") if key in entry}
                 record |= _timed(running, options, bundle, next(batches))
             finally:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from edgestill.benchmarks.experiments.reseed import reseed_bundle
 from edgestill.export.exporter import ExportOptions, export_bundle
-from edgestill.export.reseed import reseed_bundle
 from edgestill.runtime.bundle.manifest import Objective, Optimizer
 from edgestill.runtime.errors import UsageError
 

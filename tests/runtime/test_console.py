@@ -1,0 +1,37 @@
+"""The progress of slow commands, where no terminal is and on one."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import pytest
+
+from edgestill.runtime.console import Progress
+
+
+@pytest.mark.tiny
+def test_lines_come_at_once_and_again_where_work_is_slow(capsys: pytest.CaptureFixture[str]) -> None:
+    ticks = iter(range(0, 1000, 30))
+    with Progress(every_s=0.02, clock=lambda: float(next(ticks))) as progress:
+        progress("tracing a student")
+        assert capsys.readouterr().err == "tracing a student\n"
+        time.sleep(0.2)
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("tracing a student (30 s so far)\n")
+    time.sleep(0.1)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.tiny
+def test_on_a_terminal_a_line_is_written_over(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with pytest.raises(ValueError, match="broken"), Progress(every_s=0.02, clock=lambda: 0.0) as progress:
+        progress("tracing")
+        time.sleep(0.2)
+        progress("lowering")
+        raise ValueError("broken")
+    first, last, rest = capsys.readouterr().err.split("\n")
+    assert rest == "" and first.startswith("tracing\rtracing (0 s so far)\033[K") and last == "lowering"
