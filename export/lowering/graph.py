@@ -20,6 +20,8 @@ from edgestill.export.lowering.simplify import simplified
 from edgestill.runtime.errors import EdgestillError
 
 FOLDED_ELEMENTS = 2**22
+FLOAT = np.float32
+"""Of constants; tests that compute in float64 make it that, so that a graph is as exact as what it is compared with."""
 _SPECS: dict[tuple, list[tuple[tuple[int, ...], str]]] = {}  # what `_infer` said before, which takes a millisecond
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -151,7 +153,7 @@ class Graph:
     def constant(self, data: np.ndarray | float | torch.Tensor) -> Value:
         """float32, or int64 for whole numbers and truth values of arrays."""
         data = np.asarray(data)
-        data = data.astype(np.int64 if data.dtype.kind in "iu" else np.float32, order="C")
+        data = data.astype(np.int64 if data.dtype.kind in "iu" else FLOAT, order="C")
         key = ("constant", data.dtype.str, data.shape, data.tobytes())
         if key not in self._seen:
             dtype = "int64" if data.dtype == np.int64 else "float32"
@@ -168,7 +170,7 @@ class Graph:
             raise ValueError(f"{operator!r} is not in the set of operators that a graph may contain")
         known = [value for value in inputs if isinstance(value, Value)]
         rank = max((value.rank for value in known), default=0)
-        kind = np.int64 if known and all(value.dtype == "int64" for value in known) else np.float32
+        kind = np.int64 if known and all(value.dtype == "int64" for value in known) else FLOAT
         if kind is np.int64 and any(int(n) != n for n in inputs if not isinstance(n, Value)):
             raise ValueError(f"{operator} of integers and a number that is none")
         values = tuple(
