@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from edgestill.export.lowering.bounds import is_finite, least
 from edgestill.export.lowering.operators import DTYPES, OPERATORS
 from edgestill.export.lowering.simplify import simplified
 from edgestill.runtime.errors import EdgestillError
@@ -40,6 +41,8 @@ class Value:
     dtype: str
     constant: np.ndarray | None = None
     node: Node | None = None
+    finite: bool = True  # certainly, and not below `least` (bounds.py)
+    least: float = -math.inf
 
     @property
     def size(self) -> int:
@@ -157,7 +160,8 @@ class Graph:
         key = ("constant", data.dtype.str, data.shape, data.tobytes())
         if key not in self._seen:
             dtype = "int64" if data.dtype == np.int64 else "float32"
-            self._seen[key] = Value(self, self._name("constant"), data.shape, dtype, data)
+            known = bool(np.isfinite(data).all()), float(data.min()) if data.size else math.inf
+            self._seen[key] = Value(self, self._name("constant"), data.shape, dtype, data, None, *known)
         return self._seen[key]
 
     def apply(self, operator: str, *inputs: Value | float, **attributes: Any) -> Value:
@@ -196,8 +200,10 @@ class Graph:
                 return tuple(self.constant(result.numpy()) for result in results)
         outputs: list[Value] = []
         node, own = Node(operator, values, attributes, (), self.path), self._name(operator)
+        finite = is_finite(operator, values, attributes)
         for i, (shape, dtype) in enumerate(specs):
-            outputs.append(Value(self, own + (f"_{i}" if i else ""), shape, dtype, None, node))
+            known = finite, least(operator, values, attributes, i)
+            outputs.append(Value(self, own + (f"_{i}" if i else ""), shape, dtype, None, node, *known))
         object.__setattr__(node, "outputs", tuple(outputs))  # node and values refer to each other
         self.nodes.append(node)
         return node.outputs
