@@ -155,7 +155,8 @@ def _clamp(dy: Value, y: Value, x: Value) -> Value:
 
 def _reduce_max(dy: Value, y: Value, x: Value) -> Value:
     hits = x.apply("equal", y)
-    return _only(hits, dy / hits.sum(*y.node.attributes["axes"]))
+    count = hits.sum(*y.node.attributes["axes"]).apply("maximum", 1.0)  # which it is, but bounds.py does not know it
+    return _only(hits, dy / count)
 
 
 def _softmax(dy: Value, y: Value, x: Value) -> Value:
@@ -172,10 +173,18 @@ def _standardize(node: Node, dy: Value) -> tuple[Value]:
     return ((dy - dy.mean(last) - y * (dy * y).mean(last)) * inverse,)
 
 
+def _times(a: Value, b: Value) -> Value:
+    """a @ b; where a may be infinite without the zeros of a constant b, as of a resampling: 0·∞ is NaN."""
+    if a.finite or b.constant is None or b.rank != 2 or bool(b.constant.all()):
+        return a @ b
+    terms = (a.reshape(*a.shape, 1) * b).apply("masked", b.graph.constant((b.constant != 0) * 1.0))
+    return terms.sum(a.rank - 1).reshape(*a.shape[:-1], b.shape[1])
+
+
 def _matmul(node: Node, dy: Value) -> tuple[Value, Value]:
     (a, b), flags = node.inputs, node.attributes
     left, right = (a.swap() if flags["transpose_a"] else a), (b.swap() if flags["transpose_b"] else b)
-    da = right @ dy.swap() if flags["transpose_a"] else dy @ right.swap()
+    da = right @ dy.swap() if flags["transpose_a"] else _times(dy, right.swap())
     db = dy.swap() @ left if flags["transpose_b"] else left.swap() @ dy
     return da, db
 

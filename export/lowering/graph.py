@@ -15,11 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from edgestill.export.lowering.bounds import is_finite, least
 from edgestill.export.lowering.operators import DTYPES, OPERATORS
 from edgestill.export.lowering.simplify import simplified
 from edgestill.runtime.errors import EdgestillError
 
 FOLDED_ELEMENTS = 2**22
+FLOAT = np.float32
+"""Of constants; tests that compute in float64 make it that, so that a graph is as exact as what it is compared with."""
 _SPECS: dict[tuple, list[tuple[tuple[int, ...], str]]] = {}  # what `_infer` said before, which takes a millisecond
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -38,6 +41,8 @@ class Value:
     dtype: str
     constant: np.ndarray | None = None
     node: Node | None = None
+    finite: bool = True  # certainly, and not below `least` (bounds.py)
+    least: float = -math.inf
 
     @property
     def size(self) -> int:
@@ -151,11 +156,12 @@ class Graph:
     def constant(self, data: np.ndarray | float | torch.Tensor) -> Value:
         """float32, or int64 for whole numbers and truth values of arrays."""
         data = np.asarray(data)
-        data = data.astype(np.int64 if data.dtype.kind in "iu" else np.float32, order="C")
+        data = data.astype(np.int64 if data.dtype.kind in "iu" else FLOAT, order="C")
         key = ("constant", data.dtype.str, data.shape, data.tobytes())
         if key not in self._seen:
             dtype = "int64" if data.dtype == np.int64 else "float32"
-            self._seen[key] = Value(self, self._name("constant"), data.shape, dtype, data)
+            known = bool(np.isfinite(data).all()), float(data.min()) if data.size else math.inf
+            self._seen[key] = Value(self, self._name("constant"), data.shape, dtype, data, None, *known)
         return self._seen[key]
 
     def apply(self, operator: str, *inputs: Value | float, **attributes: Any) -> Value:
@@ -168,7 +174,7 @@ class Graph:
             raise ValueError(f"{operator!r} is not in the set of operators that a graph may contain")
         known = [value for value in inputs if isinstance(value, Value)]
         rank = max((value.rank for value in known), default=0)
-        kind = np.int64 if known and all(value.dtype == "int64" for value in known) else np.float32
+        kind = np.int64 if known and all(value.dtype == "int64" for value in known) else FLOAT
         if kind is np.int64 and any(int(n) != n for n in inputs if not isinstance(n, Value)):
             raise ValueError(f"{operator} of integers and a number that is none")
         values = tuple(
@@ -194,8 +200,10 @@ class Graph:
                 return tuple(self.constant(result.numpy()) for result in results)
         outputs: list[Value] = []
         node, own = Node(operator, values, attributes, (), self.path), self._name(operator)
+        finite = is_finite(operator, values, attributes)
         for i, (shape, dtype) in enumerate(specs):
-            outputs.append(Value(self, own + (f"_{i}" if i else ""), shape, dtype, None, node))
+            known = finite, least(operator, values, attributes, i)
+            outputs.append(Value(self, own + (f"_{i}" if i else ""), shape, dtype, None, node, *known))
         object.__setattr__(node, "outputs", tuple(outputs))  # node and values refer to each other
         self.nodes.append(node)
         return node.outputs

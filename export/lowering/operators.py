@@ -199,7 +199,7 @@ ELEMENTWISE: dict[str, Meaning] = {
     "greater_equal": _mask(torch.ge),
     "equal": _mask(torch.eq),
     "where": lambda mask, a, b: torch.where(mask != 0, a, b),
-    "masked": lambda x, mask: torch.where(mask != 0, x, 0.0),  # of finite x
+    "masked": lambda x, mask: torch.where(mask != 0, x, 0.0),  # a product of what is finite (bounds.py)
     "to_float": lambda x: x.to(torch.float32),
     "to_integer": lambda x: x.to(torch.int64),
     "stop_gradient": lambda x: x.clone(),

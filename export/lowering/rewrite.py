@@ -254,4 +254,12 @@ def _small_depthwise(a: Mapping[str, Any], x: Value, weight: Value, *bias: Value
     return y + channelwise(bias[0]) if bias else y
 
 
-SMALL_DEPTHWISE: dict[str, Rule] = convolution_rules(_small_depthwise)
+_SMALL_DEPTHWISE = convolution_rules(_small_depthwise)
+
+
+def _small_depthwise_transpose(node: Node, dy: Value, weight: Value) -> Value | None:
+    """The matrices are zero where no kernel takes one pixel to the other, and 0·∞ is NaN."""
+    return _SMALL_DEPTHWISE["conv2d_transpose"](node, dy, weight) if dy.finite else None
+
+
+SMALL_DEPTHWISE: dict[str, Rule] = _SMALL_DEPTHWISE | {"conv2d_transpose": _small_depthwise_transpose}

@@ -191,6 +191,16 @@ def log_softmax(node: Node, x: Value) -> Value:
     return shifted - shifted.apply("exp").sum(last).apply("log")
 
 
+def greater(node: Node, a: Value, b: Value) -> Value | None:
+    """Left as it is, in a portable kernel, where both may be infinite: ∞ − ∞ is NaN."""
+    return ((a - b) * 1e38).apply("clamp", low=0.0, high=1.0, closed=False) if a.finite or b.finite else None
+
+
+def masked(node: Node, x: Value, mask: Value) -> Value:
+    """0·∞ would be NaN."""
+    return x * mask if x.finite else mask.apply("where", x, 0.0)
+
+
 def equal(node: Node, a: Value, b: Value) -> Value | None:
     return 1.0 - (a.apply("greater", b) + b.apply("greater", a)) if a.dtype == "float32" else None
 
@@ -250,7 +260,7 @@ def expand(node: Node, x: Value) -> Value:
 def scatter_add(node: Node, x: Value, index: Value) -> Value | None:
     """As a product with one-hot columns."""
     axis, size = node.attributes["axis"], node.attributes["size"]
-    if index.size * size > 2**22:
+    if index.size * size > 2**22 or not x.finite:
         return None
     hot = index.apply("one_hot", classes=size)
     if axis == 0:
@@ -265,10 +275,10 @@ PLAIN = {
     "reduce_mean": lambda node, x: x.sum(*node.attributes["axes"]) * (node.outputs[0].size / x.size),
     "reduce_max": reduce_max,
     "log_softmax": log_softmax,
-    "greater": lambda node, a, b: ((a - b) * 1e38).apply("clamp", low=0.0, high=1.0, closed=False),
+    "greater": greater,
     "greater_equal": lambda node, a, b: 1.0 - b.apply("greater", a),
     "equal": equal,
-    "masked": lambda node, x, mask: x * mask,
+    "masked": masked,
     "erf": erf,
     "expand": expand,
     "scatter_add": scatter_add,

@@ -165,7 +165,7 @@ def _max_pool2d_grad(node: Node, dy: Value, x: Value, y: Value) -> Value:
         tiles, places = stage["kernel"] == stage["stride"] and stage["dilation"] == (1, 1), math.prod(stage["kernel"])
         if tiles and places > WINDOW:
             dy = _to_largest_of_tiles(dy, x, y, stage)
-        elif places > WINDOW or _is_halves(x, stage):
+        elif places > WINDOW or _is_halves(x, stage) or not (x.finite and dy.finite):
             dy = to_largest(dy, x, y, CHANNELS_FIRST, stage)
         else:
             dy = _to_largest_of_columns(dy, x, y, **stage)
@@ -173,7 +173,7 @@ def _max_pool2d_grad(node: Node, dy: Value, x: Value, y: Value) -> Value:
 
 
 def _to_largest_of_columns(dy: Value, x: Value, y: Value, kernel, stride, padding, dilation) -> Value:
-    """Small windows, overlapping ones too."""
+    """Small windows, overlapping ones too, of finite numbers: the kernels that cut them out are mostly zeros."""
     begins, ends = zip(NONE[0], NONE[0], *padding, strict=True)
     rows = (*y.shape[:2], 1, -1)
 

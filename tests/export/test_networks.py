@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, note, settings
+from hypothesis import HealthCheck, Phase, assume, given, note, settings
 from hypothesis import strategies as st
 
 from edgestill.export.lowering.graph import Graph, LoweringError, run_graph
@@ -17,6 +17,7 @@ from edgestill.runtime.engines.registry import engine_status
 from tests.support.lowering import (
     Studied,
     assert_as_exact_as_eager,
+    exact_constants,
     of_the_corpus,
     place,
     run_onnx,
@@ -31,20 +32,27 @@ RANDOM = settings(
     deadline=None,
     print_blob=True,
     phases=(Phase.explicit, Phase.reuse, Phase.generate),
-    suppress_health_check=list(HealthCheck),
+    suppress_health_check=[check for check in HealthCheck if check != HealthCheck.filter_too_much],
 )
+EXACT = 1e-6
+"""Of a tensor's largest entry: a few of PyTorch's own kernels, as of CELU's gradient, take their numbers in float32."""
 
 
 def check_random(seed: int, most_layers: int = 4) -> None:
     """The network as captured, and as lowered for ONNX Runtime, both in float64."""
+    with exact_constants():
+        _check_random(seed, most_layers)
+
+
+def _check_random(seed: int, most_layers: int) -> None:
     drawn = draw(np.random.default_rng(seed), most_layers)
     note(f"{drawn.names} on {drawn.shape}")
     samples = {"images": torch.randn(3, *drawn.shape, generator=torch.Generator().manual_seed(seed))}
-    case = study(drawn.student, samples)
+    case = study(drawn.student, samples, moves=4)
     assert all(bool(tensor.isfinite().all()) for tensor in case.eager.values())
-    case.check(run_graph(case.graph, case.inputs), 1e-5)
-    # a bias before a batch normalization has the gradient zero but for what rounding 1/n to float32 leaves of it
-    case.check(run_graph(onnxruntime.lower(case.graph), case.inputs), 5e-4)
+    assume(not case.lies_at_a_jump(EXACT))
+    case.check(run_graph(case.graph, case.inputs), EXACT)
+    case.check(run_graph(onnxruntime.lower(case.graph), case.inputs), EXACT)
 
 
 @settings(RANDOM, max_examples=60, derandomize=True)
@@ -59,6 +67,15 @@ def test_a_random_network_equals_autograd(seed: int) -> None:
 @given(seed=st.integers(0, 2**32 - 1))
 def test_many_random_networks_equal_autograd(seed: int) -> None:
     check_random(seed, 7)
+
+
+@pytest.mark.parametrize(("seed", "most_layers", "at_a_jump"), [(7936963, 7, True), (7936963, 2, False)])
+def test_a_jump_that_rounding_decides_is_known(seed: int, most_layers: int, at_a_jump: bool) -> None:
+    """The floor of what a batch normalization makes of a mean that is zero but for rounding."""
+    drawn = draw(np.random.default_rng(seed), most_layers)
+    assert ("detached" in drawn.names) == at_a_jump
+    case = study(drawn.student, {"images": torch.randn(3, *drawn.shape)}, moves=4)
+    assert case.lies_at_a_jump(EXACT) == at_a_jump
 
 
 def test_random_networks_are_made_of_everything() -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from edgestill.export.lowering import graph as graphs
 from edgestill.export.lowering.capture import SampleSpec, capture
 from edgestill.export.lowering.gradient import gradients
 from edgestill.export.lowering.graph import Graph
@@ -28,6 +29,8 @@ Tensors = dict[str, torch.Tensor]
 BATCH = 4
 ROUNDING = 3e-6
 """Of a tensor's largest entry: constants of a graph are float32 even where it computes in float64."""
+MOVED = 1e-9
+"""Of a number itself: far above rounding in float64, far below what a result may differ by."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,12 @@ class Studied:
     inputs: Tensors  # float64
     eager: Tensors  # in float64
     eager32: Tensors  # in float32, whose own error says how exact an engine can be
+    moved: tuple[Tensors, ...] = ()  # in float64 of samples and state that are moved by `MOVED`
+
+    def lies_at_a_jump(self, tolerance: float) -> bool:
+        """Whether rounding decides a result, as of the floor of a mean that is zero: eager PyTorch alone says so, in
+        which a tiny move of what is given then makes a large one."""
+        return any(_furthest(moved, self.eager)[0] > tolerance for moved in self.moved)
 
     def check(self, found: Mapping[str, torch.Tensor], tolerance: float = ROUNDING) -> None:
         """Every output within `tolerance` of the largest entry of what eager PyTorch gives in float64."""
@@ -45,7 +54,12 @@ class Studied:
 
 
 def study(
-    student: nn.Module, samples: Tensors, training: bool = True, split: tuple[str, ...] = (), seed: int = 0
+    student: nn.Module,
+    samples: Tensors,
+    training: bool = True,
+    split: tuple[str, ...] = (),
+    seed: int = 0,
+    moves: int = 0,
 ) -> Studied:
     """The student captured in one mode; in training mode with the gradients of a loss of its latents and logits."""
     parts = student_parts(student, split)
@@ -65,16 +79,16 @@ def study(
         _add_gradients(
             graph, labels, [n.removeprefix(prefix) for n, p in parts.named_parameters() if p.requires_grad]
         )
+    runs = [(parts, samples, torch.float64), (parts, samples, torch.float32)]
+    runs += [(*_moved(parts, samples, random), torch.float64) for _ in range(moves)]
     results = [
         {name.replace(f".{prefix}", ".") if prefix else name: tensor for name, tensor in found.items()}
-        for found in (
-            _eager(parts, d, samples, [*noise.values()], labels, probe)
-            for d in (torch.float64, torch.float32)
-        )
+        for found in (_eager(*run, [*noise.values()], labels, probe) for run in runs)
     ]
     reads = {value.name for value in graph.inputs}
     inputs = {n: t.double() if t.is_floating_point() else t for n, t in given.items() if n in reads}
-    return Studied(graph, inputs, *({n: t for n, t in r.items() if n in graph.outputs} for r in results))
+    eager, eager32, *moved = ({n: t for n, t in r.items() if n in graph.outputs} for r in results)
+    return Studied(graph, inputs, eager, eager32, tuple(moved))
 
 
 def _add_gradients(graph: Graph, labels: torch.Tensor, trained: list[str]) -> None:
@@ -89,7 +103,21 @@ def _add_gradients(graph: Graph, labels: torch.Tensor, trained: list[str]) -> No
     graph.prune()
 
 
-def _eager(parts: Parts, dtype, samples: Tensors, noise: list[torch.Tensor], labels, probe) -> Tensors:
+def _moved(parts: Parts, samples: Tensors, random: torch.Generator) -> tuple[Parts, Tensors]:
+    """Both in float64, each number another one by about `MOVED` of itself; what is zero stays so."""
+
+    def move(x: torch.Tensor) -> torch.Tensor:
+        by = torch.randn(x.shape, generator=random, dtype=torch.float64)
+        return x.double() * (1 + MOVED * by) if x.is_floating_point() else x
+
+    own = copy.deepcopy(parts).double()
+    with torch.no_grad():
+        for tensor in [*own.parameters(), *own.buffers()]:
+            tensor.copy_(move(tensor))
+    return own, {name: move(tensor) for name, tensor in samples.items()}
+
+
+def _eager(parts: Parts, samples: Tensors, dtype, noise: list[torch.Tensor], labels, probe) -> Tensors:
     own = copy.deepcopy(parts).to(dtype).train(parts.training)
     inputs = [t.to(dtype) if t.is_floating_point() else t for t in samples.values()]
     with default_dtype(dtype), GivenNoise([tensor.to(dtype) for tensor in noise]):
@@ -101,6 +129,16 @@ def _eager(parts: Parts, dtype, samples: Tensors, noise: list[torch.Tensor], lab
         results |= {f"gradient.{n}": p.grad for n, p in own.named_parameters() if p.grad is not None}
         results |= {f"next.{name}": buffer for name, buffer in own.named_buffers()}
     return results
+
+
+@contextmanager
+def exact_constants() -> Iterator[None]:
+    """Graphs made here have constants in float64, for `run_graph`: rounding them decides no floor and no comparison."""
+    before, graphs.FLOAT = graphs.FLOAT, np.float64
+    try:
+        yield
+    finally:
+        graphs.FLOAT = before
 
 
 @contextmanager
@@ -121,12 +159,17 @@ def assert_alike(
 ) -> None:
     """Gradients that cancel, as of a bias before BatchNorm, are zero but for rounding: of the largest gradient."""
     assert found.keys() >= expected.keys(), f"missing: {expected.keys() - found.keys()}"
-    worst = max(
+    worst = _furthest(found, expected)
+    assert worst[0] <= tolerance, f"{worst[1]} differs by {worst[0]:.2e} of its largest entry"
+
+
+def _furthest(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> tuple[float, str]:
+    """How far what is found differs at most, in largest entries, and where; NaN is further than anything."""
+    return max(
         ((float((found[n].double() - wanted).abs().max()) / size, n) for n, wanted, size in _sizes(expected)),
         default=(0.0, ""),
         key=lambda pair: (pair[0] != pair[0], pair[0]),
     )
-    assert worst[0] <= tolerance, f"{worst[1]} differs by {worst[0]:.2e} of its largest entry"
 
 
 def _sizes(expected: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor, float]]:

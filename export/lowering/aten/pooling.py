@@ -63,7 +63,7 @@ def _max_pool(c: Context, x: Value, kernel, stride, padding, dilation, _) -> tup
 def _avg_pool(c: Context, x: Value, kernel, stride, padding, ceil_mode, count_include_pad, divisor) -> Value:
     y = _pooled(x, _form(c, x, kernel, stride, padding), _average).reshape(*c.shape)
     # What each window is divided by instead of all its pixels: PyTorch itself says so of an image of ones.
-    ones = torch.ones(1, 1, *x.shape[2:])
+    ones = torch.ones(1, 1, *x.shape[2:], dtype=torch.float64)
     form = (kernel, stride, padding, ceil_mode, count_include_pad)
     factor = c.node.target(ones, *form, divisor) / c.node.target(ones, *form, 1) * math.prod(kernel)
     return y * c.value(factor) if bool((factor - 1).abs().max() > 1e-6) else y
@@ -83,7 +83,7 @@ def _adaptive_average(c: Context, x: Value, size: Sequence[int]) -> Value:
         return _pooled(x, form, _average)
     for axis, out in enumerate(size, 2):
         if x.shape[axis] != out:
-            shares = torch.adaptive_avg_pool1d(torch.eye(x.shape[axis]), out)
+            shares = torch.adaptive_avg_pool1d(torch.eye(x.shape[axis], dtype=torch.float64), out)
             x = mapped(x, axis, shares.T.numpy())
     return x
 

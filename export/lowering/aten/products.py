@@ -85,7 +85,7 @@ def _along(x: Value, dim: int, function: Callable[[Value], Value]) -> Value:
 
 def mapped(x: Value, axis: int, matrix: np.ndarray) -> Value:
     """The matrix [out, in] applied to every vector along an axis."""
-    constant = x.graph.constant(np.asarray(matrix, np.float32))
+    constant = x.graph.constant(np.asarray(matrix, float))  # numbers, also where they are whole
 
     def product(v: Value) -> Value:
         lines = v.reshape(-1, v.shape[-1]).apply("matmul", constant, transpose_b=True)

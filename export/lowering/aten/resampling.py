@@ -19,7 +19,8 @@ def _resampled(c: Context, x: Value, size: Sequence[int] | None, *options: Any) 
         alone = [1] * (x.rank - 2)
         shape, size = ([*alone[:i], n, *alone[i + 1 :]] for n in (old, new))
         scale = scales and [float(one) if k == i else 1.0 for k, one in enumerate(scales)]
-        columns = c.node.target(torch.eye(old).reshape(old, 1, *shape), None if scale else size, *options, scale)
+        unit = torch.eye(old, dtype=torch.float64).reshape(old, 1, *shape)
+        columns = c.node.target(unit, None if scale else size, *options, scale)
         x = mapped(x, 2 + i, columns.reshape(old, new).T.numpy())
     return x
 
