@@ -166,7 +166,7 @@ def _cases(
     if arguments.bundle:
         return
     # eager PyTorch and engines of the user's own need no graphs, only what any engine's export has
-    exported = [engine for engine in engines if engine in ENGINES] or ["onnxruntime"]
+    exported = [engine for engine in engines if engine in ENGINES] or ["native"]
     for student in arguments.students:
         for batch in arguments.batches:
             request = BundleRequest(

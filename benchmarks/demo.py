@@ -35,9 +35,9 @@ class DemoStudent:
 
 
 STUDENTS = (
-    DemoStudent("cnn3", "16,32,64", ("onnxruntime",)),
-    DemoStudent("cnn4", "16,32,64,64", ("executorch",)),
-    DemoStudent("cnn5", "16,32,64,64,128", ("onnxruntime",)),
+    DemoStudent("cnn3", "16,32,64", ("native",)),
+    DemoStudent("cnn4", "16,32,64,64", ("native", "executorch")),
+    DemoStudent("cnn5", "16,32,64,64,128", ("native",)),
 )
 GLOBAL_STUDENT = "cnn5"
 
@@ -54,10 +54,10 @@ class DemoDevice:
 # The coordinator gives each the largest student that fits its engine and memory: cnn5, cnn4, cnn3 and cnn4.
 SMALL_MB = 14
 DEVICES = (
-    DemoDevice("phone", "onnxruntime"),
+    DemoDevice("phone", "native"),
     DemoDevice("tablet", "executorch"),
-    DemoDevice("camera", "onnxruntime", SMALL_MB),
-    DemoDevice("watch", "executorch"),
+    DemoDevice("camera", "native", SMALL_MB),
+    DemoDevice("watch", "native"),
 )
 
 

@@ -44,7 +44,7 @@ class _Export(ModuleType):
         optimizer: str = "sgd",
         nesterov: bool = False,
         freeze: tuple[str, ...] = (),
-        engines: tuple[str, ...] = ("onnxruntime", "executorch"),
+        engines: tuple[str, ...] = ("native", "onnxruntime", "executorch"),
         seed: int = 0,
         overwrite: bool = False,
         progress: Callable[[str], None] = lambda line: None,

@@ -61,7 +61,7 @@ class ExportOptions:
     objective: Objective = field(default_factory=Objective)
     optimizer: Optimizer = field(default_factory=Optimizer)
     freeze: tuple[str, ...] = ()
-    engines: tuple[str, ...] = ("onnxruntime", "executorch")
+    engines: tuple[str, ...] = ("native", "onnxruntime", "executorch")
     seed: int = 0
 
     @property

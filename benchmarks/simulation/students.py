@@ -28,7 +28,7 @@ WIDTHS = {
     "gru": (64, 64),
     "text-attention": (128,),
 }
-ENGINE = "onnxruntime"
+ENGINE = "native"
 
 
 def default_cache() -> Path:

@@ -39,6 +39,14 @@ ENGINES = {
     record.name: record
     for record in (
         EngineRecord(
+            name="native",
+            exporter="edgestill.export.targets.native",
+            runner="edgestill.runtime.engines.native",
+            tolerance=6.0,
+            extra=None,
+            hint=NATIVE_HINT,
+        ),
+        EngineRecord(
             name="onnxruntime",
             exporter="edgestill.export.targets.onnxruntime",
             runner="edgestill.runtime.engines.onnxruntime",
@@ -63,14 +71,6 @@ ENGINES = {
             hint="python3.11 -m venv .venv-ort-training && "
             ".venv-ort-training/bin/pip install onnxruntime-training==1.19.2 numpy; "
             "an environment elsewhere is named by EDGESTILL_ORT_TRAINING_PYTHON",
-        ),
-        EngineRecord(
-            name="native",
-            exporter="edgestill.export.targets.native",
-            runner="edgestill.runtime.engines.native",
-            tolerance=6.0,
-            extra=None,
-            hint=NATIVE_HINT,
         ),
     )
 }
