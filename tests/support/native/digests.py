@@ -1,4 +1,4 @@
-"""Is the state after many steps the same bit for bit on another architecture? `python -m tests.support.native.digests`.
+"""Is the state after many steps the same bit for bit on another architecture? `make digests`.
 
 This machine's engine trains a bundle on 1, 2, 3 and 8 threads; steps.c does the same with the aarch64 library under
 qemu. Students are small, for an emulator does a hundredth of the work; all kernels occur.
@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -32,7 +33,7 @@ from edgestill.runtime.bundle.manifest import InputSpec, Objective
 from edgestill.runtime.engines.native import LIMIT_VARIABLE
 from edgestill.runtime.engines.registry import open_engine
 from edgestill.runtime.engines.state import NEXT
-from edgestill.runtime.native.compile import SOURCES, compile_library
+from edgestill.runtime.native.compile import SOURCES, compile_library, machine
 
 THREADS = (1, 2, 3, 8)
 BATCH, LATENT_SIZE = 2, 8
@@ -158,18 +159,19 @@ def _level(level: int) -> Iterator[None]:
             os.environ[LIMIT_VARIABLE] = before
 
 
-def record_of(student: str, run: Run, other: Other, threads: Sequence[int]) -> dict[str, object]:
-    """A student's digests, and whether all are the same."""
-    started = time.monotonic()
-    digests = {f"x86_64, {n} threads": here(run, n) for n in threads}
-    with _level(3):
-        digests["x86_64, 1 thread, level 3"] = here(run, 1)
-    digests |= {f"aarch64, {n} threads": other.digest(run, n) for n in threads}
-    widths, shape = SMALL[student]
-    return {
-        "student": student, "widths": widths, "sample": shape, "steps": run.steps, "seed": run.seed,
-        "same": len(set(digests.values())) == 1, "digests": digests, "took_s": round(time.monotonic() - started),
-    }  # fmt: skip
+def digests_of(run: Run, other: Other, threads: int) -> Iterator[dict[str, object]]:
+    """One of this machine, one of the other; with one thread also of this machine's narrower vectors."""
+
+    def record(architecture: str, level: int, digest: Callable[[], str]) -> dict[str, object]:
+        started = time.monotonic()
+        found = {"digest": digest(), "took_s": round(time.monotonic() - started, 1)}
+        return {"architecture": architecture, "threads": threads, "level": level} | found
+
+    yield record(machine(), 4, lambda: here(run, threads))
+    if threads == 1:
+        with _level(3):
+            yield record(machine(), 3, lambda: here(run, threads))
+    yield record("aarch64", 4, lambda: other.digest(run, threads))
 
 
 def main() -> int:
@@ -177,38 +179,39 @@ def main() -> int:
     parser.add_argument("--students", default=",".join(SMALL), type=lambda text: text.split(","))
     parser.add_argument("--steps", default=200, type=int)
     parser.add_argument("--seed", default=1, type=int)
+    parser.add_argument("--threads", default=THREADS, type=lambda text: [*map(int, text.split(","))])
+    parser.add_argument("--append", action="store_true", help="to what an earlier run of the day wrote")
     parser.add_argument("--output", type=Path, required=True, help="the folder of the results")
     options = parser.parse_args()
     qemu = find_qemu()
     if qemu is None:
         print("error: no qemu-aarch64. Debian: apt install qemu-user", file=sys.stderr)
         return 1
-    machine = machine_record()
-    file = options.output / results_file_name(machine, now()).replace("step-", "digests-", 1)
+    about = machine_record()
+    file = options.output / results_file_name(about, now()).replace("step-", "digests-", 1)
     emulator = subprocess.run([qemu, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
-    head = {
-        "machine": machine,
-        "commit": commit_record(),
-        "emulator": emulator,
-        "time": now(),
-        "batch": BATCH,
-    }
-    different = []
-    with tempfile.TemporaryDirectory() as name, file.open("w") as out:
+    head = {"machine": about, "commit": commit_record(), "time": now(), "emulator": emulator}
+    head |= {"steps": options.steps, "seed": options.seed, "batch": BATCH, "latent_size": LATENT_SIZE}
+    found: dict[str, set[object]] = defaultdict(set)
+    with tempfile.TemporaryDirectory() as name, file.open("a" if options.append else "w") as out:
+
+        def write(record: dict[str, object]) -> None:
+            print(json.dumps(record), file=out, flush=True)
+
         folder = Path(name)
         other = compile_other("aarch64", folder, [qemu])
-        print(json.dumps(head), file=out, flush=True)
-        for student in options.students:
-            run = Run(export_small(student, folder), options.steps, options.seed)
-            record = record_of(student, run, other, THREADS)
-            different += [student] * (not record["same"])
-            print(json.dumps(record), file=out, flush=True)
-            print(
-                f"{student}: {'same' if record['same'] else 'DIFFERENT'}, {record['took_s']} s",
-                file=sys.stderr,
-            )
+        write(head)
+        runs = {s: Run(export_small(s, folder), options.steps, options.seed) for s in options.students}
+        for threads in options.threads:  # all students with one thread first: the others take much longer
+            for student, run in runs.items():
+                widths, shape = SMALL[student]
+                for record in digests_of(run, other, threads):
+                    write({"student": student, "widths": widths, "sample": shape} | record)
+                    found[student].add(record["digest"])
+                same = "same" if len(found[student]) == 1 else "DIFFERENT"
+                print(f"{student}, {threads} threads: {same}", file=sys.stderr)
     print(file)
-    return int(bool(different))
+    return int(any(len(digests) > 1 for digests in found.values()))
 
 
 if __name__ == "__main__":
