@@ -81,7 +81,7 @@ def _plan(graph: Graph) -> bytes:
 def _layers() -> Iterator[tuple[str, Graph]]:
     def convolution(channels: int, outputs: int, groups: int = 1, kernel: int = 3, stride: int = 1) -> Graph:
         graph, pad = Graph(), ((kernel // 2,) * 2,) * 2
-        x = graph.input("x", (2, channels, 6, 6))
+        x = graph.input("x", (5, channels, 6, 6))
         w = graph.input("w", (outputs, channels // groups, kernel, kernel))
         b = graph.input("b", (outputs,))
         y = x.apply("conv2d", w, stride=(stride,) * 2, padding=pad, dilation=(1, 1), groups=groups)
