@@ -191,7 +191,7 @@ def main() -> int:
     file = options.output / results_file_name(about, now()).replace("step-", "digests-", 1)
     emulator = subprocess.run([qemu, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
     head = {"machine": about, "commit": commit_record(), "time": now(), "emulator": emulator}
-    head |= {"steps": options.steps, "seed": options.seed, "batch": BATCH, "latent_size": LATENT_SIZE}
+    head |= {"seed": options.seed, "batch": BATCH, "latent_size": LATENT_SIZE}
     found: dict[str, set[object]] = defaultdict(set)
     with tempfile.TemporaryDirectory() as name, file.open("a" if options.append else "w") as out:
 
@@ -206,7 +206,9 @@ def main() -> int:
             for student, run in runs.items():
                 widths, shape = SMALL[student]
                 for record in digests_of(run, other, threads):
-                    write({"student": student, "widths": widths, "sample": shape} | record)
+                    write(
+                        {"student": student, "widths": widths, "sample": shape, "steps": run.steps} | record
+                    )
                     found[student].add(record["digest"])
                 same = "same" if len(found[student]) == 1 else "DIFFERENT"
                 print(f"{student}, {threads} threads: {same}", file=sys.stderr)
