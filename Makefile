@@ -17,11 +17,13 @@ NATIVE_SOURCES := $(wildcard edge_runtime/native/*.cpp edge_runtime/native/*.h e
 .DELETE_ON_ERROR:
 ENGINE ?= onnxruntime
 KINDS ?= built-in,published,layer
+MINUTES ?= 60
+PLATFORMS := $(foreach libc,manylinux_2_17 musllinux_1_1,$(addprefix $(libc)_,x86_64 aarch64))
 QUICK_OUTPUT := build/reproduce-quick
 EXPERIMENTS := methods heterogeneity scarcity latent-size federation poisoning privacy
 
-.PHONY: help setup check-machine demo test test-tiny test-unit test-contract test-long lint bench networks \
-  reproduce-quick results clean
+.PHONY: help setup check-machine demo test test-tiny test-unit test-contract test-long lint bench networks wheels \
+  digests fuzz reproduce-quick results clean
 
 help:
 	@echo 'make setup      creates $(VENV) and $(ORT_VENV) with pinned packages, builds the native runner'
@@ -30,6 +32,9 @@ help:
 	@echo 'make lint       ruff'
 	@echo 'make bench      measures the training step on every engine; writes benchmarks/results/'
 	@echo 'make networks   exports, verifies and times every network of the corpus; ENGINE=..., KINDS=...; goes on where it stopped'
+	@echo 'make wheels     wheels for x86-64 and 64-bit ARM, each with libedgestill for both, and the source distribution; in dist/'
+	@echo 'make digests    the state of every student after 200 steps here and on 64-bit ARM (qemu-user)'
+	@echo 'make fuzz       libedgestill under libFuzzer (clang 18 or newer); MINUTES=... (now $(MINUTES))'
 	@echo 'make reproduce-quick   every experiment in its quick version, from nothing; their figures mean nothing'
 	@echo 'make results    fills docs/results.md from the committed records'
 	@echo 'make clean      removes both environments and what was built'
@@ -105,6 +110,23 @@ networks: setup
 	mkdir -p benchmarks/results/networks
 	$(PY) -m tests.support.networks.measure --engine $(ENGINE) --kinds $(KINDS) \
 	  --output benchmarks/results/networks/$(ENGINE).jsonl
+
+# The library has no libc, so one wheel would do; the tags say what it was made for. `pip wheel .` makes one without.
+wheels: $(STAMPS)/packages
+	rm -rf build/lib build/bdist.*
+	for platform in $(PLATFORMS); do \
+	  $(PIP) wheel -q --no-deps --no-build-isolation -w dist \
+	    --config-settings=--build-option=--plat-name=$$platform . || exit 1; \
+	done
+	$(PY) -c 'from setuptools.build_meta import build_sdist; build_sdist("dist")' > /dev/null
+	ls -l dist
+
+digests: setup
+	$(PY) -m tests.support.native.digests --output benchmarks/results
+
+# Finds go to build/fuzz/crashes, the corpus stays for the next time.
+fuzz: setup
+	$(PY) -m tests.support.native.fuzz --minutes $(MINUTES)
 
 # One after another: each uses every core.
 reproduce-quick: setup

@@ -1,9 +1,8 @@
-"""A device that has Python, NumPy and ONNX Runtime, and no PyTorch, trains an exported bundle."""
+"""A device that has Python and NumPy, and no PyTorch, trains an exported bundle: on `native`, or with ONNX Runtime."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ from tests.support.wheel import ROOT, build_wheel
 
 pytestmark = [pytest.mark.contract, pytest.mark.timeout(600)]
 OPTIONS = ExportOptions(
-    widths=(4, 8, 8), latent_size=8, batch=16, objective=Objective("ce"), engines=("onnxruntime",)
+    widths=(4, 8, 8), latent_size=8, batch=16, objective=Objective("ce"), engines=("onnxruntime", "native")
 )
 # Runs the command line and then says what was imported.
 RUN = """
@@ -33,9 +32,12 @@ sys.exit(code)
 
 
 @pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of a new environment with our wheel, the pinned packages that a device installs, and only those."""
-    folder = tmp_path_factory.mktemp("device") / "venv"
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+def new_environment(folder: Path, wheel: Path, *packages: str) -> Path:
+    """The Python of a new environment with our wheel, some packages as they are pinned, and only those."""
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True, capture_output=True)
     python = folder / "bin" / "python"
     install = [
@@ -48,16 +50,25 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "-c",
         ROOT / "constraints.txt",
     ]
-    done = subprocess.run([*install, "numpy", "onnxruntime"], capture_output=True, text=True)
+    done = subprocess.run([*install, *packages], capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"pip cannot install the device's packages here: {done.stderr.strip()[-300:]}")
-    wheel = build_wheel(tmp_path_factory.mktemp("wheel"))
     subprocess.run([*install, "--no-deps", str(wheel)], check=True, capture_output=True)
     return python
 
 
+@pytest.fixture(scope="module")
+def device(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
+    return new_environment(tmp_path_factory.mktemp("device") / "venv", wheel, "numpy", "onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def bare_device(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
+    return new_environment(tmp_path_factory.mktemp("bare") / "venv", wheel, "numpy")
+
+
 def run(python: Path, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
+    environment = {"PATH": str(python.parent), "OMP_NUM_THREADS": "1"}  # no compiler
     return subprocess.run(
         [python, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
     )
@@ -99,6 +110,20 @@ def test_a_bundle_trains_there(device: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert 0.1 < result["accuracy"] <= 1 and len(result["per_class"]) == 10
+
+
+def test_a_bundle_trains_with_numpy_alone_on_the_library_in_the_wheel(
+    bare_device: Path, tmp_path: Path
+) -> None:
+    found = run(bare_device, "-m", "pip", "list", "--format=freeze", cwd=tmp_path).stdout
+    assert {line.partition("==")[0] for line in found.split()} == {"edgestill", "numpy", "pip", "setuptools"}
+    folder, state = export_bundle(OPTIONS, tmp_path / "bundle"), tmp_path / "state.safetensors"
+    train = ["train", folder, "--engine", "native", "--data", "cifar10-mini", "--limit", 160, "--threads", 1]
+    done = run(bare_device, "-c", RUN, *train, "--state", state, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stderr.splitlines()[-1]) == {"code": 0, "heavy": []}
+    losses = [line["loss"] for line in map(json.loads, done.stdout.splitlines()) if "loss" in line]
+    assert len(losses) >= 10 and np.isfinite(losses).all()
 
 
 def test_what_needs_pytorch_says_what_to_install(device: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from types import ModuleType
 from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.engines.engine import Engine
 from edgestill.runtime.errors import EngineError, UsageError
+from edgestill.runtime.native.compile import HINT as NATIVE_HINT
 
 __all__ = ["ENGINES", "Engine", "EngineRecord", "EngineStatus", "available_engines", "open_engine"]
 
@@ -34,7 +35,6 @@ class EngineRecord:
     """What to type to have it."""
 
 
-NATIVE_HINT = "pip install ziglang && python -m edgestill.runtime.native.compile"
 ENGINES = {
     record.name: record
     for record in (

@@ -1,7 +1,8 @@
 """Compiles libedgestill with the PyPI package `ziglang`, for this machine and for others.
 
 `python -m edgestill.runtime.native.compile x86_64 aarch64` writes `libedgestill-ARCHITECTURE.so` beside the sources.
-The library needs no other one, not even libc, so one file serves every Linux of an architecture.
+The library needs no other one, not even libc, so one file serves every Linux of an architecture. A wheel has both.
+Nothing is imported here that a build of the wheel lacks.
 """
 
 from __future__ import annotations
@@ -18,11 +19,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from edgestill.runtime.engines.registry import NATIVE_HINT
 from edgestill.runtime.errors import EdgestillError, EngineError
 
 SOURCES = Path(__file__).resolve().parent / "library"
-HINT = NATIVE_HINT
+HINT = "pip install ziglang && python -m edgestill.runtime.native.compile"
 FLAGS = (
     # Nothing is contracted or reordered: the same bits everywhere.
     *("-O3", "-ffp-contract=off", "-std=gnu2x", "-fPIC", "-ffreestanding", "-fno-builtin", "-fno-stack-protector"),

@@ -1,4 +1,4 @@
-"""The wheel of this tree."""
+"""The wheel and the source distribution of this tree."""
 
 from __future__ import annotations
 
@@ -16,20 +16,38 @@ FOLDERS = {
     "benchmarks": "edgestill/benchmarks",
 }
 """Each folder of this tree that is installed, and where a wheel has it."""
+LIBRARIES = {f"edgestill/runtime/native/libedgestill-{name}.so" for name in ("x86_64", "aarch64")}
+"""What building a wheel adds."""
 
 NOT_SHIPPED = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
 
 
-def build_wheel(folder: Path) -> Path:
-    """Builds the wheel from a copy of the sources, so that nothing built before gets into it."""
+def copy_sources(folder: Path) -> Path:
+    """A copy of what is shipped, once, so that nothing built before gets into it."""
     source = folder / "source"
-    for name in FOLDERS:
-        shutil.copytree(ROOT / name, source / name, ignore=NOT_SHIPPED)
-    for name in ("pyproject.toml", "README.md"):
-        shutil.copy(ROOT / name, source / name)
+    if not source.exists():
+        for name in FOLDERS:
+            shutil.copytree(ROOT / name, source / name, ignore=NOT_SHIPPED)
+        for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md"):
+            shutil.copy(ROOT / name, source / name)
+    return source
+
+
+def build_wheel(folder: Path, platform: str = "any", of: Path | None = None) -> Path:
+    """A wheel of the sources, or `of` a source distribution, as `make wheels` makes it for a platform."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-q", "--no-deps"]
+    if platform != "any":
+        command.append(f"--config-settings=--build-option=--plat-name={platform}")
+    source = of or copy_sources(folder)
     subprocess.run(
         [*command, "--no-build-isolation", "-w", str(folder), str(source)], check=True, capture_output=True
     )
-    (wheel,) = folder.glob("edgestill-*.whl")
+    (wheel,) = folder.glob(f"edgestill-*-{platform}.whl")
     return wheel
+
+
+def build_source_distribution(folder: Path) -> Path:
+    code = f"from setuptools.build_meta import build_sdist; build_sdist({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=copy_sources(folder), check=True, capture_output=True)
+    (distribution,) = folder.glob("edgestill-*.tar.gz")
+    return distribution

@@ -1,0 +1,22 @@
+"""A wheel carries libedgestill for both architectures (docs/native.md); everything else stands in pyproject.toml."""
+
+import subprocess
+import sys
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+
+class BuildWithLibraries(build_py):
+    """The files of the packages, and beside the library's sources what ziglang makes of them."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:  # `make setup` compiles what a checkout needs
+            return
+        # Where the build put the packages, for only there they lie as they are imported. -B: all of that is shipped.
+        compile_both = [sys.executable, "-B", "-m", "edgestill.runtime.native.compile", "x86_64", "aarch64"]
+        subprocess.run(compile_both, cwd=self.build_lib, check=True)
+
+
+setup(cmdclass={"build_py": BuildWithLibraries})
