@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from edgestill.export.lowering.graph import Node, Value
 from edgestill.export.lowering.operators import ELEMENTWISE
@@ -234,12 +235,8 @@ def _conv2d_weight_grad(plan: Plan, node: Node, x: Value, dy: Value, weight: Val
     words[-5:-1] = to.strides
     depthwise = groups == x.shape[3] == dy.shape[3] and groups > 1
     if kernel == (1, 1) and groups == 1 and a["stride"] == (1, 1) and x.shape[:3] == dy.shape[:3]:
-        pixels, into, out = math.prod(x.shape[:3]), x.shape[3], dy.shape[3]
-        packed, tiles = plan.new((-(-into // LANES) * LANES, pixels)), -(-out // TASK_ROWS)
-        each = max(1, -(-into // LANES) * tiles // 16)
-        arguments = [slope, image, to, packed, 1, out, into, pixels, 0, 1, out, 0, into, 1, each]
-        plan.call("product", node.operator, [slope, image], [to, packed], arguments)
-        return
+        x, dy = (_as_one_row(v) for v in (x, dy))  # of images there is no need: pixels in a row, in a few parts
+        words[:6] = [*x.shape, *dy.shape[1:3]]
     if _has_winograd(a, kernel, x.shape[3], dy.shape):
         tiles = dy.shape[0] * -(-dy.shape[1] // 4) * -(-dy.shape[2] // 4)
         wide = -(-dy.shape[3] // LANES) * LANES
@@ -259,6 +256,13 @@ def _conv2d_weight_grad(plan: Plan, node: Node, x: Value, dy: Value, weight: Val
         "depthwise" if depthwise else "conv_grad", node.operator, [image, slope], [to, partial],
         [image, slope, to, None, partial, *words, *tail],
     )  # fmt: skip
+
+
+def _as_one_row(images: Value) -> Value:
+    """[N, H, W, C] as [parts, 1, pixels, C]: as many parts as there are tasks for, none of few pixels."""
+    pixels = math.prod(images.shape[:3])
+    parts = max(p for p in range(1, 17) if pixels % p == 0 and (p == 1 or pixels // p >= TASK_ROWS))
+    return replace(images, shape=(parts, 1, pixels // parts, images.shape[3]))
 
 
 def _has_winograd(a: dict, kernel: tuple[int, int], channels: int, result: tuple[int, ...]) -> bool:

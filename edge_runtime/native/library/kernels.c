@@ -35,16 +35,38 @@ struct call {
 
 INLINE void *at(const struct call *c, int i) { return c->bases[c->a[i]] + c->a[i + 1]; }
 
+/* n lanes, or all of them; the others are zero */
+#ifdef __AVX2__
+typedef float v8 __attribute__((vector_size(32))); /* the instructions below take any address */
+typedef int32_t i8 __attribute__((vector_size(32), aligned(4)));
+static const int32_t LANES_IN[2 * LANES] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+INLINE v16 load_part(const float *from, word n) {
+  if (n >= LANES) return load(from);
+  const i8 *in = (const i8 *)(LANES_IN + LANES - n);
+  v8 low = __builtin_ia32_maskloadps256((const v8 *)from, in[0]), high = __builtin_ia32_maskloadps256((const v8 *)(from + 8), in[1]);
+  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+INLINE void store_first(float *to, v16 x, word n) {
+  const i8 *in = (const i8 *)(LANES_IN + LANES - n);
+  __builtin_ia32_maskstoreps256((v8 *)to, in[0], __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7));
+  __builtin_ia32_maskstoreps256((v8 *)(to + 8), in[1], __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15));
+}
+#else
 INLINE v16 load_part(const float *from, word n) {
   if (n >= LANES) return load(from);
   v16 x = all(0.f);
   for (word i = 0; i < n; i++) x[i] = from[i];
   return x;
 }
+INLINE void store_first(float *to, v16 x, word n) {
+  for (word i = 0; i < n; i++) to[i] = x[i];
+}
+#endif
 
 INLINE void store_part(float *to, v16 x, word n, word stride) {
-  if (n >= LANES && stride == 1) store(to, x);
-  else for (word i = 0; i < least(n, LANES); i++) to[i * stride] = x[i];
+  if (stride != 1) for (word i = 0; i < least(n, LANES); i++) to[i * stride] = x[i];
+  else if (n >= LANES) store(to, x);
+  else store_first(to, x, n);
 }
 
 /* --- copy: [0,1] from, [2,3] to, item bytes, fill (bits), filled elements, rank, sizes, strides from, strides to ------
@@ -203,12 +225,19 @@ static void sum_columns(float *partial, const float *x, word n, word position, w
   if (squares)
     for (word k = 0; k < n && position + k < columns; k++) shift[position + k] = x[k];
   word column = position % columns;
-  if (columns % LANES) {
-    for (word k = 0; k < n; k++) {
-      float d = squares ? x[k] - shift[column] : x[k];
-      partial[column] += d;
-      if (squares) squared[column] = __builtin_fmaf(d, d, squared[column]);
-      column = column + 1 == columns ? 0 : column + 1;
+  if (columns % LANES) { /* a row, or what is here of it, after the other */
+    for (word k = 0; k < n; column = 0) {
+      word some = least(columns - column, n - k);
+      for (word i = 0; i < some; i += LANES) {
+        word m = least(LANES, some - i), at = column + i;
+        v16 d = load_part(x + k + i, m);
+        if (squares) {
+          d = d - load_part(shift + at, m);
+          store_part(squared + at, fma(d, d, load_part(squared + at, m)), m, 1);
+        }
+        store_part(partial + at, load_part(partial + at, m) + d, m, 1);
+      }
+      k += some;
     }
     return;
   }
@@ -271,14 +300,17 @@ static void map_task(const struct call *c, int phase, word task) {
   }
   word first = map_start(a, c->before, task), stop = map_start(a, c->before, task + 1);
   for (word i = 0; i < a[MAP_SUMS]; i++) clear(partial_of(c, sums + i * SUM_WORDS, task, columns), sum_rows(sums + i * SUM_WORDS) * columns);
+  word unit = a[MAP_SIZES + 3], block = BLOCK; /* whole rows at a time, so that what repeats along them stays */
+  while (unit % LANES && unit <= BLOCK) unit += a[MAP_SIZES + 3];
+  if (unit <= BLOCK) block = BLOCK / unit * unit;
   enum { FILLED, DENSE, SAME } how[REGISTERS]; /* a block of a load is put together, lies end to end, or is the first one again */
   for (word i = 0; i < a[MAP_LOADS]; i++) {
     const word *l = loads + i * LOAD_WORDS, *z = a + MAP_SIZES;
     int dense = l[2] == FLOAT32 && l[6] == 1 && l[5] == z[3] && l[4] == z[2] * z[3] && l[3] == z[1] * z[2] * z[3];
-    how[i] = dense ? DENSE : l[2] != UNPOOLED && !(l[3] | l[4] | l[5]) && (!l[6] || (l[6] == 1 && BLOCK % z[3] == 0)) ? SAME : FILLED;
+    how[i] = dense ? DENSE : l[2] != UNPOOLED && !(l[3] | l[4] | l[5]) && (!l[6] || (l[6] == 1 && block % z[3] == 0)) ? SAME : FILLED;
   }
-  for (word start = first; start < stop; start += BLOCK) {
-    word n = least(BLOCK, stop - start), whole = (n + LANES - 1) / LANES * LANES;
+  for (word start = first; start < stop; start += block) {
+    word n = least(block, stop - start), whole = (n + LANES - 1) / LANES * LANES;
     for (word i = 0; i < a[MAP_LOADS]; i++) {
       const word *l = loads + i * LOAD_WORDS;
       const char *from = c->bases[l[0]] + l[1];
@@ -939,8 +971,7 @@ static void depthwise_task(const struct call *c, int phase, word task) {
           const float *dy = (const float *)at(c, 2) + ((n * a[CONV_OH] + row) * a[CONV_OW] + left) * channels + k;
           v16 sum = all(0.f);
           for (word q = left; q < right; q++, x += a[CONV_SW] * channels, dy += channels)
-            if (width == LANES) sum = fma(load(x), load(dy), sum);
-            else for (word l = 0; l < width; l++) sum[l] = __builtin_fmaf(x[l], dy[l], sum[l]);
+            sum = fma(load_part(x, width), load_part(dy, width), sum);
           total += sum;
         }
       store_part(packed + task * channels + k, total, width, 1);
