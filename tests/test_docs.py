@@ -225,7 +225,7 @@ def test_the_path_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         next(shlex.split(call)[1:] for call in _calls(text) if f" {command} " in call)
         for command in ("export", "train")
     )
-    assert main([*export, "--engines", "onnxruntime", "--seed", "3"]) == 0
+    assert main([*export, "--engines", "native", "--seed", "3"]) == 0
     assert main([*train[: train.index("--epochs")], "--limit", "96", "--state", "leaf.safetensors"]) == 0
 
     found: dict[str, object] = {}

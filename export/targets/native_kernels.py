@@ -21,7 +21,7 @@ from edgestill.export.targets.native_plan import (
     joint_axes,
 )
 
-LANES, TASK_ROWS = 16, 96
+LANES, TASK_ROWS, RUN = 16, 96, 256
 SPOTS, TILE_BYTES = 36, 2**19
 PARTIAL_BYTES = 4 * 2**20
 """At most so much memory takes what weight gradients sum up before they are added."""
@@ -131,6 +131,8 @@ def _matmul(plan: Plan, node: Node, a: Value, b: Value) -> None:
     tiles = batches * -(-m // TASK_ROWS)
     each = max(1, min(panels, panels * tiles // 16))
     (lv, ls), (rv, rs) = left, right
+    if lv.strides[-1] != 1:
+        plan.scratch = max(plan.scratch, RUN * TASK_ROWS * 4)
     plan.call(
         "product", "matmul", [lv, rv], [to, packed],
         [lv, rv, to, packed, batches, m, n, k, ls, *lv.strides[-2:], rs, *rv.strides[-2:], each],

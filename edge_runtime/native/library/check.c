@@ -132,6 +132,7 @@ static void check_product(struct check *c) {
   if (c->error) return;
   word m = a[PRODUCT_M], n = a[PRODUCT_N], k = a[PRODUCT_K], batches = a[PRODUCT_BATCHES];
   if (m < 1 || n < 1 || k < 1 || batches < 1 || !in(a[PRODUCT_PANELS], 1, MOST) || n > MOST) { c->error = "a product has an empty side"; return; }
+  if (a[PRODUCT_A + 2] != 1 && c->plan[4] < RUN * TASK_ROWS * 4) { c->error = "too little scratch for a product"; return; }
   word left[] = {batches, m, k}, right[] = {batches, k, n};
   operand(c, a, times(c, extent(c, left, a + PRODUCT_A, 3, 1), 4), 4, 0);
   operand(c, a + 2, times(c, extent(c, right, a + PRODUCT_B, 3, 1), 4), 4, 0);

@@ -481,19 +481,29 @@ static void product_task(const struct call *c, int phase, word task) {
   word group = task % groups, piece = task / groups % pieces, batch = task / groups / pieces;
   const float *left = (const float *)at(c, 0) + batch * a[PRODUCT_A];
   const float *right = packed + (a[PRODUCT_B] ? batch : 0) * panels * k * LANES;
-  float *to = (float *)at(c, 4) + batch * m * n;
-  word stop = least((piece + 1) * TASK_ROWS, m);
-  for (word p = group * a[PRODUCT_PANELS]; p < least((group + 1) * a[PRODUCT_PANELS], panels); p++)
-    for (word i = piece * TASK_ROWS; i < stop; i += ROWS) {
-      const float *rows[ROWS];
-      struct sum sum;
-        start_sum(&sum, all(0.f));
-      for (int r = 0; r < ROWS; r++) rows[r] = left + least(i + r, stop - 1) * a[PRODUCT_A + 1];
-      add_products(&sum, rows, 0, a[PRODUCT_A + 2], right + p * k * LANES, k);
-      finish_sum(&sum);
-      for (int r = 0; r < ROWS; r++)
-          if (i + r < stop) store_part(to + (i + r) * n + p * LANES, sum.chain[r], n - p * LANES, 1);
-    }
+  float *to = (float *)at(c, 4) + batch * m * n, *turned = (float *)c->scratch;
+  word first = piece * TASK_ROWS, stop = least(first + TASK_ROWS, m), rs = a[PRODUCT_A + 1], ks = a[PRODUCT_A + 2];
+  for (word start = 0; start < k; start += RUN) { /* as much at a time as stays in the cache */
+    word some = least(RUN, k - start), stride = ks == 1 ? 1 : TASK_ROWS;
+    if (ks != 1)
+      for (word j = 0; j < some; j++)
+        for (word i = first; i < stop; i++) turned[j * TASK_ROWS + i - first] = left[i * rs + (start + j) * ks];
+    for (word p = group * a[PRODUCT_PANELS]; p < least((group + 1) * a[PRODUCT_PANELS], panels); p++)
+      for (word i = first; i < stop; i += ROWS) {
+        const float *rows[ROWS];
+        v16 sum[ROWS];
+        for (int r = 0; r < ROWS; r++) {
+          word row = least(i + r, stop - 1);
+          rows[r] = ks == 1 ? left + row * rs + start : turned + row - first, sum[r] = all(0.f);
+        }
+        multiply(sum, rows, stride, 0, right + (p * k + start) * LANES, LANES, 0, some, 1);
+        for (int r = 0; r < ROWS; r++)
+          if (i + r < stop) {
+            float *place = to + (i + r) * n + p * LANES;
+            store_part(place, start ? load_part(place, n - p * LANES) + sum[r] : sum[r], n - p * LANES, 1);
+          }
+      }
+  }
 }
 
 /* --- convolution of images [N, H, W, C], and its adjoints -------------------------------------------------------------
