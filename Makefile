@@ -12,7 +12,7 @@ WORKERS ?= 2
 PYTEST := $(PY) -m pytest -n $(WORKERS)
 BENCH_OPTIONS ?= --students cnn3 --batches 32 --threads 1 --steps 40
 NATIVE_SOURCES := $(wildcard edge_runtime/native/*.cpp edge_runtime/native/*.h edge_runtime/native/library/*) \
-  edge_runtime/native/build.py edge_runtime/native/compile.py
+  edge_runtime/native/build.py edge_runtime/native/architecture.py edge_runtime/native/compile.py
 
 .DELETE_ON_ERROR:
 ENGINE ?= onnxruntime
