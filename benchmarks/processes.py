@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,21 @@ class WorkerFailed(Exception):
 
 
 class WorkerProcess:
-    """One engine in its own process. `started_s` is `time.monotonic()` from before the process existed."""
+    """One engine in its own process. `started_s` is `time.monotonic()` from before the process existed.
 
-    def __init__(self, spec: WorkerSpec, timeout_s: float = REPLY_TIMEOUT_S) -> None:
+    `command`: a worker of one's own, which answers as worker.py does.
+    """
+
+    def __init__(
+        self, spec: WorkerSpec, timeout_s: float = REPLY_TIMEOUT_S, command: Sequence[str] | None = None
+    ) -> None:
         self.spec = spec
         self._timeout_s = timeout_s
         self._errors = tempfile.TemporaryFile()
         self._buffer = b""
         self.started_s = time.monotonic()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "edgestill.benchmarks.worker", json.dumps(asdict(spec))],
+            command or [sys.executable, "-m", "edgestill.benchmarks.worker", json.dumps(asdict(spec))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -122,8 +128,9 @@ class WorkerProcess:
 
 
 def worker_environment(threads: int) -> dict[str, str]:
-    """A worker's environment: thread counts for OpenMP and the BLAS libraries."""
-    return {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
+    """A worker's environment: thread counts for OpenMP and the BLAS libraries, bytecode as installed code has."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return inherited | dict.fromkeys(THREAD_VARIABLES, str(threads))
 
 
 def tree_cpu_s(pid: int) -> float:
