@@ -52,10 +52,11 @@ class WorkerProcess:
         )
         self._cpu_s = 0.0
 
-    def wait_ready(self) -> None:
-        """Returns when the engine is open; raises WorkerFailed if it can't be."""
-        self._read()
+    def wait_ready(self) -> dict[str, Any]:
+        """Returns when the engine is open, with what the worker says; raises WorkerFailed if it can't be."""
+        reply = self._read()
         self._cpu_s = tree_cpu_s(self._process.pid)
+        return reply
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """Sends one request and waits for its reply; raises WorkerFailed."""
@@ -69,9 +70,13 @@ class WorkerProcess:
         self._cpu_s = tree_cpu_s(self._process.pid)
         return reply
 
+    def cpu_s(self) -> float:
+        """Processor time of the process and its children so far."""
+        return tree_cpu_s(self._process.pid)
+
     def idle_cpu_s(self) -> float:
         """Processor time that the process and its children used since the last reply, unasked."""
-        return tree_cpu_s(self._process.pid) - self._cpu_s
+        return self.cpu_s() - self._cpu_s
 
     def peak_rss_bytes(self) -> int:
         """Peak resident memory of the process and its children; pages that they share count in each."""

@@ -157,17 +157,19 @@ def measure(bundle: Path, given: Path, threads: int, arguments, tell) -> list[di
     workers |= {name: WorkerProcess(spec, command=[*command, name]) for name in (PLAIN, COMPILED)}
     rounds: dict[str, list[list[float]]] = {name: [] for name in workers}
     try:
-        first = {}
+        first, versions, cpu_s = {}, {}, dict.fromkeys(workers, 0.0)
         for name, worker in workers.items():
             tell(f"{threads} threads: {name}")
-            worker.wait_ready()
-            first[name] = worker.ask("steps", count=8)["losses"][:3]
+            versions[name] = worker.wait_ready().get("version")
+            first[name] = worker.ask("steps", count=8)["losses"][:2]
             if (apart := max(abs(a - b) for a, b in zip(first[name], first["native"], strict=True))) > 3e-4:
                 raise SystemExit(f"{name} makes another step: losses differ by {apart:.2g}, {first}")
         before, names = read_cpu_use(), list(workers)
         for index, count in enumerate(split_steps(arguments.steps, arguments.rounds)):
             for name in names[index % 3 :] + names[: index % 3]:
+                started_s = workers[name].cpu_s()
                 rounds[name].append(workers[name].ask("steps", count=count)["step_ms"])
+                cpu_s[name] += workers[name].cpu_s() - started_s
         after = read_cpu_use()
     finally:
         for worker in workers.values():
@@ -182,8 +184,10 @@ def measure(bundle: Path, given: Path, threads: int, arguments, tell) -> list[di
                 "student": "cnn3",
                 "batch": 32,
                 "threads": threads,
+                "tensorflow": versions[name],
                 "p50_ms": median(steps),
                 "best_ms": min(steps),
+                "cpu_ms": 1000 * cpu_s[name] / len(steps),
                 "steps": len(steps),
                 "native_ratio": median(ratios),
                 "native_ratio_of_medians": median(s for one in rounds["native"] for s in one) / median(steps),
