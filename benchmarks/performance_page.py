@@ -2,8 +2,8 @@
 
 Run: python -m edgestill.benchmarks.performance_page
 
-A run is what one `edgestill bench step` has written: the lines of one date. The first and the last with the engine native
-are before and after. Blocks are as in results_page.py.
+A run is what one `edgestill bench step` has written: the lines of one date. The first and the last with the engine
+native are before and after. Blocks are as in results_page.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from textwrap import fill as fill_lines
 from typing import Any
 
 from edgestill.benchmarks.report import case_key, case_title
@@ -79,10 +80,11 @@ def engines(run: Run) -> str:
             continue
         steps = [f"{x['p50_ms']:.1f} ({x['ratio_to_eager']:.2f})" if x else "–" for x in (one, two)]
         rows.append((f"`{engine}`", *steps, _number(one["peak_rss_bytes"], 0, 1e-6), _number(one["cold_start_s"], 2)))
-    return (
-        f"{about(run)} Ratio = step time ÷ eager PyTorch's. Memory is the peak of a fresh process that only trains, cold "
-        "start the time from process start to its first finished step.\n\n" + _table(header, rows)
+    meaning = (
+        "Ratio = step time ÷ eager PyTorch's. Memory is the peak of a fresh process that only trains, cold start the "
+        "time from process start to its first finished step."
     )
+    return _under(f"{about(run)} {meaning}", header, rows)
 
 
 def native(first: Run, last: Run) -> str:
@@ -107,7 +109,7 @@ def native(first: Run, last: Run) -> str:
                 _number(beyond, 2),
             )
         )
-    return f"{about(last)}\n\n" + _table(header, rows)
+    return _under(about(last), header, rows)
 
 
 def history(runs: Iterable[Run]) -> str:
@@ -134,7 +136,7 @@ def tensorflow(run: Run) -> str:
         )
         for line in run.lines
     ]
-    return f"{about(run)} TensorFlow {run.lines[-1]['tensorflow']}.\n\n" + _table(header, rows)
+    return _under(f"{about(run)} TensorFlow {run.lines[-1]['tensorflow']}.", header, rows)
 
 
 def blocks(folder: Path = RESULTS) -> dict[str, str]:
@@ -144,7 +146,7 @@ def blocks(folder: Path = RESULTS) -> dict[str, str]:
         "engines": engines(runs[-1]),
         "native": native(runs[0], runs[-1]),
         "history": history(runs),
-        "tensorflow": tensorflow(beside[-1]),
+        "tensorflow": tensorflow(beside[-1]) if beside else "Not measured yet.\n",
     }
 
 
@@ -162,10 +164,10 @@ def draw(first: Run, last: Run, path: Path) -> None:
 
     cases = [case for case in last.cases if last.line(case, "native")]
     figure, panel = pyplot.subplots(figsize=(9, 0.62 * len(cases) + 1.3), layout="constrained")
-    for run, name, colour, shift in ((first, "first", BEFORE_COLOUR, -0.2), (last, "now", AFTER_COLOUR, 0.2)):
+    runs = [(first, "first", BEFORE_COLOUR, -0.2)] + [(last, "now", AFTER_COLOUR, 0.2)] * (first is not last)
+    behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # the dashed line does not run through a number
+    for run, name, colour, shift in runs:
         shown = [(place, run.ratio(case, "native")) for place, case in enumerate(cases) if run.line(case, "native")]
-        if run is last and first is last:
-            continue
         line = run.lines[0]
         bars = panel.barh(
             [place + shift for place, _ in shown],
@@ -174,7 +176,7 @@ def draw(first: Run, last: Run, path: Path) -> None:
             color=colour,
             label=f"{name}: {line['date'][:10]}, commit {line['commit']['hash'][:7]}",
         )
-        panel.bar_label(bars, [f"{ratio:.2f}" for _, ratio in shown], padding=4, fontsize=9)
+        panel.bar_label(bars, [f"{ratio:.2f}" for _, ratio in shown], padding=4, fontsize=9, zorder=4, bbox=behind)
     panel.axvline(1.0, color="black", linestyle="--", linewidth=1)
     panel.set_yticks(range(len(cases)), [case_title(last.line(case, "native")) for case in cases])
     panel.invert_yaxis()
@@ -188,6 +190,10 @@ def draw(first: Run, last: Run, path: Path) -> None:
 
 def _number(value: float | None, digits: int, scale: float = 1.0) -> str:
     return "–" if value is None else f"{value * scale:.{digits}f}"
+
+
+def _under(text: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return f"{fill_lines(text, 118)}\n\n{_table(header, rows)}"
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -1,6 +1,6 @@
 """Times workload W1 on engine native beside TensorFlow, in turns: `python -m edgestill.benchmarks.tensorflow_step`.
 
-TensorFlow lives in an environment of its own, whose Python `--tensorflow` names. This file is its worker there, too, so
+TensorFlow lives in an environment of its own, whose Python the command names. This file is its worker there, too, so
 nothing of edgestill is imported at its top. The step is a `tf.function`, channels last, with and without `jit_compile`,
 on the bundle's state and batches, which it gets channels last. Its first losses must be native's.
 """
@@ -95,7 +95,7 @@ def main() -> int:
     from edgestill.benchmarks.bundles import BundleRequest, prepare_bundle
 
     parser = argparse.ArgumentParser(prog="python -m edgestill.benchmarks.tensorflow_step", description=__doc__)
-    parser.add_argument("--tensorflow", required=True, metavar="PYTHON", help="the Python of its environment")
+    parser.add_argument("tensorflow", metavar="PYTHON", help="the Python of its environment")
     parser.add_argument("--threads", default="1,2", metavar="N,M")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=12)

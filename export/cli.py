@@ -35,8 +35,8 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
     add("--student", "a student that comes with the product (docs/students.md), or your own as package.module:factory "
         "or file.py:factory", "NAME", required=True)  # fmt: skip
     add("--output", "folder of the bundle, or a file ending in .zip", "DIR", Path, required=True)
-    add("--engines", "native, onnxruntime, executorch, onnxruntime-training, or all (native,onnxruntime,executorch)", "LIST", _engines,
-        default=("native", "onnxruntime", "executorch"))  # fmt: skip
+    add("--engines", "native, onnxruntime, executorch, onnxruntime-training, or all (native,onnxruntime,executorch)",
+        "LIST", _engines, default=("native", "onnxruntime", "executorch"))  # fmt: skip
     add("--latent-size", "size of the latent (%(default)s)", "L", int, default=128)
     add("--classes", "number of classes (%(default)s)", "K", int, default=10)
     add("--batch", "samples a step, fixed (%(default)s)", "B", int, default=32)
