@@ -12,7 +12,7 @@ WORKERS ?= 2
 PYTEST := $(PY) -m pytest -n $(WORKERS)
 BENCH_OPTIONS ?= --students cnn3 --batches 32 --threads 1 --steps 40
 NATIVE_SOURCES := $(wildcard edge_runtime/native/*.cpp edge_runtime/native/*.h edge_runtime/native/library/*) \
-  edge_runtime/native/build.py edge_runtime/native/compile.py
+  edge_runtime/native/build.py edge_runtime/native/architecture.py edge_runtime/native/compile.py
 
 .DELETE_ON_ERROR:
 ENGINE ?= onnxruntime
@@ -23,7 +23,7 @@ QUICK_OUTPUT := build/reproduce-quick
 EXPERIMENTS := methods heterogeneity scarcity latent-size federation poisoning privacy
 
 .PHONY: help setup check-machine demo test test-tiny test-unit test-contract test-long lint bench networks wheels \
-  digests fuzz reproduce-quick results clean
+  digests fuzz reproduce-quick results performance clean
 
 help:
 	@echo 'make setup      creates $(VENV) and $(ORT_VENV) with pinned packages, builds the native runner'
@@ -37,6 +37,7 @@ help:
 	@echo 'make fuzz       libedgestill under libFuzzer (clang 18 or newer); MINUTES=... (now $(MINUTES))'
 	@echo 'make reproduce-quick   every experiment in its quick version, from nothing; their figures mean nothing'
 	@echo 'make results    fills docs/results.md from the committed records'
+	@echo 'make performance   fills docs/performance.md and README from the committed records of bench step'
 	@echo 'make clean      removes both environments and what was built'
 	@echo 'PYTHON=...      the Python 3.11 to use (now $(PYTHON)); WORKERS=... test processes (now $(WORKERS))'
 
@@ -137,6 +138,9 @@ reproduce-quick: setup
 
 results: setup
 	$(PY) -m edgestill.benchmarks.results_page
+
+performance: setup
+	$(PY) -m edgestill.benchmarks.performance_page
 
 clean:
 	rm -rf $(VENV) $(ORT_VENV) build *.egg-info

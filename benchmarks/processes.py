@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,21 @@ class WorkerFailed(Exception):
 
 
 class WorkerProcess:
-    """One engine in its own process. `started_s` is `time.monotonic()` from before the process existed."""
+    """One engine in its own process. `started_s` is `time.monotonic()` from before the process existed.
 
-    def __init__(self, spec: WorkerSpec, timeout_s: float = REPLY_TIMEOUT_S) -> None:
+    `command`: a worker of one's own, which answers as worker.py does.
+    """
+
+    def __init__(
+        self, spec: WorkerSpec, timeout_s: float = REPLY_TIMEOUT_S, command: Sequence[str] | None = None
+    ) -> None:
         self.spec = spec
         self._timeout_s = timeout_s
         self._errors = tempfile.TemporaryFile()
         self._buffer = b""
         self.started_s = time.monotonic()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "edgestill.benchmarks.worker", json.dumps(asdict(spec))],
+            command or [sys.executable, "-m", "edgestill.benchmarks.worker", json.dumps(asdict(spec))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -46,10 +52,11 @@ class WorkerProcess:
         )
         self._cpu_s = 0.0
 
-    def wait_ready(self) -> None:
-        """Returns when the engine is open; raises WorkerFailed if it can't be."""
-        self._read()
+    def wait_ready(self) -> dict[str, Any]:
+        """Returns when the engine is open, with what the worker says; raises WorkerFailed if it can't be."""
+        reply = self._read()
         self._cpu_s = tree_cpu_s(self._process.pid)
+        return reply
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """Sends one request and waits for its reply; raises WorkerFailed."""
@@ -63,9 +70,13 @@ class WorkerProcess:
         self._cpu_s = tree_cpu_s(self._process.pid)
         return reply
 
+    def cpu_s(self) -> float:
+        """Processor time of the process and its children so far."""
+        return tree_cpu_s(self._process.pid)
+
     def idle_cpu_s(self) -> float:
         """Processor time that the process and its children used since the last reply, unasked."""
-        return tree_cpu_s(self._process.pid) - self._cpu_s
+        return self.cpu_s() - self._cpu_s
 
     def peak_rss_bytes(self) -> int:
         """Peak resident memory of the process and its children; pages that they share count in each."""
@@ -122,8 +133,9 @@ class WorkerProcess:
 
 
 def worker_environment(threads: int) -> dict[str, str]:
-    """A worker's environment: thread counts for OpenMP and the BLAS libraries."""
-    return {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
+    """A worker's environment: thread counts for OpenMP and the BLAS libraries, bytecode as installed code has."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return inherited | dict.fromkeys(THREAD_VARIABLES, str(threads))
 
 
 def tree_cpu_s(pid: int) -> float:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from edgestill.benchmarks.processes import WorkerFailed, WorkerProcess, read_cpu_use
-from edgestill.benchmarks.worker import EAGER, EAGER_CHANNELS_LAST, MATRIX_PRODUCT, WorkerSpec
+from edgestill.benchmarks.worker import EAGER, EAGER_CHANNELS_LAST, MATRIX_PRODUCT, NUMPY, WorkerSpec
 from edgestill.benchmarks.workload import read_manifest
 
 EAGER_ENGINES = (EAGER, EAGER_CHANNELS_LAST)
@@ -67,7 +67,8 @@ class Timings:
 
 @dataclass(frozen=True)
 class FreshRun:
-    """Fresh processes: peak memory after `MEMORY_STEPS` steps, process start to first finished step."""
+    """Fresh processes: peak memory after `MEMORY_STEPS` steps, process start to first finished step (of `NUMPY`: to the
+    end of its import)."""
 
     peak_rss_bytes: int
     cold_start_s: float
@@ -221,10 +222,12 @@ def measure_fresh(case: Case, engine: str, settings: StepSettings, progress: Pro
         progress(f"fresh process {attempt + 1} of {settings.cold_starts}: {engine}")
         with WorkerProcess(WorkerSpec(engine, str(case.bundle), case.threads, settings.seed)) as worker:
             worker.wait_ready()
-            worker.ask("steps", count=1)
+            if engine != NUMPY:
+                worker.ask("steps", count=1)
             cold_starts_s.append(time.monotonic() - worker.started_s)
             if attempt == 0:
-                worker.ask("steps", count=MEMORY_STEPS - 1)
+                if engine != NUMPY:
+                    worker.ask("steps", count=MEMORY_STEPS - 1)
                 peaks_bytes.append(worker.peak_rss_bytes())
     return FreshRun(max(peaks_bytes), median(cold_starts_s)) if cold_starts_s else None
 
@@ -242,6 +245,11 @@ def measure_case(
             fresh[engine] = measure_fresh(case, engine, settings, progress)
         except WorkerFailed as error:
             failed[engine] = error
+    alone = measure_fresh(case, NUMPY, settings, progress)
+    numpy = {
+        "numpy_rss_bytes": alone.peak_rss_bytes if alone else None,
+        "numpy_start_s": alone.cold_start_s if alone else None,
+    }
     eager_run = fresh.get(EAGER)
     flops = read_manifest(case.bundle).get("flops_per_step")
     lines = []
@@ -263,6 +271,7 @@ def measure_case(
                 "peak_rss_bytes": memory,
                 "rss_ratio_to_eager": memory / eager_run.peak_rss_bytes if memory and eager_run else None,
                 "cold_start_s": alone.cold_start_s if alone else None,
+                **numpy,
                 "fraction_of_peak": rate / peak if rate and peak else None,
                 "flops_per_step": flops,
                 "peak_flops_per_s": peak,

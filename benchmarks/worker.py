@@ -24,6 +24,8 @@ from edgestill.runtime.machine import peak_rss_of
 EAGER = "torch-eager"
 EAGER_CHANNELS_LAST = "torch-eager-channels-last"
 MATRIX_PRODUCT = "matrix-product"
+NUMPY = "numpy"
+"""No engine: what Python and NumPy take alone."""
 
 
 class Steps(Protocol):
@@ -102,6 +104,12 @@ def serve(spec: WorkerSpec, requests: TextIO, replies: TextIO) -> None:
         reply({"ready": True})
         for _ in iter(requests.readline, ""):
             reply({"flops_per_s": meter.measure()})
+        return
+    if spec.engine == NUMPY:
+        importlib.import_module("numpy")
+        reply({"ready": True})
+        for _ in iter(requests.readline, ""):
+            reply({"peak_rss_bytes": own_peak_rss_bytes(), "imported": []})
         return
     runner = RunJob(spec)
     reply({"ready": True})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import tempfile
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -20,6 +19,8 @@ def write_atomically(path: Path, chunks: Iterable[bytes | memoryview], mode: int
     `mode`, less the umask, are its rights. What killed processes left of `path` over an hour ago is removed.
     Errors: OSError; the temporary file is gone then, and `path` is as it was.
     """
+    import tempfile  # imported when first needed: it delays the start
+
     folder = path.parent
     _remove_stale(path)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=folder)

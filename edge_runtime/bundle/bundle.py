@@ -6,14 +6,11 @@ import hashlib
 import json
 import os
 import stat
-import tempfile
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
@@ -30,6 +27,10 @@ from edgestill.runtime.bundle.manifest import (
 )
 from edgestill.runtime.errors import BundleError, EdgestillError, StateError, UsageError
 from edgestill.runtime.files import sha256_of_file
+
+if TYPE_CHECKING:
+    import tempfile
+    import zipfile
 
 __all__ = ["Bundle", "GraphSpec", "InputSpec", "Manifest", "Objective", "Optimizer", "Student", "TensorSpec"]
 
@@ -59,6 +60,8 @@ class Bundle:
             return cls(source, _check_folder(source), source)
         if not source.exists():
             raise UsageError(f"{source}: no such bundle", "make one with `edgestill export --output DIR`")
+        import tempfile  # imported, like zipfile, when first needed: they delay the start
+
         temporary = tempfile.TemporaryDirectory(prefix="edgestill-bundle-")
         try:
             _extract(source, Path(temporary.name))
@@ -286,6 +289,9 @@ def _extract(source: Path, target: Path) -> None:
 
     Errors: BundleError for names that leave the folder, links, encryption, or too many bytes.
     """
+    import zipfile
+    import zlib
+
     try:
         with zipfile.ZipFile(source) as archive:
             members = [member for member in archive.infolist() if not member.is_dir()]

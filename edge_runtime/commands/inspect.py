@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.bundle.manifest import ROLES
 from edgestill.runtime.console import add_json_option
+from edgestill.runtime.native.plan_work import read_plan
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -51,6 +52,7 @@ def examine(bundle: Bundle) -> dict[str, Any]:
                 "operator_count": sum(spec.operators.values()),
                 "not_delegated": not_delegated(spec.operators),
                 "planned_memory_bytes": spec.planned_memory_bytes,
+                **(plan_of(bundle, graph) if engine == "native" else {}),
             }
             for graph, spec in graphs.items()
         }
@@ -88,6 +90,26 @@ def examine(bundle: Bundle) -> dict[str, Any]:
         "files": {name: record.size_bytes for name, record in manifest.files.items()},
         "size_bytes": sum(record.size_bytes for record in manifest.files.values()),
         "model_digest": bundle.model_digest,
+    }
+
+
+def plan_of(bundle: Bundle, graph: str) -> dict[str, Any]:
+    """A native graph's plan: what its kernels do, and the memory of a process with one thread beyond what it imports.
+
+    `process_bytes`: the plan with its arena and scratch, the state (twice where a step writes it), inputs and results.
+    """
+    plan = read_plan(bundle.file(bundle.graph("native", graph).file))
+    times = {spec.name: 2 if graph == "train_step" and spec.written else 1 for spec in bundle.state_specs}
+    state = sum(times[spec.name] * spec.size_bytes for spec in bundle.state_specs)
+    passed = sum(spec.size_bytes for spec in (*bundle.inputs(graph), *bundle.outputs(graph)))
+    return {
+        "plan": {
+            "arena_bytes": plan.arena_bytes,
+            "scratch_bytes_per_thread": plan.scratch_bytes,
+            "constant_bytes": plan.constant_bytes,
+            "process_bytes": plan.memory_bytes(threads=1) + state + passed,
+            "kernels": {name: asdict(work) for name, work in plan.kernels.items()},
+        }
     }
 
 
@@ -138,10 +160,31 @@ def describe(report: dict[str, Any]) -> str:
             lines.append(
                 f"  {name:<10} {graph['operator_count']} operators, {_megabytes(graph['size_bytes'])}{memory}"
             )
-            lines.append(f"  {'':<10} {_counted(graph['operators'])}")
+            if plan := graph.get("plan"):
+                lines += [f"  {'':<10} {line}" for line in _planned(plan)]
+            else:
+                lines.append(f"  {'':<10} {_counted(graph['operators'])}")
             if (rest := graph["not_delegated"]) is not None:
                 lines.append(f"  {'':<10} not delegated: {_counted(rest) or 'nothing'}")
     return "\n".join(lines)
+
+
+def _planned(plan: Mapping[str, Any]) -> Iterator[str]:
+    """Kernels, those that do most first, with their shares of all products, or of all bytes that the others move."""
+    yield (
+        f"process: {_megabytes(plan['process_bytes'])} beyond Python and what it imports: arena "
+        f"{_megabytes(plan['arena_bytes'])}, scratch {_megabytes(plan['scratch_bytes_per_thread'])} a thread, "
+        f"constants {_megabytes(plan['constant_bytes'])}, plan, state, inputs"
+    )
+    kernels = plan["kernels"]
+    flops, moved = (sum(work[key] for work in kernels.values()) for key in ("flops", "moved_bytes"))
+    for name, work in sorted(kernels.items(), key=lambda item: (-item[1]["flops"], -item[1]["moved_bytes"])):
+        if work["flops"]:
+            done = f"{work['flops'] / 1e9:8.3f} GFLOP {work['flops'] / flops:6.1%} of the products"
+        else:
+            share = work["moved_bytes"] / (moved or 1)
+            done = f"{work['moved_bytes'] / 1e6:8.2f} MB    {share:6.1%} of the bytes of the others"
+        yield f"{name:<14} {work['calls']:>4} calls {done}"
 
 
 def _counted(operators: Mapping[str, int]) -> str:

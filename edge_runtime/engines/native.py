@@ -6,16 +6,19 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgestill.runtime.bundle.manifest import TensorSpec
 from edgestill.runtime.engines.program import ALIGNMENT_BYTES, Arrays, allocate
 from edgestill.runtime.errors import EngineError
-from edgestill.runtime.native.compile import HINT, LEVELS, library_path, machine
+from edgestill.runtime.native.architecture import HINT, LEVELS, library_path, machine
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 _WORD = ctypes.c_int64
 HEAD_WORDS = 8
@@ -84,7 +87,7 @@ class Native:
     def __init__(self, threads: int) -> None:
         _library()
         self.threads = threads
-        self._pool = ThreadPoolExecutor(threads, "edgestill-native") if threads > 1 else None
+        self._pool = _pool(threads) if threads > 1 else None
         self._lock = threading.Lock()
 
     def load(self, path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> PlanProgram:
@@ -108,6 +111,12 @@ class Native:
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown()
+
+
+def _pool(threads: int) -> ThreadPoolExecutor:
+    from concurrent.futures import ThreadPoolExecutor  # one thread need not wait for it
+
+    return ThreadPoolExecutor(threads, "edgestill-native")
 
 
 class PlanProgram:

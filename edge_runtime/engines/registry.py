@@ -9,7 +9,7 @@ from types import ModuleType
 from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.engines.engine import Engine
 from edgestill.runtime.errors import EngineError, UsageError
-from edgestill.runtime.native.compile import HINT as NATIVE_HINT
+from edgestill.runtime.native.architecture import HINT as NATIVE_HINT
 
 __all__ = ["ENGINES", "Engine", "EngineRecord", "EngineStatus", "available_engines", "open_engine"]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -20,31 +19,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from edgestill.runtime.errors import EdgestillError, EngineError
+from edgestill.runtime.native.architecture import HINT, LEVELS, library_path, machine
 
 SOURCES = Path(__file__).resolve().parent / "library"
-HINT = "pip install ziglang && python -m edgestill.runtime.native.compile"
 FLAGS = (
     # Nothing is contracted or reordered: the same bits everywhere.
     *("-O3", "-ffp-contract=off", "-std=gnu2x", "-fPIC", "-ffreestanding", "-fno-builtin", "-fno-stack-protector"),
     *("-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi", "-Werror"),
 )
-LEVELS = {
-    "x86_64": {"v3": "x86_64_v3", "v4": "x86_64_v4"},
-    "aarch64": {"neon": "cortex_a53"},
-}
-"""By architecture, the instruction sets that the kernels are compiled for, and what the compiler calls them."""
 BASELINE = {"x86_64": "x86_64", "aarch64": "generic"}
-
-
-def library_path(architecture: str | None = None) -> Path:
-    """Where the library of an architecture (this machine's) lies."""
-    return SOURCES.parent / f"libedgestill-{architecture or machine()}.so"
-
-
-def machine() -> str:
-    """This machine's architecture by its usual name."""
-    name = platform.machine().lower()
-    return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
 
 
 def compile_library(

@@ -15,11 +15,9 @@ import numpy as np
 
 from edgestill.export.lowering.graph import Graph, LoweringError, Value
 from edgestill.export.targets.native_fusion import Fusion
+from edgestill.runtime.native.plan_work import KERNELS, MAGIC
 
-MAGIC, VERSION, ALIGNMENT = 0x314E414C504C5345, 1, 64
-KERNELS = tuple(
-    "copy map reduce product conv conv_grad depthwise pool rows index winograd winograd_grad".split()
-)
+VERSION, ALIGNMENT = 1, 64
 RANK = 6
 """The most axes that a copy goes through."""
 CHAINED = 10

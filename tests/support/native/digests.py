@@ -33,7 +33,8 @@ from edgestill.runtime.bundle.manifest import InputSpec, Objective
 from edgestill.runtime.engines.native import LIMIT_VARIABLE
 from edgestill.runtime.engines.registry import open_engine
 from edgestill.runtime.engines.state import NEXT
-from edgestill.runtime.native.compile import SOURCES, compile_library, machine
+from edgestill.runtime.native.architecture import machine
+from edgestill.runtime.native.compile import SOURCES, compile_library
 
 THREADS = (1, 2, 3, 8)
 BATCH, LATENT_SIZE = 2, 8
