@@ -1118,7 +1118,8 @@ static void index_task(const struct call *c, int phase, word task) {
       float *to = (float *)at(c, 4) + outer * size * inner;
       for (word i = 0; i < size; i++) for (word k = k0; k < k1; k++) to[i * inner + k] = 0;
       for (word j = 0; j < count; j++) {
-        word i = index[j] + (index[j] < 0 ? size : 0);
+        word i = index[j]; /* read once: other threads of a hostile plan may write there */
+        i += i < 0 ? size : 0;
         if (i >= 0 && i < size) for (word k = k0; k < k1; k++) to[i * inner + k] += x[(outer * count + j) * inner + k];
       }
       return;
