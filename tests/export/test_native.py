@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -96,10 +95,12 @@ def windows_and_what_follows(random: np.random.Generator) -> tuple[Graph, dict[s
         return int(random.choice(values))
 
     graph, a, size = Graph(), {"stride": [], "padding": [], "dilation": []}, []
-    operator = str(random.choice(["conv2d", "conv2d", "conv2d_transpose", "max_pool2d", "avg_pool2d"]))
+    winograd = random.random() < 0.15
+    operators = ["conv2d", "conv2d", "conv2d_transpose", "max_pool2d", "avg_pool2d"][: 3 if winograd else 5]
+    operator = str(random.choice(operators))
     pooled = operator.endswith("pool2d")
-    kernel = [3, 3] if random.random() < 0.4 else [of([1, 2, 3, 4, 5, 7]) for _ in range(2)]
-    plain = random.random() < 0.5
+    kernel = [3, 3] if winograd or random.random() < 0.3 else [of([1, 2, 3, 4, 5, 7]) for _ in range(2)]
+    plain = winograd or random.random() < 0.5
     for k in kernel:
         dilation = 1 if plain or operator == "avg_pool2d" else of([1, 1, 2, 3])
         sides = random.integers(0, k // 2 + 1 if pooled else k + 1, 2).tolist()
@@ -117,7 +118,7 @@ def windows_and_what_follows(random: np.random.Generator) -> tuple[Graph, dict[s
         (n + sum(pad) - d * (k - 1) - 1) // s + 1
         for n, k, s, pad, d in zip(size, kernel, a["stride"], a["padding"], a["dilation"], strict=True)
     ]
-    images, channels = of([1, 2, 3, 5]), of(CHANNELS)
+    images, channels = of([1, 2, 3, 5]), of(CHANNELS[4 if winograd else 0 :])
     x = graph.input("x", (images, channels, *size))
     trained = [x]
     if pooled:
@@ -126,9 +127,9 @@ def windows_and_what_follows(random: np.random.Generator) -> tuple[Graph, dict[s
         source = x * 2.0 if random.random() < 0.5 else x  # exact, so that the same pixels are the largest
         y = source.apply(operator, kernel=tuple(kernel), **a)
     else:
-        groups = of([1, 1, 1, 1, 2, channels])
+        groups = 1 if winograd else of([1, 1, 1, 2, channels])
         inputs = channels if groups in (1, channels) else groups * of([1, 3, 8, 16, 17])
-        outputs = channels if groups == channels > 1 else groups * of([1, 3, 16, 17, 40])
+        outputs = channels if groups == channels > 1 else groups * of([16, 17, 40] if winograd else [1, 3, 16, 17, 40])
         graph, a = Graph(), a | {"groups": groups}
         w = graph.input("w", (outputs, inputs // groups, *kernel))
         if operator == "conv2d":
@@ -154,14 +155,30 @@ def windows_and_what_follows(random: np.random.Generator) -> tuple[Graph, dict[s
     return graph, {name: torch.from_numpy(array.astype(float)) for name, array in given.items()}
 
 
-@settings(RANDOM, max_examples=int(os.environ.get("EXAMPLES", "250")))
+@settings(RANDOM, max_examples=120)
 @given(seed=SEEDS)
 def test_windows_of_any_shape(seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     graph, inputs = windows_and_what_follows(np.random.default_rng(seed))
     expected = run_graph(graph, inputs)
     found = run_native(native.lower(graph), inputs, tmp_path_factory.mktemp("plan"), 1 + seed % 3)
-    if any(bool((value != 0).any()) for name, value in expected.items() if name != "y"):  # else all is padding
-        assert_alike(found, expected, 2e-5)
+    largest = max(float(value.abs().max()) for value in expected.values())
+    for name, wanted in expected.items():  # 1: what a normalization leaves of equal numbers is rounding
+        error = float((found[name].double() - wanted).abs().max())
+        size = max(float(wanted.abs().max()), largest / 100, 1.0)
+        assert error <= 2e-5 * size, f"{name} of {size:.1e} differs by {error:.1e}"
+
+
+def test_statistics_where_the_first_row_is_far_from_the_others(tmp_path: Path) -> None:
+    graph = Graph()
+    x = graph.input("x", (308, 17)).apply("relu")
+    mean = x.sum(0) * (1 / 308)
+    left = x - mean
+    graph.output("mean", mean)
+    graph.output("variance", (left * left).sum(0) * (1 / 308))
+    x = torch.full((308, 17), 0.3)  # the same distance again and again: rounded the same way each time
+    x[0] = 7.0 + torch.rand(17, generator=torch.Generator().manual_seed(0))
+    expected = run_graph(graph, {"x": x.double()})
+    assert_alike(run_native(native.lower(graph), {"x": x}, tmp_path), expected, 1e-5)
 
 
 def test_broadcasting_along_more_axes_than_a_program_has(tmp_path: Path) -> None:

@@ -193,15 +193,28 @@ static void map_step(word operator, float *to, const float *a, const float *b, c
   }
 }
 
-/* Partial results of a task: the sums of its columns, or of the distances from its first row, their squares, and that row. */
+/* Partial results of a task: the sums of its columns, or of the distances from a row, their squares, and that row. */
 INLINE float *partial_of(const struct call *c, const word *sum, word task, word columns) {
   return (float *)(c->bases[sum[6]] + sum[7]) + task * sum_rows(sum) * columns;
 }
 
+/* What distances are taken from: the mean of a block's rows. One row may be far from all others, as at an image's edge; of
+   distances from it little would be left. */
+static void start_squares(float *shift, const float *x, word n, word position, word columns) {
+  word rows = position ? 1 : n / columns, some = least(n, columns - position);
+  for (word k = 0; k < some; k++) shift[position + k] = x[k];
+  if (rows < 2) return;
+  for (word r = 1; r < rows; r++)
+    for (word k = 0; k < columns; k++) shift[k] += x[r * columns + k];
+  for (word k = 0; k < columns; k++) {
+    float mean = shift[k] / (float)rows;
+    shift[k] = mean - mean == 0 ? mean : x[k]; /* not of infinite ones */
+  }
+}
+
 static void sum_columns(float *partial, const float *x, word n, word position, word columns, int squares) {
   float *squared = partial + columns, *shift = squared + columns;
-  if (squares)
-    for (word k = 0; k < n && position + k < columns; k++) shift[position + k] = x[k];
+  if (squares && position < columns) start_squares(shift, x, n, position, columns);
   word column = position % columns;
   if (columns % LANES) {
     for (word k = 0; k < n; k++) {
