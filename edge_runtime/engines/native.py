@@ -31,7 +31,7 @@ class _Run(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("plan", "bases", "scratch")),
-        *((name, _WORD) for name in ("threads", "arrived", "generation")),
+        *((name, _WORD) for name in ("threads", "arrived", "generation", "taken")),
     ]
 
 
@@ -134,7 +134,8 @@ class PlanProgram:
             raise EngineError(f"{path.name}: {wrong.decode()}{where}", "export the bundle again")
         head = self._plan[: 8 * HEAD_WORDS].view(np.int64)
         bases, self._arena_bytes, self._scratch_bytes, self._constants = (int(head[i]) for i in (2, 3, 4, 7))
-        sizes = self._plan[8 * HEAD_WORDS : 8 * (HEAD_WORDS + 2 * bases)].view(np.int64)[4::2]
+        memories = self._plan[8 * HEAD_WORDS : 8 * (HEAD_WORDS + 2 * bases)].view(np.int64)[4:]
+        sizes, written = memories[::2], memories[1::2]
         wanted = [spec.size_bytes for spec in (*inputs, *outputs)]
         if [int(size) for size in sizes] != wanted:
             raise EngineError(
@@ -142,6 +143,8 @@ class PlanProgram:
                 f"not {len(wanted)} of {sum(wanted)}",
                 "export the bundle again",
             )
+        if [bool(word) for word in written] != [False] * len(inputs) + [True] * len(outputs):
+            raise EngineError(f"{path.name} writes to its inputs, or not to its outputs", "export the bundle again")
         self._runner, self._memory = runner, None
 
     def bind(self, inputs: Arrays, outputs: Arrays) -> Callable[[], None]:
@@ -154,7 +157,7 @@ class PlanProgram:
         constants = self._plan.ctypes.data + 8 * self._constants
         given = [array.ctypes.data for array in (*inputs.values(), *outputs.values())]
         bases = np.array([arena.ctypes.data, constants, *given], np.uint64)
-        state = _Run(self._plan.ctypes.data, bases.ctypes.data, scratch.ctypes.data, self._runner.threads, 0, 0)
+        state = _Run(self._plan.ctypes.data, bases.ctypes.data, scratch.ctypes.data, self._runner.threads, 0, 0, 0)
         level, plan = min(int(os.environ.get(LIMIT_VARIABLE, "4")), _library().edgestill_level()), self._plan
         held = (bases, arena, scratch, plan)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from edgestill.runtime.engines.native import open_runner
 from edgestill.runtime.errors import EngineError
 from edgestill.runtime.native.compile import SOURCES, compile_library
 from tests.support.lowering import assert_alike, assert_as_exact_as_eager, of_the_corpus, studied
+from tests.support.native.hostile import Words, check_plan, hostile_plans
 from tests.support.operator_cases import CASES, FLAT_CASES, with_gradients
 
 RANDOM = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -80,6 +82,103 @@ def test_an_operator_and_its_gradients(
         assert_alike(found, expected, 2e-5)
     except AssertionError as error:
         raise AssertionError(f"{[a.shape for a in arrays]}, {attributes}: {error}") from error
+
+
+CHANNELS = [1, 2, 3, 15, 16, 17, 33, 40]
+"""Fewer than a vector, a vector, and what is left over after one or two."""
+
+
+def windows_and_what_follows(random: np.random.Generator) -> tuple[Graph, dict[str, torch.Tensor]]:
+    """A convolution, its adjoint or a pooling of any shape, a program after it or none, and gradients."""
+
+    def of(values: Sequence[int]) -> int:
+        return int(random.choice(values))
+
+    graph, a, size = Graph(), {"stride": [], "padding": [], "dilation": []}, []
+    winograd = random.random() < 0.15
+    operators = ["conv2d", "conv2d", "conv2d_transpose", "max_pool2d", "avg_pool2d"][: 3 if winograd else 5]
+    operator = str(random.choice(operators))
+    pooled = operator.endswith("pool2d")
+    kernel = [3, 3] if winograd or random.random() < 0.3 else [of([1, 2, 3, 4, 5, 7]) for _ in range(2)]
+    plain = winograd or random.random() < 0.5
+    for k in kernel:
+        dilation = 1 if plain or operator == "avg_pool2d" else of([1, 1, 2, 3])
+        sides = random.integers(0, k // 2 + 1 if pooled else k + 1, 2).tolist()
+        a["stride"].append(k if plain and pooled else 1 if plain else of([1, 1, 2, 3, 4, 8]))
+        a["padding"].append((0, 0) if plain and pooled else tuple(sides))
+        a["dilation"].append(dilation)
+        least = max(1, dilation * (k - 1) + 1 - sum(sides) * (not (plain and pooled)))
+        size.append(least + of([*range(12), 25]))
+    if plain and pooled:  # side by side
+        size = [k * of([1, 2, 3, 4]) for k in kernel]
+    elif random.random() < 0.1:
+        size[of([0, 1])] += 100  # more than a block
+    a = {key: tuple(values) for key, values in a.items()}
+    out = [
+        (n + sum(pad) - d * (k - 1) - 1) // s + 1
+        for n, k, s, pad, d in zip(size, kernel, a["stride"], a["padding"], a["dilation"], strict=True)
+    ]
+    images, channels = of([1, 2, 3, 5]), of(CHANNELS[4 if winograd else 0 :])
+    x = graph.input("x", (images, channels, *size))
+    trained = [x]
+    if pooled:
+        if operator == "avg_pool2d":
+            del a["dilation"]
+        source = x * 2.0 if random.random() < 0.5 else x  # exact, so that the same pixels are the largest
+        y = source.apply(operator, kernel=tuple(kernel), **a)
+    else:
+        groups = 1 if winograd else of([1, 1, 1, 2, channels])
+        inputs = channels if groups in (1, channels) else groups * of([1, 3, 8, 16, 17])
+        outputs = channels if groups == channels > 1 else groups * of([16, 17, 40] if winograd else [1, 3, 16, 17, 40])
+        graph, a = Graph(), a | {"groups": groups}
+        w = graph.input("w", (outputs, inputs // groups, *kernel))
+        if operator == "conv2d":
+            x = graph.input("x", (images, inputs, *size))
+            y = x.apply(operator, w, **a)
+        else:
+            x = graph.input("x", (images, outputs, *out))
+            y = x.apply(operator, w, size=tuple(size), **a)
+        trained = [x, w]
+    channels, follows = y.shape[1], of([0, 1, 2, 3])
+    if follows > 1:
+        trained.append(graph.input("b", (channels,)))
+        y = (y + trained[-1].reshape(1, channels, 1, 1)).apply("softplus")
+    if follows in (1, 3) and y.size > 2 * channels:
+        count = y.size // channels
+        left = y - y.sum(0, 2, 3) * (1 / count)
+        y = left * ((left * left).sum(0, 2, 3) * (1 / count) + 0.1).apply("rsqrt")
+    graph.output("y", y)
+    probe = graph.input("probe", y.shape)
+    for name, value in gradients(graph, (y * probe).sum(0, 1, 2, 3).reshape(1), trained).items():
+        graph.output(f"gradient.{name}", value)
+    given = {v.name: random.standard_normal(v.shape).astype(np.float32) for v in graph.inputs}
+    return graph, {name: torch.from_numpy(array.astype(float)) for name, array in given.items()}
+
+
+@settings(RANDOM, max_examples=120)
+@given(seed=SEEDS)
+def test_windows_of_any_shape(seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    graph, inputs = windows_and_what_follows(np.random.default_rng(seed))
+    expected = run_graph(graph, inputs)
+    found = run_native(native.lower(graph), inputs, tmp_path_factory.mktemp("plan"), 1 + seed % 3)
+    largest = max(float(value.abs().max()) for value in expected.values())
+    for name, wanted in expected.items():  # 1: what a normalization leaves of equal numbers is rounding
+        error = float((found[name].double() - wanted).abs().max())
+        size = max(float(wanted.abs().max()), largest / 100, 1.0)
+        assert error <= 2e-5 * size, f"{name} of {size:.1e} differs by {error:.1e}"
+
+
+def test_statistics_where_the_first_row_is_far_from_the_others(tmp_path: Path) -> None:
+    graph = Graph()
+    x = graph.input("x", (308, 17)).apply("relu")
+    mean = x.sum(0) * (1 / 308)
+    left = x - mean
+    graph.output("mean", mean)
+    graph.output("variance", (left * left).sum(0) * (1 / 308))
+    x = torch.full((308, 17), 0.3)  # the same distance again and again: rounded the same way each time
+    x[0] = 7.0 + torch.rand(17, generator=torch.Generator().manual_seed(0))
+    expected = run_graph(graph, {"x": x.double()})
+    assert_alike(run_native(native.lower(graph), {"x": x}, tmp_path), expected, 1e-5)
 
 
 def test_broadcasting_along_more_axes_than_a_program_has(tmp_path: Path) -> None:
@@ -223,6 +322,11 @@ def test_a_hostile_plan_is_refused_or_harmless(
     assert all(np.isfinite(array).all() or True for array in made.values())
 
 
+def test_why_a_plan_is_refused() -> None:
+    for name, plan, why in hostile_plans():
+        assert check_plan(plan) == why, name
+
+
 def test_what_is_no_plan(tmp_path: Path) -> None:
     graph, plan = small_plan()
     sides = [
@@ -243,6 +347,12 @@ def test_what_is_no_plan(tmp_path: Path) -> None:
     path.write_bytes(plan)
     with pytest.raises(EngineError, match="other tensors"):
         runner.load(path, sides[0][:1], sides[1])
+    for memory, written in ((2, 1), (4, 0)):  # the first input and the first output
+        words = Words(plan)
+        words.memories[2 * memory + 1], words.calls = written, []
+        path.write_bytes(words.to_bytes())
+        with pytest.raises(EngineError, match="writes to its inputs, or not to its outputs"):
+            runner.load(path, *sides)
 
 
 def test_the_library_and_the_planner_number_kernels_alike() -> None:

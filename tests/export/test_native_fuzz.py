@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.native.fuzz import REGRESSIONS, compile_fuzzer, find_clang, write_seeds
+from tests.support.native.fuzz import compile_fuzzer, find_clang, write_seeds
+from tests.support.native.hostile import hostile_plans
 
 pytestmark = [
     pytest.mark.contract,
@@ -33,9 +34,9 @@ def test_a_real_plan_stays_in_its_memory(fuzzer: Path, tmp_path: Path) -> None:
     assert int(ended.partition(",")[0]) > 150, done.stderr[-1000:]
 
 
-# Found before check.c refused them: the mark goes with the fixes.
-@pytest.mark.xfail(reason="check.c accepts them")
-@pytest.mark.parametrize("plan", sorted(path.stem for path in REGRESSIONS.glob("*.plan")))
-def test_a_plan_that_broke_it_once(plan: str, fuzzer: Path) -> None:
-    done = subprocess.run([fuzzer, REGRESSIONS / f"{plan}.plan"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+def test_a_plan_that_broke_it_once(fuzzer: Path, tmp_path: Path) -> None:
+    for name, plan, _ in hostile_plans():
+        file = tmp_path / name
+        file.write_bytes(plan)
+        done = subprocess.run([fuzzer, file], capture_output=True, text=True)
+        assert done.returncode == 0, f"{name}: {done.stderr[-4000:]}"

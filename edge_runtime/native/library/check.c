@@ -6,7 +6,7 @@
 #include "layout.h"
 
 struct check {
-  const word *plan, *a, *before; /* before: the last call that is not chained */
+  const word *plan, *a, *before; /* before: the last call that is not chained, or null */
   word words; /* of the call that is looked at */
   const char *error;
 };
@@ -58,12 +58,14 @@ static void check_copy(struct check *c) {
   operand(c, a, from, item, 0);
   operand(c, a + 2, to, item, 1);
   operand(c, a + 2, times(c, a[COPY_FILLED], item), item, 1);
+  const word *n = a + COPY_SIZES; /* not of memory, but of time: strides of 0 would make it any */
+  if (!c->error && times4(c, times3(c, n[0], n[1], n[2]), n[3], n[4], n[5]) > to / item) c->error = "a copy moves more than its result holds";
 }
 
 /* whether the tasks of the call before make the elements of this program one after the other */
 static void check_chain(struct check *c) {
-  const word *a = c->a, *b = c->before + 2;
-  int there = c->before != a - 2 && (c->before[0] == CONV || c->before[0] == WINOGRAD || (c->before[0] == DEPTHWISE && b[DEPTH_WHAT] != 2));
+  const word *a = c->a, *b = c->before ? c->before + 2 : 0;
+  int there = c->before && (c->before[0] == CONV || c->before[0] == WINOGRAD || (c->before[0] == DEPTHWISE && b[DEPTH_WHAT] != 2));
   if (there && c->before[0] == WINOGRAD) there = b[WINOGRAD_TILES] % parts_of(b[CONV_OW], 4) == 0;
   else if (there) there = phases(b, 0) == 1 && phases(b, 1) == 1 && block_width(b) == b[CONV_OW];
   if (!there || times4(c, b[CONV_N], b[CONV_OH], b[CONV_OW], b[CONV_O]) != a[MAP_COUNT] || (a[MAP_SUMS] && a[MAP_COLUMNS] != b[CONV_O])) c->error = "a program follows no call that makes what it runs on";
@@ -75,6 +77,7 @@ static void check_map(struct check *c) {
   length(c, MAP_BODY + a[MAP_LOADS] * LOAD_WORDS + a[MAP_STEPS] * STEP_WORDS + a[MAP_STORES] * STORE_WORDS + a[MAP_SUMS] * SUM_WORDS);
   if (!c->error && times4(c, a[1], a[2], a[3], a[4]) != a[MAP_COUNT]) c->error = "a program's elements are not its sizes";
   if (c->plan[4] < REGISTERS * BLOCK * 4) c->error = "too little scratch for a program";
+  if (!c->error && !a[MAP_STORES] && !a[MAP_SUMS]) c->error = "a program makes nothing"; /* nothing else bounds its time */
   if (!c->error && a[MAP_SUMS] && (!in(a[MAP_COLUMNS], 1, MOST) || a[MAP_COUNT] % a[MAP_COLUMNS])) c->error = "a program's rows are not whole";
   if (c->error) return;
   if (a[MAP_CHAINED]) check_chain(c);
@@ -278,7 +281,7 @@ static void (*const CHECKS[])(struct check *) = {check_copy, check_map, check_re
 
 /* What is wrong with a plan of `bytes`, or null. `*call` is the number of the call that is wrong, or −1. */
 const char *check_plan(const word *plan, word bytes, word *call) {
-  struct check c = {plan, 0, plan + sizeof(struct plan) / sizeof(word), 0, 0};
+  struct check c = {plan, 0, 0, 0, 0};
   word head = sizeof(struct plan) / sizeof(word), words = bytes / 8;
   *call = -1;
   if (bytes < (word)sizeof(struct plan) || plan[0] != MAGIC) return "this is no plan";

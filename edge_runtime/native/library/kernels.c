@@ -215,15 +215,28 @@ static void map_step(word operator, float *to, const float *a, const float *b, c
   }
 }
 
-/* Partial results of a task: the sums of its columns, or of the distances from its first row, their squares, and that row. */
+/* Partial results of a task: the sums of its columns, or of the distances from a row, their squares, and that row. */
 INLINE float *partial_of(const struct call *c, const word *sum, word task, word columns) {
   return (float *)(c->bases[sum[6]] + sum[7]) + task * sum_rows(sum) * columns;
 }
 
+/* What distances are taken from: the mean of a block's rows. One row may be far from all others, as at an image's edge; of
+   distances from it little would be left. */
+static void start_squares(float *shift, const float *x, word n, word position, word columns) {
+  word rows = position ? 1 : n / columns, some = least(n, columns - position);
+  for (word k = 0; k < some; k++) shift[position + k] = x[k];
+  if (rows < 2) return;
+  for (word r = 1; r < rows; r++)
+    for (word k = 0; k < columns; k++) shift[k] += x[r * columns + k];
+  for (word k = 0; k < columns; k++) {
+    float mean = shift[k] / (float)rows;
+    shift[k] = mean - mean == 0 ? mean : x[k]; /* not of infinite ones */
+  }
+}
+
 static void sum_columns(float *partial, const float *x, word n, word position, word columns, int squares) {
   float *squared = partial + columns, *shift = squared + columns;
-  if (squares)
-    for (word k = 0; k < n && position + k < columns; k++) shift[position + k] = x[k];
+  if (squares && position < columns) start_squares(shift, x, n, position, columns);
   word column = position % columns;
   if (columns % LANES) { /* a row, or what is here of it, after the other */
     for (word k = 0; k < n; column = 0) {
@@ -1159,7 +1172,8 @@ static void index_task(const struct call *c, int phase, word task) {
       float *to = (float *)at(c, 4) + outer * size * inner;
       for (word i = 0; i < size; i++) for (word k = k0; k < k1; k++) to[i * inner + k] = 0;
       for (word j = 0; j < count; j++) {
-        word i = index[j] + (index[j] < 0 ? size : 0);
+        word i = index[j]; /* read once: other threads of a hostile plan may write there */
+        i += i < 0 ? size : 0;
         if (i >= 0 && i < size) for (word k = k0; k < k1; k++) to[i * inner + k] += x[(outer * count + j) * inner + k];
       }
       return;
@@ -1202,16 +1216,28 @@ static const struct kernel KERNELS[] = { /* the order of export/targets/native *
 
 /* All threads of a run meet here; the last one to arrive lets the others go. */
 static void meet(struct run *run) {
-  if (run->threads == 1) return;
+  if (run->threads == 1) {
+    run->taken = 0;
+    return;
+  }
   word generation = __atomic_load_n(&run->generation, __ATOMIC_ACQUIRE);
   if (__atomic_add_fetch(&run->arrived, 1, __ATOMIC_ACQ_REL) == run->threads) {
     __atomic_store_n(&run->arrived, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&run->taken, 0, __ATOMIC_RELAXED);
     __atomic_store_n(&run->generation, generation + 1, __ATOMIC_RELEASE);
     return;
   }
   for (word tries = 0; __atomic_load_n(&run->generation, __ATOMIC_ACQUIRE) == generation; tries++)
-    if (tries > 4096) give_way();
+    if (tries > 1024) give_way();
     else pause_a_little();
+}
+
+/* The next tasks that are for this thread, `*stop` behind the last one. Who is quicker takes more: cores differ, and others
+   use them too. It is the same to the result who does which. */
+static word take(struct run *run, word tasks, word *stop) {
+  word some = parts_of(tasks, 8 * run->threads), first = __atomic_fetch_add(&run->taken, some, __ATOMIC_RELAXED);
+  *stop = least(first + some, tasks);
+  return first;
 }
 
 void RUN_PLAN(struct run *run, word thread) {
@@ -1226,7 +1252,7 @@ void RUN_PLAN(struct run *run, word thread) {
     for (int phase = 0; phase < kernel->phases; phase++) {
       word tasks = kernel->tasks(call.a, phase);
       if (!tasks) continue;
-      for (word task = tasks * thread / run->threads; task < tasks * (thread + 1) / run->threads; task++) {
+      for (word stop, task = take(run, tasks, &stop); task < stop; task = task + 1 < stop ? task + 1 : take(run, tasks, &stop)) {
         kernel->task(&call, phase, task);
         if (phase < kernel->phases - 1 || chained) continue;
         const word *own = call.a;

@@ -23,5 +23,6 @@ struct run {               /* what a caller gives for one run of a plan */
   char **bases;            /* memory of each base; 0 and 1 included */
   char *scratch;           /* threads × scratch bytes */
   word threads;
-  word arrived, generation; /* the barrier's; zero before the first run */
+  word arrived, generation; /* the barrier's; zero before the first run, as is what follows */
+  word taken;               /* tasks that threads have taken of the phase that runs */
 };

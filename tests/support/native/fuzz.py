@@ -17,14 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from edgestill.export.lowering.gradient import gradients
-from edgestill.export.lowering.graph import Graph
+from edgestill.export.lowering.graph import Graph, Value
 from edgestill.export.targets import native
 from edgestill.runtime.native.compile import SOURCES
 from tests.support.operator_cases import CASES, FLAT_CASES, with_gradients
 
 HARNESS = Path(__file__).with_name("fuzz.c")
-REGRESSIONS = Path(__file__).with_name("crashes")
-"""Plans that once made the library leave its memory, or do what C does not define."""
 MOST_SEED_BYTES = 1 << 13
 FLAGS = ("-g", "-O1", "-std=gnu2x", "-ffp-contract=off", "-fno-omit-frame-pointer", "-Wno-psabi")
 SANITIZERS = ("-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all")
@@ -79,12 +77,21 @@ def _plan(graph: Graph) -> bytes:
 
 
 def _layers() -> Iterator[tuple[str, Graph]]:
-    def convolution(channels: int, outputs: int, groups: int = 1, kernel: int = 3, stride: int = 1) -> Graph:
+    def convolution(
+        channels: int,
+        outputs: int,
+        groups: int = 1,
+        kernel: int = 3,
+        stride: int = 1,
+        normalized: bool = False,
+    ) -> Graph:
         graph, pad = Graph(), ((kernel // 2,) * 2,) * 2
         x = graph.input("x", (5, channels, 6, 6))
         w = graph.input("w", (outputs, channels // groups, kernel, kernel))
         b = graph.input("b", (outputs,))
         y = x.apply("conv2d", w, stride=(stride,) * 2, padding=pad, dilation=(1, 1), groups=groups)
+        if normalized:
+            y = _normalized(y)
         y = (y + b.reshape(1, outputs, 1, 1)).apply("relu")
         window = {"kernel": (2, 2), "stride": (2, 2), "padding": ((0, 0), (0, 0)), "dilation": (1, 1)}
         y = y.apply("max_pool2d", **window) if y.shape[2] % 2 == 0 else y
@@ -97,12 +104,32 @@ def _layers() -> Iterator[tuple[str, Graph]]:
     yield "depthwise", convolution(20, 20, groups=20)
     yield "grouped", convolution(8, 12, groups=2, stride=2)
     yield "wide", convolution(36, 4, kernel=1)
+    yield "normalized", convolution(4, 6, normalized=True)
+    yield "normalized-sixteen", convolution(2, 16, kernel=1, normalized=True)
+    yield "normalized-winograd", convolution(16, 16, normalized=True)
+    yield "normalized-depthwise", convolution(4, 4, groups=4, normalized=True)
+    graph = Graph()
+    x, w = graph.input("x", (1, 2, 20, 21)), graph.input("w", (1, 2, 1, 1))
+    window = {"kernel": (17, 16), "stride": (2, 3), "padding": ((2, 2), (1, 1)), "dilation": (1, 1)}
+    y = (x * w).apply("max_pool2d", **window)  # more pixels than a byte counts, and a factor a channel
+    graph.output("gradient.x", gradients(graph, (y * y).sum(0, 1, 2, 3).reshape(1), [x])["x"])
+    yield "large-windows", graph
+    graph = Graph()
+    x, y = graph.input("x", (7, 90), "uint8"), graph.input("y", (90,))
+    graph.output("z", x.apply("to_float") * y)
+    yield "bytes", graph
     graph = Graph()
     x, y = graph.input("x", (5, 33)), graph.input("y", (33, 17))
     z = x.apply("matmul", y)
     graph.output("p", z.apply("softmax"))
     graph.output("s", z.sum(0))
     yield "product", graph
+
+
+def _normalized(x: Value) -> Value:
+    axes, count = (0, 2, 3), x.size // x.shape[1]
+    left = x - x.sum(*axes) * (1 / count)
+    return left * ((left * left).sum(*axes) * (1 / count) + 1e-3).apply("rsqrt")
 
 
 def write_seeds(folder: Path) -> int:
