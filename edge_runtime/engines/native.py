@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _WORD = ctypes.c_int64
 HEAD_WORDS = 8
+PLAN_VERSION = 2
 LIMIT_VARIABLE = "EDGESTILL_NATIVE_LEVEL"
 """3 keeps the engine to AVX2 on a processor with AVX-512: for comparisons."""
 
@@ -47,7 +48,7 @@ def check() -> str | None:
 def version() -> str:
     """What plans it runs, and on which instructions. Errors: EngineError."""
     names = {3: "AVX2", 4: "AVX-512"}
-    return f"plan 1, {names.get(_library().edgestill_level(), 'NEON')}"
+    return f"plan {PLAN_VERSION}, {names.get(_library().edgestill_level(), 'NEON')}"
 
 
 @lru_cache

@@ -17,7 +17,7 @@ from edgestill.export.lowering.graph import Graph, LoweringError, Value
 from edgestill.export.targets.native_fusion import Fusion
 from edgestill.runtime.native.plan_work import KERNELS, MAGIC
 
-VERSION, ALIGNMENT = 1, 64
+VERSION, ALIGNMENT = 2, 64
 RANK = 6
 """The most axes that a copy goes through."""
 CHAINED = 10
