@@ -16,13 +16,12 @@ from edgestill.runtime.bundle.manifest import TensorSpec
 from edgestill.runtime.engines.program import ALIGNMENT_BYTES, Arrays, allocate
 from edgestill.runtime.errors import EngineError
 from edgestill.runtime.native.architecture import HINT, LEVELS, library_path, machine
+from edgestill.runtime.native.plan_work import HEAD_WORDS, VERSION
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
 _WORD = ctypes.c_int64
-HEAD_WORDS = 8
-PLAN_VERSION = 2
 LIMIT_VARIABLE = "EDGESTILL_NATIVE_LEVEL"
 """3 keeps the engine to AVX2 on a processor with AVX-512: for comparisons."""
 
@@ -48,7 +47,7 @@ def check() -> str | None:
 def version() -> str:
     """What plans it runs, and on which instructions. Errors: EngineError."""
     names = {3: "AVX2", 4: "AVX-512"}
-    return f"plan {PLAN_VERSION}, {names.get(_library().edgestill_level(), 'NEON')}"
+    return f"plan {VERSION}, {names.get(_library().edgestill_level(), 'NEON')}"
 
 
 @lru_cache

@@ -15,9 +15,9 @@ import numpy as np
 
 from edgestill.export.lowering.graph import Graph, LoweringError, Value
 from edgestill.export.targets.native_fusion import Fusion
-from edgestill.runtime.native.plan_work import KERNELS, MAGIC
+from edgestill.runtime.native.plan_work import KERNELS, MAGIC, VERSION
 
-VERSION, ALIGNMENT = 2, 64
+ALIGNMENT = 64
 RANK = 6
 """The most axes that a copy goes through."""
 CHAINED = 10

@@ -18,10 +18,10 @@ from edgestill.export.lowering.graph import Graph, run_graph
 from edgestill.export.students import Student
 from edgestill.export.targets import executorch, native, onnxruntime
 from edgestill.runtime.engines.registry import engine_status
-from tests.export.test_native import run_native
 from tests.export.test_networks import run_executorch
 from tests.support.lowering import Studied, assert_alike, of_the_corpus, run_onnx, study
 from tests.support.lowering import studied as networks_studied
+from tests.support.native.plans import run_native
 from tests.support.networks.network import Apply
 
 SHAPE = (4, 8, 8)

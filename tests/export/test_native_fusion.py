@@ -12,8 +12,8 @@ from edgestill.export.lowering.gradient import gradients
 from edgestill.export.lowering.graph import Graph, Value, run_graph
 from edgestill.export.targets import native
 from edgestill.export.targets.native_fusion import Fusion, Group
-from tests.export.test_native import run_native
 from tests.support.lowering import assert_alike
+from tests.support.native.plans import run_native
 
 SAME = {"stride": (1, 1), "padding": ((1, 1), (1, 1)), "dilation": (1, 1), "groups": 1}
 HALVES = {"kernel": (2, 2), "stride": (2, 2), "padding": ((0, 0), (0, 0)), "dilation": (1, 1)}

@@ -37,7 +37,7 @@ INLINE float max_of(v16 x) {
 
 INLINE v16 power_of_two(i16 n) { return floats((n + 127) << 23); }
 
-/* e^x: 2^n times a polynomial of the rest; within 1.5 ulp (tests/runtime/test_native_functions.py). */
+/* e^x: 2^n times a polynomial of the rest; within 2 ulp (tests/export/test_native.py). */
 INLINE v16 exponential(v16 x) {
   v16 inside = choose(x > all(89.f), all(89.f), choose(x < all(-104.f), all(-104.f), x));
   v16 n = fma(inside, all(1.44269504088896341f), all(12582912.f)) - all(12582912.f);

@@ -108,7 +108,7 @@ def find_qemu() -> str | None:
 class Other:
     """A libedgestill and steps.c for one architecture, and what runs its programs."""
 
-    library: Path
+    shared_object: Path
     steps: Path
     emulator: Sequence[str] = ()
 
@@ -118,7 +118,7 @@ class Other:
             given = Path(folder, "given")
             given.write_bytes(_given(bundle, run))
             plan = bundle.file(bundle.graph("native", "train_step").file)
-            command = [*self.emulator, self.steps, self.library, plan, given, threads, level]
+            command = [*self.emulator, self.steps, self.shared_object, plan, given, threads, level]
             done = subprocess.run([*map(str, command)], capture_output=True)
         if done.returncode:
             raise RuntimeError(f"{self.steps.name}: exit code {done.returncode}: {done.stderr.decode()}")
