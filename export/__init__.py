@@ -44,6 +44,7 @@ class _Export(ModuleType):
         optimizer: str = "sgd",
         nesterov: bool = False,
         freeze: tuple[str, ...] = (),
+        common_head: bool = False,
         engines: tuple[str, ...] = ("native", "onnxruntime", "executorch"),
         seed: int = 0,
         overwrite: bool = False,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from edgestill.coordinator.distillation.job import VALIDATION
 from edgestill.coordinator.opening import check_shared, open_existing, open_service
 from edgestill.coordinator.rounds.round import COMPLETED
 from edgestill.coordinator.service import Service
@@ -59,6 +60,8 @@ OPTIONS: dict[str, _Option] = {
     "transfer-count": _Option("transfer_count", int, "take this many of its samples, drawn by --seed"),
     "test": _Option("test", str, "labelled data that the global student is evaluated on"),
     "test-count": _Option("test_count", int, "take this many of its samples, drawn by --seed"),
+    "validation": _Option("validation", str, "labelled data that the best round is chosen by; never the test's"),
+    "validation-count": _Option("validation_count", int, "take this many of its samples, drawn by --seed"),
     "seed": _Option("seed", int, "of the draw of samples (0)"),
     "exchange": _Option("exchange", EXCHANGES, "what devices upload (latents)"),
     "mode": _Option("mode", MODES, "default: global with --global-bundle, else consensus"),
@@ -186,6 +189,7 @@ def run_show(arguments: argparse.Namespace) -> int:
             "task": task.as_json(),
             "finished": record.finished,
             "stopped": record.stopped_s is not None,
+            "best_round": record.best_round,
             "rounds": [one.as_json() for one in rounds],
             "devices": [one.as_json() for one in devices],
             "refusals": [one.as_json() for one in service.refusals(name)],
@@ -196,8 +200,9 @@ def run_show(arguments: argparse.Namespace) -> int:
     print(_standing(record, rounds, devices))
     for one in rounds:
         reason = f"  {one.reason}" if one.reason else ""
+        best = f"  best on validation images ({one.metrics[VALIDATION]:.3f})" if one.best else ""
         print(
-            f"round {one.number:<4} {one.phase:<12} {len(one.accepted)} of {len(one.selected)} uploads{reason}"
+            f"round {one.number:<4} {one.phase:<12} {len(one.accepted)} of {len(one.selected)} uploads{best}{reason}"
         )
     for device in devices:
         print(f"{device.name}  {device.student or 'no student yet'}  {device.info.get('name', '')}")

@@ -26,6 +26,9 @@ class References:
             .where(uploads.digest.in_(digests), rounds.phase.not_in(FINAL_PHASES)),
             select(rounds.published).where(rounds.published.in_(digests)),
             select(s.tasks.c.student_state).where(s.tasks.c.student_state.in_(digests)),
+            select(rounds.student_state)
+            .join(s.tasks, and_(s.tasks.c.name == rounds.task, s.tasks.c.best_round == rounds.number))
+            .where(rounds.student_state.in_(digests)),
         )
         return {digest for query in queries for digest in self._connection.scalars(query)}
 

@@ -167,6 +167,8 @@ class Manifest:
     objective: Objective
     optimizer: Optimizer
     freeze: tuple[str, ...]
+    common_head: str | None
+    """The state tensor with the weights of the common head; None where the student has an output layer of its own."""
     flops_per_step: int | None
     state_file: str
     state: tuple[TensorSpec, ...]
@@ -217,6 +219,7 @@ def parse_manifest(text: bytes) -> Manifest:
             optimizer.get("name").one_of(OPTIMIZERS), optimizer.get("nesterov", False).expect(bool)
         ),
         freeze=tuple(entry.text() for entry in root.get("freeze", []).items()),
+        common_head=None if root.get("common_head", None).value is None else root.get("common_head").text(),
         flops_per_step=root.optional_size("flops_per_step"),
         state_file=state.get("file").file_name(),
         state=tuple(_parse_tensor(entry, of_state=True) for entry in state.get("tensors").items()),
@@ -304,6 +307,11 @@ def _check_consistency(manifest: Manifest) -> None:
                 raise BundleError(f"{where}.outputs lacks {min(outputs - set(graph.outputs))!r}")
             if graph.file not in manifest.files:
                 raise BundleError(f"{where}.file: {graph.file!r} is not listed in files")
+    if manifest.common_head is not None and manifest.common_head not in state_names:
+        raise BundleError(
+            f"manifest.json: common_head: there is no state tensor {manifest.common_head!r}",
+            "export the bundle again",
+        )
     if manifest.state_file not in manifest.files:
         raise BundleError(f"manifest.json: state.file: {manifest.state_file!r} is not listed in files")
     if manifest.objective.takes_logits and manifest.objective.kd_loss is None:

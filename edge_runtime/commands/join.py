@@ -12,6 +12,7 @@ from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.commands.events import EventOutput
 from edgestill.runtime.console import add_json_option
 from edgestill.runtime.data.dataset import Dataset, load_splits
+from edgestill.runtime.data.disjoint import without
 from edgestill.runtime.data.shares import deal, draw_tests, parse_share, share_of
 from edgestill.runtime.device.address import check_url
 from edgestill.runtime.device.assignment import fetch_assignment
@@ -173,8 +174,11 @@ def run(arguments: argparse.Namespace) -> int:
         bundle = stack.enter_context(Bundle.open(assignment.bundle_path))
         engine = open_task_engine(bundle, arguments.engine, arguments.threads)
         stack.callback(engine.close)
-        private, tests = load_private(arguments, bundle)
         transfer = None if assignment.transfer_path is None else Transfer.load(assignment.transfer_path)
+        private, tests, shared = load_private(arguments, bundle, transfer)
+        if shared:
+            output("warning", message=f"{shared} samples of --data or --test are in the task's transfer set, too, and "
+                   "are left out: what is private stays apart from what is shared")  # fmt: skip
         device = Device(
             name=identity["device"],
             coordinator=coordinator,
@@ -252,8 +256,11 @@ def conditions_from(arguments: argparse.Namespace) -> Conditions | None:
     )
 
 
-def load_private(arguments: argparse.Namespace, bundle: Bundle) -> tuple[Dataset, dict[str, Dataset]]:
-    """This device's training samples, and its tests `t_priv` and `t_uni`. Errors: UsageError, DataError."""
+def load_private(
+    arguments: argparse.Namespace, bundle: Bundle, transfer: Transfer | None
+) -> tuple[Dataset, dict[str, Dataset], int]:
+    """This device's training samples, its tests `t_priv` and `t_uni`, and how many samples were left out of both because
+    the transfer set holds them. Errors: UsageError, DataError."""
     how = (bundle.input, bundle.classes, arguments.resize, bundle.more_inputs)
     splits = load_splits(arguments.data, *how)
     private = splits.train
@@ -262,6 +269,7 @@ def load_private(arguments: argparse.Namespace, bundle: Bundle) -> tuple[Dataset
             f"{arguments.data} has {len(private.class_names)} classes, the task has {bundle.classes}",
             "labels count the classes in order: make a folder for each of the task's, empty where you have none",
         )
+    private, shared = _apart(private, transfer, arguments.data)
     number = 1
     if arguments.share is not None:
         number, devices = parse_share(arguments.share)
@@ -271,14 +279,28 @@ def load_private(arguments: argparse.Namespace, bundle: Bundle) -> tuple[Dataset
     if arguments.test is not None:
         held_out = load_splits(arguments.test, *how).choose(None)
     if held_out is not None:
+        held_out, tested = _apart(held_out, transfer, arguments.test or arguments.data)
+        shared += tested
         t_priv, t_uni = draw_tests(private.labels, held_out.labels, arguments.seed, device=number - 1)
-        return private, {"t_priv": held_out.select(t_priv), "t_uni": held_out.select(t_uni)}
+        return private, {"t_priv": held_out.select(t_priv), "t_uni": held_out.select(t_uni)}, shared
     try:
         # one device gets all that is not held out, so gamma says nothing here
         own = deal(private, 1, 1.0, arguments.seed)[0]
     except DataError:  # too few samples to hold any out
-        return private, {}
-    return own.train, {"t_priv": own.t_priv, "t_uni": own.t_uni}
+        return private, {}, shared
+    return own.train, {"t_priv": own.t_priv, "t_uni": own.t_uni}, shared
+
+
+def _apart(dataset: Dataset, transfer: Transfer | None, source: str) -> tuple[Dataset, int]:
+    """The samples that are not in the transfer set, and how many are. Errors: DataError where none is left."""
+    if transfer is None:
+        return dataset, 0
+    kept, lost = without(dataset, transfer.images)
+    if len(kept) == 0:
+        raise DataError(
+            f"{source}: every sample is in the task's transfer set, too", "give samples that nobody else has"
+        )
+    return kept, lost
 
 
 def open_task_engine(bundle: Bundle, name: str | None, threads: int) -> Engine:
