@@ -88,7 +88,7 @@ $(ORT_VENV)/.stamp: constraints-ort-training.txt | check-machine
 	touch $@
 
 demo: setup
-	$(PY) -m edgestill.benchmarks.demo
+	$(PY) -m edgestill.simulation.demo
 
 lint: $(STAMPS)/packages
 	$(PY) -m ruff check .

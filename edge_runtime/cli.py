@@ -29,9 +29,9 @@ COMMANDS = {
     "task": ("edgestill.coordinator.commands.task", "create, list and show tasks", "coordinator"),
     "enrol": ("edgestill.coordinator.commands.enrol", "print codes for devices to join a task", "coordinator"),
     "join": ("edgestill.runtime.commands.join", "take part in a task as a device", "device"),
-    "simulate": ("edgestill.benchmarks.simulate", "a federation of virtual devices", "coordinator"),
-    "reproduce": ("edgestill.benchmarks.reproduce", "repeat the experiments on real images", "coordinator"),
-    "bench": ("edgestill.benchmarks.cli", "measure engines side by side", "export"),
+    "simulate": ("edgestill.simulation.simulate", "a federation of virtual devices", "coordinator"),
+    "reproduce": ("edgestill.benchmarks.reproduce", "repeat the experiments (in a checkout)", "coordinator"),
+    "bench": ("edgestill.benchmarks.cli", "measure engines side by side (in a checkout)", "export"),
     "completion": ("edgestill.runtime.commands.completion", "print a script for a shell", "completion"),
 }
 """A subcommand's module, what it is for, and the extra of the package with what it needs."""
@@ -112,6 +112,11 @@ def _add_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def _missing_package(command: str, error: ModuleNotFoundError) -> EdgestillError:
+    if f"{error.name}.".startswith("edgestill.benchmarks."):
+        return EdgestillError(
+            f"`edgestill {command}` is not in the installed package: it runs in a checkout of edgestill",
+            f"in the checkout: make setup && .venv/bin/edgestill {command} --help",
+        )
     return EdgestillError(
         f"`edgestill {command}` needs the Python package {error.name!r}, which is not installed here",
         f"pip install 'edgestill[{_extra_with(error.name or '', COMMANDS[command][2])}]'",
