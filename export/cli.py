@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from contextlib import redirect_stdout
@@ -65,8 +66,8 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
     p.add_argument("--nesterov", action="store_true", help="Nesterov momentum (sgd)")
     add("--freeze", "do not train this module, or its first N blocks (perception, perception:2); repeatable",
         "MODULE[:N]", action="append")  # fmt: skip
-    p.add_argument("--common-head", action="store_true", help="for a federation: the one output layer that all students "
-                   "of so many classes and latents share, orthogonal and frozen")  # fmt: skip
+    p.add_argument("--common-head", action="store_true", help="for a federation: the one output layer that all "
+                   "students of so many classes and latents share, orthogonal and frozen")  # fmt: skip
     add("--seed", "of the initial weights (%(default)s)", "N", int, default=0)
     p.add_argument("--overwrite", action="store_true", help="replace a bundle that is there already")
     add_json_option(p, "one JSON object")
@@ -83,7 +84,7 @@ def run_export(args: argparse.Namespace) -> int:
         seconds = round(time.monotonic() - start, 2)
         print(json.dumps({"bundle": str(path), "engines": list(options.engines), "seconds": seconds}))
     else:
-        print(f"next: edgestill verify {path}", file=sys.stderr)
+        print(f"next: `edgestill verify {shlex.quote(str(path))}`", file=sys.stderr)
     return 0
 
 

@@ -132,7 +132,8 @@ class Task:
         if self.mode == "global" and self.exchange == "latents" and deaf:
             found.append(
                 "the global student cannot classify: latents without labels do not train its output layer; export "
-                "students with --common-head, or take --exchange both, or a labelled transfer set (--transfer-labels) with --distil-alpha below 1"
+                "students with --common-head, or take --exchange both, or a labelled transfer set (--transfer-labels) "
+                "with --distil-alpha below 1"
             )
         return found
 

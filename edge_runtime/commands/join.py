@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from shlex import quote
 
 from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.commands.events import EventOutput
@@ -259,8 +260,8 @@ def conditions_from(arguments: argparse.Namespace) -> Conditions | None:
 def load_private(
     arguments: argparse.Namespace, bundle: Bundle, transfer: Transfer | None
 ) -> tuple[Dataset, dict[str, Dataset], int]:
-    """This device's training samples, its tests `t_priv` and `t_uni`, and how many samples were left out of both because
-    the transfer set holds them. Errors: UsageError, DataError."""
+    """This device's training samples, its tests `t_priv` and `t_uni`, and how many samples were left out of both
+    because the transfer set holds them. Errors: UsageError, DataError."""
     how = (bundle.input, bundle.classes, arguments.resize, bundle.more_inputs)
     splits = load_splits(arguments.data, *how)
     private = splits.train
@@ -364,6 +365,7 @@ def _address(arguments: argparse.Namespace, known: str | None, output: EventOutp
         # an announcement proves nothing, and whoever gets the token is this device from then on
         raise UsageError(
             f"{found.name} announced {found.url}; this device is enrolled at {known}",
-            f"if the coordinator has moved there, say so: edgestill join {found.url}",
+            f"if the coordinator has moved there, say so: `edgestill join {found.url} --data {quote(arguments.data)} "
+            f"--work-dir {quote(str(arguments.work_dir))}`",
         )
     return found.url

@@ -88,7 +88,7 @@ class SimulationSettings:
     transfer: str = TRANSFER
     transfer_count: int = 600
     transfer_labels: bool | None = None
-    """Whether the coordinator knows the classes of the transfer set, which devices never do; None: of the shipped one."""
+    """Whether the coordinator knows the classes of the transfer set, which devices never do; None: of the shipped."""
     validation: str | None = None
     """What the best round is chosen by; None: the shipped transfer set's own, "" nothing."""
     test_samples: int = 200
