@@ -22,12 +22,13 @@ PLATFORMS := $(foreach libc,manylinux_2_17 musllinux_1_1,$(addprefix $(libc)_,x8
 QUICK_OUTPUT := build/reproduce-quick
 EXPERIMENTS := methods heterogeneity scarcity latent-size federation poisoning privacy
 
-.PHONY: help setup check-machine demo test test-tiny test-unit test-contract test-long lint bench networks wheels \
+.PHONY: help setup check-machine demo demo-seeds test test-tiny test-unit test-contract test-long lint bench networks wheels \
   digests fuzz reproduce-quick results performance clean
 
 help:
 	@echo 'make setup      creates $(VENV) and $(ORT_VENV) with pinned packages, builds the native runner'
 	@echo 'make demo       sets up and runs the main job'
+	@echo 'make demo-seeds its federation for ten seeds, with and without transfer labels; goes on where it stopped'
 	@echo 'make test       lint and all tests under 15 minutes; also test-tiny, test-unit, test-contract, test-long'
 	@echo 'make lint       ruff'
 	@echo 'make bench      measures the training step on every engine; writes benchmarks/results/'
@@ -89,6 +90,10 @@ $(ORT_VENV)/.stamp: constraints-ort-training.txt | check-machine
 
 demo: setup
 	$(PY) -m edgestill.simulation.demo
+
+# About an hour; a line a run in benchmarks/results/demo-seeds.jsonl, of which the demo shows those of its seed.
+demo-seeds: setup
+	$(PY) -m edgestill.benchmarks.demo_seeds
 
 lint: $(STAMPS)/packages
 	$(PY) -m ruff check .

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from edgestill.benchmarks.machine import commit_record, machine_record, now
+from edgestill.runtime.console import align
 from edgestill.simulation.federation import Federation
 from edgestill.simulation.pool import open_pool
 from edgestill.simulation.seeds import (
     EPOCHS,
+    EXPLAINED,
     RECORDS,
     RUNS,
     SEEDS,
@@ -28,9 +30,9 @@ from edgestill.simulation.seeds import (
     WANTED,
     of_seed,
     read_records,
+    rows_of_seeds,
     settings_of,
     shortfalls,
-    table,
 )
 from edgestill.simulation.students import default_cache, prepare_students
 
@@ -105,7 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seeds = range(given.first, given.first + given.seeds)
         run_missing(seeds, given.records, given.cache or default_cache(), _tell)
     records = read_records(given.records)
-    print(table(records))
+    print(align(rows_of_seeds(records)))
+    print(EXPLAINED)
     missed = shortfalls(records)
     for sentence in missed:
         print(f"demo-seeds: {sentence}", file=sys.stderr)

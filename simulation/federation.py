@@ -89,7 +89,8 @@ class Federation:
         self._states = work_dir / "devices"
         self._states.mkdir(parents=True, exist_ok=True)
         self._shared: dict[str, SharedFile] = {}
-        self._devices = [self._enrol(index) for index in range(settings.devices)]
+        codes = [self.service.issue_code(TASK) for _ in range(settings.devices)]
+        self._devices = self._enrol_all(codes)
         self._assignments = [self.service.assignment(device) for device in self._devices]
 
     def run_round(self, number: int, pool: Pool) -> dict[str, Any]:
@@ -137,7 +138,10 @@ class Federation:
             counts[refusal.kind] = counts.get(refusal.kind, 0) + refusal.count
         return dict(sorted(counts.items()))
 
-    def _enrol(self, index: int) -> DeviceRecord:
+    def _enrol_all(self, codes: Sequence[str]) -> list[DeviceRecord]:
+        return [self._enrol(index, code) for index, code in enumerate(codes)]
+
+    def _enrol(self, index: int, code: str) -> DeviceRecord:
         students = sorted(self.task.students, key=lambda entry: entry.memory_bytes)
         entry = students[index % len(students)]
         info = {
@@ -148,7 +152,7 @@ class Federation:
             "processor": "simulated",
             "version": "simulation",
         }
-        enrolled = self.service.enrol(self.service.issue_code(TASK), info)
+        enrolled = self.service.enrol(code, info)
         return self.service.authenticate(enrolled["token"])
 
     def _select(self, number: int) -> list[tuple[Turn, dict[str, Any]]]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from edgestill.runtime.console import align
 from edgestill.simulation.settings import TRANSFER, SimulationSettings
 
 STUDENTS = ("cnn3", "cnn4", "cnn5")
@@ -81,20 +80,28 @@ def shortfalls(records: Sequence[Mapping[str, Any]]) -> list[str]:
     return found
 
 
-def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """A row a seed, and the mean: points over devices alone, T_priv / T_uni."""
+def rows_of_seeds(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """A heading, a row a seed, and the mean: points over devices alone, T_priv / T_uni; nothing without records."""
     pairs = [(run, baseline) for run in RUNS for baseline in (EPOCHS, STEPS)]
     columns = [gains(records, *pair) for pair in pairs]
-    rows: list[tuple[str, ...]] = [("seed", *(f"{run} − {baseline}" for run, baseline in pairs))]
+    seeds = sorted({seed for column in columns for seed in column})
+    if not seeds:
+        return []
 
     def cell(gain: Mapping[str, float] | None) -> str:
         return "–" if gain is None else f"{gain['t_priv']:+.1f} / {gain['t_uni']:+.1f}"
 
-    for seed in sorted({record["seed"] for record in records}):
-        rows.append((str(seed), *(cell(column.get(seed)) for column in columns)))
-    means = [
+    heads = ("labels − epochs", "labels − steps", "no labels − epochs", "no labels − steps")
+    rows: list[tuple[str, ...]] = [("seed", *heads)]
+    rows += [(str(seed), *(cell(column.get(seed)) for column in columns)) for seed in seeds]
+    means = (
         {name: fmean(gain[name] for gain in column.values()) for name in WANTED} if column else None
         for column in columns
-    ]
-    rows.append(("mean", *map(cell, means)))
-    return align(rows)
+    )
+    return [*rows, ("mean", *map(cell, means))]
+
+
+EXPLAINED = (
+    "Points T_priv / T_uni of four devices together over each alone, in their mean: with the transfer images' classes "
+    "known to the coordinator, and without; alone for as many epochs, and for as many steps."
+)

@@ -7,6 +7,7 @@ import json
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,15 @@ from edgestill.coordinator.service import Service
 from edgestill.coordinator.settings import STORE_SETTINGS, add_flags, place_words, settings_from
 from edgestill.coordinator.store.overview import RoundOverview
 from edgestill.coordinator.store.records import DeviceRecord, TaskRecord
-from edgestill.coordinator.task.creation import SOURCES, make_task
+from edgestill.coordinator.task.creation import (
+    AUGMENT,
+    DISTIL,
+    DISTIL_RATE,
+    LOCAL,
+    ROUNDS,
+    SOURCES,
+    make_task,
+)
 from edgestill.coordinator.task.task import EXCHANGES, MODES, PRECISIONS, RULES, TASK_NAME, Task, clip_value
 from edgestill.runtime.console import add_json_option
 from edgestill.runtime.errors import BundleError, DataError, UsageError
@@ -27,6 +36,8 @@ from edgestill.runtime.training.hyperparameters import (
     HYPERPARAMETERS,
     TRANSFER_FRACTION,
 )
+
+DEFAULTS = {"local": LOCAL, "distil": DISTIL}
 
 
 class _Option(NamedTuple):
@@ -46,9 +57,14 @@ def _clip(text: str) -> float | str:
 
 def _training_options(part: str, whose: str, prefix: str = "") -> dict[str, _Option]:
     """Options for what a task says of a training, with the defaults of the one table."""
-    found = {f"{part}-epochs": _Option(f"{part}.epochs", int, f"{whose}: {EPOCHS.help}")}
+    epochs = replace(EPOCHS, default=DEFAULTS[part]["epochs"])
+    found = {f"{part}-epochs": _Option(f"{part}.epochs", int, f"{whose}: {epochs.help}")}
     for name, row in HYPERPARAMETERS.items():
         kind = int if row.whole else float
+        if name in DEFAULTS[part]:
+            row = replace(row, default=DEFAULTS[part][name])
+        if part == "distil" and name == "learning_rate":
+            row = replace(row, instead={**row.instead, **DISTIL_RATE})
         found[prefix + name.replace("_", "-")] = _Option(f"{part}.{name}", kind, f"{whose}: {row.help}")
     return found
 
@@ -66,7 +82,7 @@ OPTIONS: dict[str, _Option] = {
     "exchange": _Option("exchange", EXCHANGES, "what devices upload (latents)"),
     "mode": _Option("mode", MODES, "default: global with --global-bundle, else consensus"),
     "precision": _Option("precision", PRECISIONS, "of what is exchanged (fp16; parameters: fp32)"),
-    "rounds": _Option("rounds", int, "how many rounds (10)"),
+    "rounds": _Option("rounds", int, f"how many rounds ({ROUNDS})"),
     "goal": _Option("goal", int, "accepted uploads that end a round's collection (2)"),
     "over-selection": _Option("over_selection", float, "devices selected for each that is needed (1.3)"),
     "minimum": _Option("minimum", int, "accepted uploads that are enough at the deadline (half of the goal)"),
@@ -77,13 +93,16 @@ OPTIONS: dict[str, _Option] = {
     "byzantine": _Option("aggregation.byzantine", float, "krum: share of hostile devices to stand (0.2)"),
     **_training_options("local", "of devices"),
     "transfer-fraction": _Option("local.transfer_fraction", float, TRANSFER_FRACTION.help),
-    "augment": _Option("local.augment", str, "augmentations of private samples, separated by commas"),
+    "augment": _Option("local.augment", str, f"augmentations of private samples ({AUGMENT}, of images)"),
     "checkpoint-every": _Option("local.checkpoint_every", int, CHECKPOINT_EVERY.help),
     **_training_options("distil", "of step 5", "distil-"),
     "distil-deadline": _Option("distil.deadline_s", float, "seconds for step 5 (600)"),
 }  # fmt: skip
 _SWITCHES = {
-    "transfer-labels": _Option("transfer_labels", bool, "publish the transfer set's labels, too"),
+    "transfer-labels": _Option(
+        "transfer_labels", bool, "step 5 learns the transfer set's classes, which no device gets to know"
+    ),
+    "common-head": _Option("common_head", bool, "refuse students that were exported without --common-head"),
     "align": _Option("aggregation.align", bool, "rotate each device's latents to the global ones first"),
     "screen": _Option("aggregation.screen", bool, "leave out uploads that disagree with the others"),
 }

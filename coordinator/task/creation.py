@@ -261,17 +261,11 @@ def _check_heads(bundles: Sequence[Bundle], drafted: Task, wanted: bool | None, 
             f"the task wants the common head, and {_named(own)} has an output layer of its own",
             "export it again with --common-head, or leave --common-head out here",
         )
-    if own and drafted.exchange != "parameters" and wanted is None:
-        if len(own) < len(bundles):
-            warn(
-                f"heads are mixed: {_named(own)} has an output layer of its own, the others have the common head; a "
-                "latent of the one means nothing to the other; export all with --common-head"
-            )
-        elif len(bundles) > 1:
-            warn(
-                "every student has an output layer of its own, so a latent means something else on each device; "
-                "students exported with --common-head learn more from each other"
-            )
+    if 0 < len(own) < len(bundles) and drafted.exchange != "parameters" and wanted is None:
+        warn(
+            f"heads are mixed: {_named(own)} has an output layer of its own, the others have the common head; a latent "
+            "of the one means nothing to the other; export all with --common-head"
+        )
     return not own
 
 
