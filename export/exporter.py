@@ -53,7 +53,6 @@ class ExportOptions:
     """A built-in student or `package.module:factory` by name; or a module with its weights, which stays as it is."""
     latent_size: int | None = 128  # None: what the student has, as of classes
     classes: int | None = 10
-    class_names: tuple[str, ...] = ()
     batch: int = 32
     widths: tuple[int, ...] | None = None
     normalization: str = "batch"
@@ -65,6 +64,7 @@ class ExportOptions:
     freeze: tuple[str, ...] = ()
     engines: tuple[str, ...] = ("native", "onnxruntime", "executorch")
     seed: int = 0
+    class_names: tuple[str, ...] = ()
 
     @property
     def student_name(self) -> str:
