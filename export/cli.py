@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from contextlib import redirect_stdout
@@ -83,7 +84,7 @@ def run_export(args: argparse.Namespace) -> int:
         seconds = round(time.monotonic() - start, 2)
         print(json.dumps({"bundle": str(path), "engines": list(options.engines), "seconds": seconds}))
     else:
-        print(f"next: edgestill verify {path}", file=sys.stderr)
+        print(f"next: `edgestill verify {shlex.quote(str(path))}`", file=sys.stderr)
     return 0
 
 

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edgestill.coordinator.opening import check_shared, open_existing, open_service
+from edgestill.coordinator.opening import check_shared, open_existing, open_service, task_creation
 from edgestill.coordinator.rounds.round import COMPLETED
 from edgestill.coordinator.service import Service
-from edgestill.coordinator.settings import STORE_SETTINGS, add_flags, settings_from
+from edgestill.coordinator.settings import STORE_SETTINGS, add_flags, place_words, settings_from
 from edgestill.coordinator.store.overview import RoundOverview
 from edgestill.coordinator.store.records import DeviceRecord, TaskRecord
 from edgestill.coordinator.task.creation import SOURCES, make_task
@@ -145,8 +145,12 @@ def run_create(arguments: argparse.Namespace) -> int:
         print(json.dumps(task.as_json()))
     else:
         print(_in_words(task))
-        where = f" --data-dir {arguments.data_dir}" if arguments.data_dir else ""
-        print(f"edgestill: next: edgestill enrol{where} --task {task.name}", file=sys.stderr)
+        place = place_words(vars(arguments))
+        print(
+            f"edgestill: next: `edgestill enrol --task {task.name}{place}` for each device, "
+            f"and `edgestill serve{place}`",
+            file=sys.stderr,
+        )
     return 0
 
 
@@ -171,14 +175,17 @@ def run_list(arguments: argparse.Namespace) -> int:
                 f"{row['devices']} devices{'  stopped' if row['stopped'] else '  finished' if row['finished'] else ''}"
             )
     else:
-        print("edgestill: no task yet; make one with `edgestill task create`", file=sys.stderr)
+        print(
+            f"edgestill: no task yet; make one with {task_creation(place_words(vars(arguments)))}",
+            file=sys.stderr,
+        )
     return 0
 
 
 def run_show(arguments: argparse.Namespace) -> int:
     """The task, its rounds, its devices and what was refused."""
     service = open_existing(settings_from(arguments))
-    record = _find(service, arguments.name)
+    record = _find(service, arguments)
     task, name = record.task, record.name
     rounds, devices = service.rounds(name), service.devices(name)
     if arguments.json:
@@ -207,7 +214,7 @@ def run_show(arguments: argparse.Namespace) -> int:
 def run_stop(arguments: argparse.Namespace) -> int:
     """Ends the task; one that has ended stays as it is."""
     service = open_existing(settings_from(arguments))
-    record = _find(service, arguments.name)
+    record = _find(service, arguments)
     stopped = service.stop_task(record.name)
     if arguments.json:
         print(json.dumps({"name": record.name, "stopped": stopped or record.stopped_s is not None}))
@@ -218,14 +225,14 @@ def run_stop(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _find(service: Service, name: str) -> TaskRecord:
+def _find(service: Service, arguments: argparse.Namespace) -> TaskRecord:
     """Errors: UsageError with the names that there are."""
     records = {record.name: record for record in service.tasks()}
-    if name not in records:
-        raise UsageError(
-            f"no task {name!r}", f"there are: {', '.join(records) or 'none'}; edgestill task list"
-        )
-    return records[name]
+    if arguments.name not in records:
+        creation = task_creation(place_words(vars(arguments)))
+        hint = f"there are: {', '.join(records)}" if records else f"there is none yet: {creation}"
+        raise UsageError(f"no task {arguments.name!r}", hint)
+    return records[arguments.name]
 
 
 def describe(arguments: argparse.Namespace) -> dict[str, Any]:

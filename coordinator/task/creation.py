@@ -169,7 +169,10 @@ def _paths(description: Mapping[str, Any]) -> list[Path]:
     if isinstance(bundles, str):
         raise UsageError(f"bundles is {bundles!r}, no list", f'write bundles = ["{bundles}"]')
     if not isinstance(bundles, Sequence) or not bundles:
-        raise UsageError("no bundle is given", "make one with `edgestill export` and name it with --bundle")
+        raise UsageError(
+            "no bundle is given",
+            "make one with `edgestill export --student NAME --output DIR` and name it with --bundle",
+        )
     return [_path(bundle, "bundles") for bundle in bundles]
 
 

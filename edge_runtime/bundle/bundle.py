@@ -59,7 +59,9 @@ class Bundle:
         if source.is_dir():
             return cls(source, _check_folder(source), source)
         if not source.exists():
-            raise UsageError(f"{source}: no such bundle", "make one with `edgestill export --output DIR`")
+            raise UsageError(
+                f"{source}: no such bundle", "make one with `edgestill export --student NAME --output DIR`"
+            )
         import tempfile  # imported, like zipfile, when first needed: they delay the start
 
         temporary = tempfile.TemporaryDirectory(prefix="edgestill-bundle-")

@@ -145,7 +145,7 @@ def describe(report: dict[str, Any]) -> str:
         f"objective   {objective}, optimizer {report['optimizer']['name']}{nesterov}{clips}",
         f"frozen      {', '.join(report['freeze']) or 'nothing'}",
         f"a step      {f'{flops / 1e9:.3g} GFLOP' if flops else 'FLOP not counted'}",
-        f"training    {_megabytes(report['training_memory_bytes'])} by plan: what `edgestill join --memory` must allow",
+        f"training    {_megabytes(report['training_memory_bytes'])} by plan: what --memory of join must allow",
         f"bundle      {_megabytes(report['size_bytes'])} in {len(report['files'])} files, "
         f"by edgestill {report['edgestill_version']}",
         "",

@@ -133,7 +133,7 @@ def test_names_that_are_not_there(place: Path, capsys: pytest.CaptureFixture[str
     assert main(CREATE) == 0
     assert main(CREATE) == 2 and "already" in capsys.readouterr().err
     assert main(["task", "show", "crows", "--data-dir", "fed"]) == 2
-    assert "edgestill task list" in capsys.readouterr().err
+    assert "there are: birds" in capsys.readouterr().err
     assert main(["enrol", "--task", "crows", "--data-dir", "fed"]) == 2
     assert "crows" in (error := capsys.readouterr().err) and "hint:" in error
     for words in (["--count", "0"], ["--hours", "nan"], ["--hours", "0"]):

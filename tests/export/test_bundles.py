@@ -242,7 +242,7 @@ def test_export_prints_one_object_or_what_to_do_next(
     assert "lowering the training step for onnxruntime" in err
     assert main([*COMMAND, "--engines", "onnxruntime", "--output", str(output), "--overwrite"]) == 0
     out, err = capsys.readouterr()
-    assert out == "" and f"next: edgestill verify {output}" in err
+    assert out == "" and f"next: `edgestill verify {output}`" in err
 
 
 @pytest.mark.parametrize(

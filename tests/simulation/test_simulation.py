@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgestill.benchmarks.simulation.federation import Federation
-from edgestill.benchmarks.simulation.pool import LocalFile, _Here
-from edgestill.benchmarks.simulation.settings import SimulationSettings
 from edgestill.coordinator.problems import Problem
 from edgestill.coordinator.service import Service
 from edgestill.coordinator.store.blobs import FileBlobs
 from edgestill.runtime.cli import main
 from edgestill.runtime.device.outputs import unpack
+from edgestill.simulation.federation import Federation
+from edgestill.simulation.pool import LocalFile, _Here
+from edgestill.simulation.settings import SimulationSettings
 from tests.support.handmade_bundle import CHANNELS, CLASSES, LATENT, SIZE, write_handmade_bundle
 
 pytestmark = pytest.mark.simulation

@@ -16,8 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from edgestill.benchmarks.simulation.attack import spoil
-from edgestill.benchmarks.simulation.pool import SharedFile
 from edgestill.runtime.bundle import wire
 from edgestill.runtime.bundle.bundle import Bundle, InputSpec
 from edgestill.runtime.data.dataset import load_splits
@@ -30,6 +28,8 @@ from edgestill.runtime.device.local_settings import LocalSettings
 from edgestill.runtime.device.local_training import Transfer, train_locally
 from edgestill.runtime.device.outputs import pack, unpack
 from edgestill.runtime.engines.registry import Engine, open_engine
+from edgestill.simulation.attack import spoil
+from edgestill.simulation.pool import SharedFile
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from edgestill.benchmarks.simulation.settings import Poison, SimulationSettings
 from edgestill.coordinator.task.task import EXCHANGES, MODES, RULES, clip_value
 from edgestill.runtime.bundle.manifest import OBJECTIVES
 from edgestill.runtime.console import add_json_option
 from edgestill.runtime.errors import UsageError
 from edgestill.runtime.training.hyperparameters import HYPERPARAMETERS
+from edgestill.simulation.settings import Poison, SimulationSettings
 
 
 def add_parser(subparsers: Any) -> None:
@@ -106,8 +106,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Simulates and reports; 0 when at least one round was completed, else 1. Errors: EdgestillError."""
-    from edgestill.benchmarks.simulation.run import simulate
-    from edgestill.benchmarks.simulation.students import default_cache
+    from edgestill.simulation.run import simulate
+    from edgestill.simulation.students import default_cache
 
     settings = settings_from(arguments)
     plot = _plot_path(arguments)
@@ -135,7 +135,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         print(describe_summary(summary))
     if plot is not None:
-        from edgestill.benchmarks.simulation.plots import plot_simulation
+        from edgestill.simulation.plots import plot_simulation
 
         plot_simulation(lines, plot)
         _tell(f"wrote {plot}")
@@ -162,7 +162,7 @@ def describe_round(line: dict[str, Any]) -> str:
 
 def describe_summary(summary: dict[str, Any]) -> str:
     """The summary as a small table for people."""
-    from edgestill.benchmarks.report import align
+    from edgestill.runtime.console import align
 
     def share(value: float | None) -> str:
         return "–" if value is None else f"{value:.1%}"
