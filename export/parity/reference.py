@@ -178,7 +178,8 @@ class ReferenceStep:
                 slots["step"] = torch.tensor(float(count))
             self.corrections = [torch.tensor([1 - b ** (count + 1)], dtype=self.dtype) for b in betas]
         if self.bundle.optimizer.clips:
-            torch.nn.utils.clip_grad_norm_([p for p in self.parameters.values() if p.requires_grad], numbers["clip_norm"])
+            trained = [p for p in self.parameters.values() if p.requires_grad]
+            torch.nn.utils.clip_grad_norm_(trained, numbers["clip_norm"])
         self.optimizer.step()
 
     def _slots(self) -> list[tuple[dict, str, str]]:
