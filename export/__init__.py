@@ -44,6 +44,7 @@ class _Export(ModuleType):
         teacher_latent_size: int | None = None,
         optimizer: str = "sgd",
         nesterov: bool = False,
+        clip_gradients: bool = False,
         freeze: tuple[str, ...] = (),
         engines: tuple[str, ...] = ("native", "onnxruntime", "executorch"),
         seed: int = 0,

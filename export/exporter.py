@@ -110,7 +110,7 @@ def options_of(given: Mapping[str, Any]) -> ExportOptions:
         options,
         input=sample,
         objective=filled(Objective(), "kd_loss", *CRD_SIZES, name="objective"),
-        optimizer=filled(Optimizer(), "nesterov", name="optimizer"),
+        optimizer=filled(Optimizer(), "nesterov", clips="clip_gradients", name="optimizer"),
     )
 
 
@@ -345,7 +345,7 @@ def _manifest(options: ExportOptions, spec: StepSpec, graphs: dict) -> dict:
         "input": first,
         "more_inputs": more,
         "objective": {k: v for k, v in asdict(spec.objective).items() if k == "kd_loss" or v is not None},
-        "optimizer": asdict(options.optimizer),
+        "optimizer": {k: v for k, v in asdict(options.optimizer).items() if k != "clips" or v},
         "freeze": list(options.freeze),
         "flops_per_step": count_flops(build_train_step(spec)),
         "state": {"file": "state.safetensors", "tensors": _entries(spec.state_specs())},

@@ -143,10 +143,14 @@ class Objective:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """`sgd` (momentum, Nesterov, weight decay) or `adamw` (Loshchilov and Hutter 2019)."""
+    """`sgd` (momentum, Nesterov, weight decay) or `adamw` (Loshchilov and Hutter 2019).
+
+    `clips`: whether the step clips the gradients by their global norm, to its input `clip_norm`.
+    """
 
     name: str = "sgd"
     nesterov: bool = False
+    clips: bool = False
 
 
 @dataclass(frozen=True)
@@ -216,7 +220,8 @@ def parse_manifest(text: bytes) -> Manifest:
             *(objective.optional_size(key) for key in ("negatives", "features", "teacher_latent_size")),
         ),
         optimizer=Optimizer(
-            optimizer.get("name").one_of(OPTIMIZERS), optimizer.get("nesterov", False).expect(bool)
+            optimizer.get("name").one_of(OPTIMIZERS),
+            *(optimizer.get(key, False).expect(bool) for key in ("nesterov", "clips")),
         ),
         freeze=tuple(entry.text() for entry in root.get("freeze", []).items()),
         flops_per_step=root.optional_size("flops_per_step"),
