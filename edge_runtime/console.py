@@ -73,6 +73,16 @@ def about(seconds: float) -> str:
     return f"about {minutes / 1440:.1f} days"
 
 
+def add_image_options(parser: argparse._ActionsContainer) -> None:
+    """Adds `--resize` and `--skip-broken`."""
+    parser.add_argument("--resize", action="store_true", help="scale images of another size")
+    parser.add_argument(
+        "--skip-broken",
+        action="store_true",
+        help="leave out images that cannot be read; they are counted and named",
+    )
+
+
 def count(text: str) -> int:
     """An option's value of 1 or more, as `type` of an argument. Errors: ArgumentTypeError."""
     if not text.isdecimal() or int(text) < 1:

@@ -122,7 +122,8 @@ def test_in_a_browser_pages_fit_read_well_and_follow_changes(tmp_path):
         assert browser.evaluate("document.querySelector('#curves details').open")
         assert browser.evaluate("document.querySelectorAll('#rounds tbody tr').length") == 6
         assert browser.evaluate("document.querySelector('[data-deadline]').textContent").endswith("left")
-        seen = browser.evaluate("[...document.querySelectorAll('#devices td[data-label=\"Last seen\"] time')].map((e) => e.textContent)")
+        last_seen = "#devices td[data-label='Last seen'] time"
+        seen = browser.evaluate(f'[...document.querySelectorAll("{last_seen}")].map((e) => e.textContent)')
         assert seen[2:] == ["11 min ago", "2 h ago", "2 d ago"]  # the script's words are the server's
         assert browser.messages == []
 
