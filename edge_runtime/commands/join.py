@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.commands.events import EventOutput
-from edgestill.runtime.console import add_json_option
-from edgestill.runtime.data.dataset import Dataset, load_splits
+from edgestill.runtime.console import add_image_options, add_json_option
+from edgestill.runtime.data.classes import KnownClasses, first_known
+from edgestill.runtime.data.dataset import Dataset, Splits, load_splits
 from edgestill.runtime.data.disjoint import without
+from edgestill.runtime.data.notice import Notice, Tell
 from edgestill.runtime.data.shares import deal, draw_tests, parse_share, share_of
 from edgestill.runtime.device.address import check_url
 from edgestill.runtime.device.assignment import fetch_assignment
@@ -33,6 +36,7 @@ from edgestill.runtime.engines.registry import (
 )
 from edgestill.runtime.errors import DataError, EngineError, Interrupted, UsageError
 from edgestill.runtime.machine import peak_rss_bytes
+from edgestill.runtime.training.checkpoint import classes_of
 
 _MEGABYTE = 10**6
 
@@ -74,7 +78,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="NAME_OR_PATH",
         help="cifar10-mini, a CIFAR archive, an .npz, or a folder of images a class",
     )
-    data.add_argument("--resize", action="store_true", help="scale images of another size")
+    add_image_options(data)
     data.add_argument(
         "--share", metavar="K/N", help="only device K's Dirichlet share of the data among N devices"
     )
@@ -96,6 +100,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=float,
         metavar="MB",
         help="what training may take; decides the student (default: all)",
+    )
+    training.add_argument(
+        "--compare-alone",
+        action="store_true",
+        help="also train a copy on this device's data alone, and tell both accuracies: twice the work",
     )
     training.add_argument("--precision", choices=PRECISIONS, help="of uploads; default: the task's")
 
@@ -175,11 +184,11 @@ def run(arguments: argparse.Namespace) -> int:
         bundle = stack.enter_context(Bundle.open(assignment.bundle_path))
         engine = open_task_engine(bundle, arguments.engine, arguments.threads)
         stack.callback(engine.close)
+        known = known_classes(assignment.task, bundle)
         transfer = None if assignment.transfer_path is None else Transfer.load(assignment.transfer_path)
-        private, tests, shared = load_private(arguments, bundle, transfer)
-        if shared:
-            output("warning", message=f"{shared} samples of --data or --test are in the task's transfer set, too, and "
-                   "are left out: what is private stays apart from what is shared")  # fmt: skip
+        private, tests = load_private(
+            arguments, bundle, known, lambda notice: output("notice", **notice.as_json()), transfer
+        )
         device = Device(
             name=identity["device"],
             coordinator=coordinator,
@@ -240,7 +249,12 @@ def options_from(arguments: argparse.Namespace) -> Options:
     if arguments.gamma is not None and arguments.share is None:
         raise UsageError("--gamma without --share", "give --share K/N, too")
     counts = arguments.share_class_counts
-    return Options(arguments.precision, privacy, privacy is None if counts is None else counts)
+    return Options(
+        arguments.precision,
+        privacy,
+        privacy is None if counts is None else counts,
+        compare_alone=arguments.compare_alone,
+    )
 
 
 def conditions_from(arguments: argparse.Namespace) -> Conditions | None:
@@ -258,19 +272,45 @@ def conditions_from(arguments: argparse.Namespace) -> Conditions | None:
 
 
 def load_private(
-    arguments: argparse.Namespace, bundle: Bundle, transfer: Transfer | None
-) -> tuple[Dataset, dict[str, Dataset], int]:
-    """This device's training samples, its tests `t_priv` and `t_uni`, and how many samples were left out of both
-    because the transfer set holds them. Errors: UsageError, DataError."""
-    how = (bundle.input, bundle.classes, arguments.resize, bundle.more_inputs)
-    splits = load_splits(arguments.data, *how)
+    arguments: argparse.Namespace,
+    bundle: Bundle,
+    known: KnownClasses | None,
+    tell: Tell,
+    transfer: Transfer | None = None,
+) -> tuple[Dataset, dict[str, Dataset]]:
+    """This device's training samples, and its tests `t_priv` and `t_uni`, without those that the transfer set holds.
+
+    Errors: UsageError, DataError.
+    """
+
+    def load(source: str, known: KnownClasses | None) -> Splits:
+        return load_splits(
+            source, bundle.input, bundle.classes, arguments.resize, bundle.more_inputs,
+            known=known, skip_broken=arguments.skip_broken, tell=tell,
+        )  # fmt: skip
+
+    def apart(dataset: Dataset, source: str) -> Dataset:
+        return dataset if transfer is None else _apart(dataset, transfer, source, tell)
+
+    splits = load(arguments.data, known)
     private = splits.train
-    if private.class_names and len(private.class_names) != bundle.classes:
-        raise UsageError(
-            f"{arguments.data} has {len(private.class_names)} classes, the task has {bundle.classes}",
-            "labels count the classes in order: make a folder for each of the task's, empty where you have none",
+    if not known and private.class_names:
+        if len(private.class_names) != bundle.classes:
+            raise UsageError(
+                f"{arguments.data} has {len(private.class_names)} classes, the task has {bundle.classes} without names",
+                "labels count the classes in order: make a folder for each of the task's, empty where you have none",
+            )
+        known = KnownClasses(private.class_names, arguments.data)
+        counted = ", ".join(f"{number} {name}" for number, name in enumerate(private.class_names[:12]))
+        tell(
+            Notice(
+                "classes",
+                f"the task does not name its classes; these are counted {counted}"
+                f"{', …' if bundle.classes > 12 else ''}, and must be the same on every device",
+                {"names": list(private.class_names)},
+            )
         )
-    private, shared = _apart(private, transfer, arguments.data)
+    private = apart(private, arguments.data)
     number = 1
     if arguments.share is not None:
         number, devices = parse_share(arguments.share)
@@ -278,30 +318,41 @@ def load_private(
         private = share_of(private, number, devices, gamma, arguments.seed)
     held_out = splits.test
     if arguments.test is not None:
-        held_out = load_splits(arguments.test, *how).choose(None)
+        held_out = load(arguments.test, known).choose(None)
     if held_out is not None:
-        held_out, tested = _apart(held_out, transfer, arguments.test or arguments.data)
-        shared += tested
+        held_out = apart(held_out, arguments.test or arguments.data)
         t_priv, t_uni = draw_tests(private.labels, held_out.labels, arguments.seed, device=number - 1)
-        return private, {"t_priv": held_out.select(t_priv), "t_uni": held_out.select(t_uni)}, shared
+        return private, {"t_priv": held_out.select(t_priv), "t_uni": held_out.select(t_uni)}
     try:
         # one device gets all that is not held out, so gamma says nothing here
         own = deal(private, 1, 1.0, arguments.seed)[0]
     except DataError:  # too few samples to hold any out
-        return private, {}, shared
-    return own.train, {"t_priv": own.t_priv, "t_uni": own.t_uni}, shared
+        return private, {}
+    return own.train, {"t_priv": own.t_priv, "t_uni": own.t_uni}
 
 
-def _apart(dataset: Dataset, transfer: Transfer | None, source: str) -> tuple[Dataset, int]:
-    """The samples that are not in the transfer set, and how many are. Errors: DataError where none is left."""
-    if transfer is None:
-        return dataset, 0
+def _apart(dataset: Dataset, transfer: Transfer, source: str, tell: Tell) -> Dataset:
+    """The samples that are not in the transfer set. Errors: DataError where none is left."""
     kept, lost = without(dataset, transfer.images)
     if len(kept) == 0:
         raise DataError(
             f"{source}: every sample is in the task's transfer set, too", "give samples that nobody else has"
         )
-    return kept, lost
+    if lost:
+        tell(
+            Notice(
+                "shared",
+                f"{lost} samples of {source} are in the task's transfer set, too, and are left out: what is private "
+                "stays apart from what is shared",
+                {"samples": lost},
+            )
+        )
+    return kept
+
+
+def known_classes(task: Mapping[str, Any], bundle: Bundle) -> KnownClasses | None:
+    """What the task's classes are: as it says, else as the student's bundle does."""
+    return first_known(KnownClasses(tuple(task.get("class_names") or ()), "the task"), classes_of(bundle))
 
 
 def open_task_engine(bundle: Bundle, name: str | None, threads: int) -> Engine:

@@ -13,6 +13,7 @@ import pytest
 from edgestill.coordinator.store.blobs import FileBlobs
 from edgestill.coordinator.store.records import DeviceRecord
 from edgestill.runtime.bundle.bundle import Bundle
+from edgestill.runtime.data.classes import KnownClasses
 from edgestill.runtime.data.dataset import load_splits
 from edgestill.simulation import federation as federations
 from edgestill.simulation.federation import TASK, Federation
@@ -109,7 +110,7 @@ def test_transfer_and_validation_images_are_nobody_s(place: Path, tmp_path: Path
     task, blobs = made.task, FileBlobs(tmp_path / "blobs")
     with open_pool(1, ray=False) as pool, Bundle.open(given.bundles[0]) as bundle:
         form = replace(bundle.input, mean=(), std=())
-        dealt = _dealt(made._setup(pool), form, bundle.classes)
+        dealt = _dealt(made._setup(pool), form, bundle.classes, KnownClasses((), "nobody"))
         private = load_splits(given.data, form, bundle.classes).train
     reserved = {
         image.tobytes()
