@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from edgestill.coordinator.dashboard.pages import Pages
-from edgestill.coordinator.dashboard.views import format_percent
+from edgestill.coordinator.dashboard.formats import format_percent
 from edgestill.coordinator.distillation.global_student import evaluate_global
 from edgestill.coordinator.distillation.job import VALIDATION
 from edgestill.coordinator.rounds.round import Published
 from edgestill.coordinator.service import Service
+from edgestill.coordinator.settings import Settings
 from edgestill.coordinator.store.blobs import FileBlobs
 from edgestill.coordinator.store.database import Store
 from edgestill.coordinator.task.task import Task, parse_task
@@ -126,7 +127,7 @@ def test_the_best_round_is_marked_on_the_page_and_told_to_devices(
     play(service, task, tmp_path, 2)
     best = service.tasks()[0].best_round
     accuracy = service.rounds("birds")[best - 1].metrics[VALIDATION]
-    page = Pages(service).task("", 0, "birds", 1).html
+    page = Pages(service, Settings()).task("", 0, "birds", 1).html
     assert page.count('class="best"') == 1 and f"validation images: {format_percent(accuracy)}" in page
     assert service.standing(service.devices("birds")[0])["best_round"] == best
 
