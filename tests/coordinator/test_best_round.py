@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgestill.coordinator.dashboard.pages import Pages
 from edgestill.coordinator.dashboard.formats import format_percent
+from edgestill.coordinator.dashboard.pages import Pages
 from edgestill.coordinator.distillation.global_student import evaluate_global
 from edgestill.coordinator.distillation.job import VALIDATION
 from edgestill.coordinator.rounds.round import Published

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from edgestill.simulation import demo_commands
 from edgestill.simulation.demo import (
     DEVICES,
+    ENGINE,
     STUDENTS,
     DemoSettings,
     Seen,
@@ -31,13 +32,16 @@ from edgestill.simulation.demo_page import (
     _STYLE,
     DeviceResult,
     Results,
+    RoundResult,
     gains,
     page_html,
     spread,
     summary_table,
     write_page,
 )
+from edgestill.simulation.federation import describe_task
 from edgestill.simulation.pool import ONE_THREAD
+from edgestill.simulation.seeds import settings_of
 
 # Stands for `edgestill`: says its words on stderr, more than a pipe holds, and answers as the real one does.
 FAKE = """
@@ -114,12 +118,41 @@ def test_the_commands_are_ones_that_edgestill_takes() -> None:
     settings = DemoSettings()
     words = list(map(str, task_words(settings, Path("data"))))
     parsed = parser.parse_args(["task", "create", *words])
-    assert len(parsed.bundle) == len({student.name for student in STUDENTS}) == 3
+    assert len(parsed.bundle) == len(set(STUDENTS)) == 3
     for number, device in enumerate(DEVICES):
         words = list(map(str, join_words(settings, number)))
         parsed = parser.parse_args(["join", "http://127.0.0.1:1", "--code", "X", *words])
-        assert parsed.share == f"{number + 1}/4" and parsed.engine == device.engine
-    assert len({device.engine for device in DEVICES}) == 2
+        assert parsed.share == f"{number + 1}/4" and parsed.engine == ENGINE
+        assert parsed.memory == device.memory_mb and parsed.seed == settings.seed
+
+
+def test_the_task_is_that_of_the_recorded_seeds(tmp_path: Path) -> None:
+    """What is typed makes the task that `make demo-seeds` simulates, but for its name and the time that rounds have."""
+    import argparse
+
+    from edgestill.coordinator.commands import task
+    from edgestill.coordinator.store.blobs import FileBlobs
+    from edgestill.coordinator.task.creation import make_task
+    from edgestill.export.exporter import ExportOptions, export_bundle
+    from edgestill.runtime.bundle.manifest import Optimizer
+
+    for seed, student in enumerate(STUDENTS):
+        options = ExportOptions(
+            "cnn3", widths=(4, 4, 4), optimizer=Optimizer("adamw"), common_head=True, engines=("native",), seed=seed
+        )
+        export_bundle(options, tmp_path / student)
+    parser = argparse.ArgumentParser()
+    task.add_parser(parser.add_subparsers())
+    settings = DemoSettings(output=tmp_path, seed=3)
+    words = list(map(str, task_words(settings, tmp_path / "data")))
+    typed = task.describe(parser.parse_args(["task", "create", *words]))
+    bundles = [tmp_path / student for student in STUDENTS]
+    simulated = describe_task(settings_of(3, labelled=True), bundles, bundles[-1])
+    blobs = FileBlobs(tmp_path / "blobs")
+    mine, theirs = (make_task(one, blobs.put_file, tell=lambda _: None).as_json() for one in (typed, simulated))
+    for name in ("name", "deadline_s"):
+        assert mine.pop(name) != theirs.pop(name)
+    assert mine == theirs and mine["common_head"] and mine["transfer"]["labels"]
 
 
 SCORES = {"t_priv": 0.2, "t_uni": 0.1, "loss": 2.3}
@@ -147,27 +180,53 @@ def test_events_become_news_and_reports() -> None:
     assert "its deadline passed" in seen.news[2] and seen.doing == "finished"
 
 
-def results() -> Results:
+def results(recorded: bool | None = None) -> Results:
     def device(name: str, after: float, alone: float) -> DeviceResult:
         return DeviceResult(
             name=name, student="cnn3", engine="onnxruntime", samples=600, class_counts=(1, 2, 3), before=SCORES,
             after=[SCORES, {**SCORES, "t_priv": after, "t_uni": 0.3}],
             alone={**SCORES, "t_priv": alone, "t_uni": 0.25},
+            alone_steps={**SCORES, "t_priv": alone + 0.02, "t_uni": 0.26},
+            unlabelled=None if recorded is None else {"t_priv": 0.45, "t_uni": 0.28},
             step_ms=12.34, bytes_up=[60000, 64000], bytes_down=[900000, 128000], peak_rss_bytes=10**8,
         )  # fmt: skip
 
     devices = (device("phone", 0.6, 0.5), device("<watch>", 0.5, 0.6))
-    return Results(0.5, 4, "cnn5", 500, devices, ((1, "completed", 0.2), (2, "completed", 0.33)))
+    rounds = (RoundResult(1, "completed", 0.35, 0.3, False), RoundResult(2, "completed", 0.33, 0.31, True))
+    rows = () if recorded is None else (("seed", "labels − epochs"), ("0", "+3.0 / +9.0"), ("mean", "+3.0 / +9.0"))
+    return Results(0.5, 2, "cnn5", 600, 400, devices, rounds, 7, recorded, rows)
 
 
-def test_the_table_has_devices_means_and_gains() -> None:
+def test_the_tables_have_devices_means_and_gains_over_both_ways_alone() -> None:
     table = summary_table(results())
     rows = [line.split() for line in table.splitlines()]
-    assert ["phone", "cnn3", "onnxruntime", "20.0%", "60.0%", "50.0%", "10.0%", "30.0%", "25.0%", "62", "128",
-            "12.3"] in rows  # fmt: skip
-    assert ["mean", "20.0%", "55.0%", "55.0%", "10.0%", "30.0%", "25.0%"] in rows
+    assert ["phone", "cnn3", "50.0%", "52.0%", "–", "60.0%", "25.0%", "26.0%", "–", "30.0%"] in rows
+    assert ["mean", "55.0%", "57.0%", "–", "55.0%", "25.0%", "26.0%", "–", "30.0%"] in rows
+    assert ["phone", "cnn3", "onnxruntime", "600", "62", "128", "12.3", "100"] in rows
     assert gains(results()) == pytest.approx({"t_priv": 0.0, "t_uni": 0.05})
-    assert "T_uni +5.0 points" in table and "T_uni 33.0%" in table
+    assert gains(results(), steps=True) == pytest.approx({"t_priv": -0.02, "t_uni": 0.04})
+    assert "alone for as many epochs: T_priv +0.0 points, T_uni +5.0 points" in table
+    assert "alone for as many steps: T_priv -2.0 points, T_uni +4.0 points" in table
+    assert "of round 2, the best on validation images: T_uni 33.0%" in table
+
+
+@pytest.mark.parametrize(
+    ("recorded", "said"),
+    [
+        (None, "not recorded for these settings and this seed"),
+        (True, "every figure of this run is the recorded one of seed 7"),
+        (False, "the figures of this run are NOT the recorded ones of seed 7"),
+    ],
+)
+def test_what_is_recorded_and_who_knows_which_classes_is_said(recorded: bool | None, said: str) -> None:
+    shown = results(recorded)
+    table, page = summary_table(shown), page_html(shown, [])
+    assert said in table and said in page
+    for text in (table, page):
+        assert "600 transfer images" in text and "devices get the images without classes" in text
+        assert "400 validation images" in text
+    assert ("<h2>Ten seeds</h2>" in page) == (recorded is not None)
+    assert ("45.0%" in page) == (recorded is not None)
 
 
 class _Page(HTMLParser):
@@ -189,7 +248,7 @@ def test_the_page_has_the_table_and_pictures_with_words(tmp_path: Path) -> None:
     path = write_page(results(), tmp_path)
     page = _Page()
     page.feed(path.read_text(encoding="utf-8"))
-    assert page.tags.count("tr") == 4 and len(page.images) == 2
+    assert page.tags.count("table") == 2 and page.tags.count("tr") == 4 + 3 and len(page.images) == 2
     for image in page.images:
         assert len(image["alt"]) > 20 and (tmp_path / image["src"]).read_bytes().startswith(b"\x89PNG")
     for source in page.sources:
@@ -219,24 +278,21 @@ def test_labels_of_curves_stand_apart_and_in_order(values: list[float], gap: flo
 
 @pytest.mark.long
 def test_the_whole_demo(tmp_path: Path) -> None:
-    words = [
-        "--output",
-        str(tmp_path / "demo"),
-        "--rounds",
-        "2",
-        "--local-epochs",
-        "1",
-        "--distil-epochs",
-        "1",
-    ]
-    ran = subprocess.run(
-        [sys.executable, "-m", "edgestill.simulation.demo", *words, "--transfer-count", "64"],
-        env={**os.environ, **ONE_THREAD},
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    assert "together − alone" in ran.stdout and "dashboard: http://" in ran.stderr
-    assert (tmp_path / "demo" / "index.html").stat().st_size > 1000
-    assert ran.stdout.count("executorch") == 2 and ran.stdout.count("onnxruntime") == 2
+    """Small, and twice: the same figures from processes that race each other."""
+    words = ["--rounds", "2", "--local-epochs", "1", "--distil-epochs", "1", "--transfer-count", "64"]
+    shown = []
+    for name in ("first", "second"):
+        ran = subprocess.run(
+            [sys.executable, "-m", "edgestill.simulation.demo", "--output", str(tmp_path / name), *words],
+            env={**os.environ, **ONE_THREAD},
+            capture_output=True,
+            text=True,
+            timeout=1200,
+        )
+        assert ran.returncode == 0, ran.stderr[-2000:]
+        assert "together − alone" in ran.stdout and "dashboard: http://" in ran.stderr
+        assert (tmp_path / name / "index.html").stat().st_size > 1000
+        assert ran.stdout.count("native") == len(DEVICES)
+        accuracies, _, rest = ran.stdout.partition("\n\n")
+        shown.append((accuracies, rest.partition("together − alone")[2]))
+    assert shown[0] == shown[1]
