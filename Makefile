@@ -88,7 +88,7 @@ $(ORT_VENV)/.stamp: constraints-ort-training.txt | check-machine
 	touch $@
 
 demo: setup
-	$(PY) -m edgestill.simulation.demo
+	$(VENV)/bin/edgestill demo --export
 
 lint: $(STAMPS)/packages
 	$(PY) -m ruff check .
@@ -115,6 +115,7 @@ networks: setup
 # The library has no libc, so one wheel would do; the tags say what it was made for. `pip wheel .` makes one without.
 wheels: $(STAMPS)/packages
 	rm -rf build/lib build/bdist.*
+	$(PY) -m edgestill.simulation.demo_bundles
 	for platform in $(PLATFORMS); do \
 	  $(PIP) wheel -q --no-deps --no-build-isolation -w dist \
 	    --config-settings=--build-option=--plat-name=$$platform . || exit 1; \

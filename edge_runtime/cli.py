@@ -28,6 +28,7 @@ COMMANDS = {
     "task": ("edgestill.coordinator.commands.task", "create, list and show tasks", "coordinator"),
     "enrol": ("edgestill.coordinator.commands.enrol", "print codes for devices to join a task", "coordinator"),
     "join": ("edgestill.runtime.commands.join", "take part in a task as a device", "device"),
+    "demo": ("edgestill.simulation.demo", "a federation on this machine, with a result page", "coordinator"),
     "simulate": ("edgestill.simulation.simulate", "a federation of virtual devices", "coordinator"),
     "reproduce": ("edgestill.benchmarks.reproduce", "repeat the experiments (in a checkout)", "coordinator"),
     "bench": ("edgestill.benchmarks.cli", "measure engines side by side (in a checkout)", "export"),
