@@ -75,6 +75,10 @@ HYPERPARAMETERS: dict[str, Hyperparameter] = {
     "beta1": Hyperparameter(0.9, 0, 1, "1", "for adamw", below=True),
     "beta2": Hyperparameter(0.999, 0, 1, "1", "for adamw", below=True),
     "epsilon": Hyperparameter(1e-8, 0, 1, "1", "for adamw"),
+    "clip_norm": Hyperparameter(
+        1, 0, 1e6, "norm", "for bundles exported with --clip-gradients: largest norm of all gradients together",
+        above=True,
+    ),
     "alpha": Hyperparameter(0.5, 0, 1, "share of the loss", "share of the distillation term"),
     "logit_share": Hyperparameter(
         0.5, 0, 1, "share of the distillation term", "share of the logits in the distillation term, for both"
@@ -156,7 +160,9 @@ def resolve(bundle: Bundle, given: Mapping[str, float]) -> dict[str, float]:
             kind = f"objective {bundle.objective.name} and optimizer {bundle.optimizer.name}"
             raise UsageError(
                 f"{bundle.source}: a step with {kind} takes no {name.replace('_', ' ')}",
-                f"it takes {', '.join(defaults).replace('_', ' ')}",
+                "export the student again with --clip-gradients"
+                if name == "clip_norm"
+                else f"it takes {', '.join(defaults).replace('_', ' ')}",
             )
         HYPERPARAMETERS[name].check(name.replace("_", " "), value)
     return {name: float(given.get(name, value)) for name, value in defaults.items()}
