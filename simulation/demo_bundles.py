@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-FOLDER = Path(str(files("edgestill.simulation"))) / "demo_bundles"
+FOLDER = Path(str(files("edgestill.simulation"))) / "carried"
 """Where the package has them, one `.zip` a student."""
 
 

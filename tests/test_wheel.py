@@ -33,7 +33,7 @@ def shipped() -> set[str]:
         f"{place}/{path.relative_to(ROOT / folder).as_posix()}"
         for folder, place in FOLDERS.items()
         for path in (ROOT / folder).rglob("*")
-        if path.is_file() and path.suffix != ".so" and not {"__pycache__", "demo_bundles"} & set(path.parts)
+        if path.is_file() and path.suffix != ".so" and not {"__pycache__", "carried"} & set(path.parts)
     }
 
 
@@ -101,7 +101,7 @@ def test_a_wheel_for_a_platform_has_its_tag_and_the_same_files(
 def test_the_source_distribution_has_what_a_wheel_is_made_of(folder: Path) -> None:
     with tarfile.open(build_source_distribution(folder)) as opened:
         names = {name.partition("/")[2] for name in opened.getnames()}
-    assert {f"simulation/demo_bundles/{name.rpartition('/')[2]}" for name in BUNDLES} <= names
+    assert {f"simulation/carried/{name.rpartition('/')[2]}" for name in BUNDLES} <= names
     back = {place: folder for folder, place in sorted(FOLDERS.items(), key=lambda item: item[1])}
     for name in shipped():
         place = max((p for p in back if name.startswith(f"{p}/")), key=len)

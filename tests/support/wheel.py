@@ -21,10 +21,10 @@ FOLDERS = {
 """Each folder of this tree that is installed, and where a wheel has it."""
 LIBRARIES = {f"edgestill/runtime/native/libedgestill-{name}.so" for name in ("x86_64", "aarch64")}
 """What building a wheel adds."""
-BUNDLES = {f"edgestill/simulation/demo_bundles/{student.name}.zip" for student in STUDENTS}
+BUNDLES = {f"edgestill/simulation/carried/{student.name}.zip" for student in STUDENTS}
 """What `make wheels` exports before."""
 
-NOT_SHIPPED = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info", "demo_bundles")
+NOT_SHIPPED = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info", "carried")
 
 
 def copy_sources(folder: Path) -> Path:
@@ -33,7 +33,7 @@ def copy_sources(folder: Path) -> Path:
     if not source.exists():
         for name in FOLDERS:
             shutil.copytree(ROOT / name, source / name, ignore=NOT_SHIPPED)
-        shutil.copytree(exported(), source / "simulation" / "demo_bundles", dirs_exist_ok=True)
+        shutil.copytree(exported(), source / "simulation" / "carried", dirs_exist_ok=True)
         for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, source / name)
     return source
