@@ -59,6 +59,16 @@ def add_json_option(parser: argparse.ArgumentParser, form: str) -> None:
     parser.add_argument("--json", action="store_true", help=f"{form} on stdout instead of words")
 
 
+def add_image_options(parser: argparse._ActionsContainer) -> None:
+    """Adds `--resize` and `--skip-broken`."""
+    parser.add_argument("--resize", action="store_true", help="scale images of another size")
+    parser.add_argument(
+        "--skip-broken",
+        action="store_true",
+        help="leave out images that cannot be read; they are counted and named",
+    )
+
+
 def count(text: str) -> int:
     """An option's value of 1 or more, as `type` of an argument. Errors: ArgumentTypeError."""
     if not text.isdecimal() or int(text) < 1:

@@ -39,7 +39,9 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
     add("--engines", "native, onnxruntime, executorch, onnxruntime-training, or all (native,onnxruntime,executorch)",
         "LIST", _engines, default=("native", "onnxruntime", "executorch"))  # fmt: skip
     add("--latent-size", "size of the latent (%(default)s)", "L", int, default=128)
-    add("--classes", "number of classes (%(default)s)", "K", int, default=10)
+    add("--classes", "number of classes (10, or as many as --class-names gives)", "K", int)
+    add("--class-names", "what the outputs mean, in their order: names, or data whose names are taken, as --data of "
+        "`edgestill train`", "NAME,…|DATA")  # fmt: skip
     add("--batch", "samples a step, fixed (%(default)s)", "B", int, default=32)
     add("--widths", "channels of each block of a built-in student", "W1,W2,…", _integers)
     add("--normalization", "after each convolution of a built-in student (%(default)s)", default="batch",

@@ -19,6 +19,7 @@ from edgestill.coordinator.store.records import DeviceRecord, TaskRecord
 from edgestill.coordinator.task.creation import SOURCES, make_task
 from edgestill.coordinator.task.task import EXCHANGES, MODES, PRECISIONS, RULES, TASK_NAME, Task, clip_value
 from edgestill.runtime.console import add_json_option
+from edgestill.runtime.data.notice import Notices
 from edgestill.runtime.errors import BundleError, DataError, UsageError
 from edgestill.runtime.training.hyperparameters import (
     CHECKPOINT_EVERY,
@@ -60,6 +61,9 @@ OPTIONS: dict[str, _Option] = {
     "test": _Option("test", str, "labelled data that the global student is evaluated on"),
     "test-count": _Option("test_count", int, "take this many of its samples, drawn by --seed"),
     "seed": _Option("seed", int, "of the draw of samples (0)"),
+    "class-names": _Option(
+        "class_names", str, "what the outputs mean: NAME,… or data (the bundles' names, else those of labelled data)"
+    ),
     "exchange": _Option("exchange", EXCHANGES, "what devices upload (latents)"),
     "mode": _Option("mode", MODES, "default: global with --global-bundle, else consensus"),
     "precision": _Option("precision", PRECISIONS, "of what is exchanged (fp16; parameters: fp32)"),
@@ -80,6 +84,8 @@ OPTIONS: dict[str, _Option] = {
     "distil-deadline": _Option("distil.deadline_s", float, "seconds for step 5 (600)"),
 }  # fmt: skip
 _SWITCHES = {
+    "resize": _Option("resize", bool, "scale images of another size"),
+    "skip-broken": _Option("skip_broken", bool, "leave out images that cannot be read"),
     "transfer-labels": _Option("transfer_labels", bool, "publish the transfer set's labels, too"),
     "align": _Option("aggregation.align", bool, "rotate each device's latents to the global ones first"),
     "screen": _Option("aggregation.screen", bool, "leave out uploads that disagree with the others"),
@@ -134,15 +140,16 @@ def run_create(arguments: argparse.Namespace) -> int:
     if any(record.name == name for record in service.tasks()):
         raise UsageError(f"there is a task {name} already", "choose another --name; a task never changes")
     warnings: list[str] = []
+    notices = Notices()
     try:
-        drafted = make_task(description, service.add_blob, warnings.append)
+        drafted = make_task(description, service.add_blob, warnings.append, notices)
     except (BundleError, DataError) as error:  # all that is read was named on the command line
         raise UsageError(error.message, error.hint) from error
     task = service.create_task(drafted)
     for warning in (*warnings, *task.risks()):
         print(f"edgestill: warning: {warning}", file=sys.stderr)
     if arguments.json:
-        print(json.dumps(task.as_json()))
+        print(json.dumps({**task.as_json(), "notices": notices.as_json()}))
     else:
         print(_in_words(task))
         place = place_words(vars(arguments))

@@ -89,6 +89,11 @@ class Bundle:
         return self.manifest.classes
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """What the outputs mean, in their order; empty where the bundle does not say."""
+        return self.manifest.class_names
+
+    @property
     def batch(self) -> int:
         return self.manifest.batch
 

@@ -179,6 +179,8 @@ class Manifest:
     graphs: Mapping[str, Mapping[str, GraphSpec]]
     parity: Mapping[str, Mapping[str, Any]]
     files: Mapping[str, FileRecord]
+    class_names: tuple[str, ...] = ()
+    """What the outputs mean, in their order; empty where nobody said."""
 
 
 def parse_manifest(text: bytes) -> Manifest:
@@ -244,6 +246,7 @@ def parse_manifest(text: bytes) -> Manifest:
             )
             for name, entry in root.get("files").entries()
         },
+        class_names=tuple(entry.text() for entry in root.get("class_names", []).items()),
     )
     _check_consistency(manifest)
     _check_samples(manifest)
@@ -309,6 +312,12 @@ def _check_consistency(manifest: Manifest) -> None:
                 raise BundleError(f"{where}.outputs lacks {min(outputs - set(graph.outputs))!r}")
             if graph.file not in manifest.files:
                 raise BundleError(f"{where}.file: {graph.file!r} is not listed in files")
+    names = manifest.class_names
+    if names and (len(names) != manifest.classes or len(set(names)) != len(names) or not all(names)):
+        raise BundleError(
+            f"manifest.json: class_names has {len(set(names))} different names for {manifest.classes} classes",
+            "export the bundle again",
+        )
     if manifest.state_file not in manifest.files:
         raise BundleError(f"manifest.json: state.file: {manifest.state_file!r} is not listed in files")
     if manifest.objective.takes_logits and manifest.objective.kd_loss is None:

@@ -100,6 +100,8 @@ def _describe(event: str, details: Mapping[str, Any]) -> str | None:
             return f"{details['reason']}; trying again"
         case "in reach again":
             return "the coordinator answers again"
+        case "notice":
+            return str(details["text"])
         case "warning":
             return f"warning: {details['message']}"
         case "report not taken":

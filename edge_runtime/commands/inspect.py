@@ -68,6 +68,7 @@ def examine(bundle: Bundle) -> dict[str, Any]:
         },
         "latent_size": manifest.latent_size,
         "classes": manifest.classes,
+        "class_names": list(manifest.class_names),
         "batch": manifest.batch,
         "input": {"shape": list(manifest.input.shape), "dtype": manifest.input.dtype},
         "more_inputs": [

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.commands.events import EventOutput
-from edgestill.runtime.console import add_json_option
-from edgestill.runtime.data.dataset import Dataset, load_splits
+from edgestill.runtime.console import add_image_options, add_json_option
+from edgestill.runtime.data.classes import KnownClasses, first_known
+from edgestill.runtime.data.dataset import Dataset, Splits, load_splits
+from edgestill.runtime.data.notice import Notice, Tell
 from edgestill.runtime.data.shares import deal, draw_tests, parse_share, share_of
 from edgestill.runtime.device.address import check_url
 from edgestill.runtime.device.assignment import fetch_assignment
@@ -32,6 +35,7 @@ from edgestill.runtime.engines.registry import (
 )
 from edgestill.runtime.errors import DataError, EngineError, Interrupted, UsageError
 from edgestill.runtime.machine import peak_rss_bytes
+from edgestill.runtime.training.checkpoint import classes_of
 
 _MEGABYTE = 10**6
 
@@ -73,7 +77,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="NAME_OR_PATH",
         help="cifar10-mini, a CIFAR archive, an .npz, or a folder of images a class",
     )
-    data.add_argument("--resize", action="store_true", help="scale images of another size")
+    add_image_options(data)
     data.add_argument(
         "--share", metavar="K/N", help="only device K's Dirichlet share of the data among N devices"
     )
@@ -174,7 +178,10 @@ def run(arguments: argparse.Namespace) -> int:
         bundle = stack.enter_context(Bundle.open(assignment.bundle_path))
         engine = open_task_engine(bundle, arguments.engine, arguments.threads)
         stack.callback(engine.close)
-        private, tests = load_private(arguments, bundle)
+        known = known_classes(assignment.task, bundle)
+        private, tests = load_private(
+            arguments, bundle, known, lambda notice: output("notice", **notice.as_json())
+        )
         transfer = None if assignment.transfer_path is None else Transfer.load(assignment.transfer_path)
         device = Device(
             name=identity["device"],
@@ -253,15 +260,34 @@ def conditions_from(arguments: argparse.Namespace) -> Conditions | None:
     )
 
 
-def load_private(arguments: argparse.Namespace, bundle: Bundle) -> tuple[Dataset, dict[str, Dataset]]:
+def load_private(
+    arguments: argparse.Namespace, bundle: Bundle, known: KnownClasses | None, tell: Tell
+) -> tuple[Dataset, dict[str, Dataset]]:
     """This device's training samples, and its tests `t_priv` and `t_uni`. Errors: UsageError, DataError."""
-    how = (bundle.input, bundle.classes, arguments.resize, bundle.more_inputs)
-    splits = load_splits(arguments.data, *how)
+
+    def load(source: str, known: KnownClasses | None) -> Splits:
+        return load_splits(
+            source, bundle.input, bundle.classes, arguments.resize, bundle.more_inputs,
+            known=known, skip_broken=arguments.skip_broken, tell=tell,
+        )  # fmt: skip
+
+    splits = load(arguments.data, known)
     private = splits.train
-    if private.class_names and len(private.class_names) != bundle.classes:
-        raise UsageError(
-            f"{arguments.data} has {len(private.class_names)} classes, the task has {bundle.classes}",
-            "labels count the classes in order: make a folder for each of the task's, empty where you have none",
+    if not known and private.class_names:
+        if len(private.class_names) != bundle.classes:
+            raise UsageError(
+                f"{arguments.data} has {len(private.class_names)} classes, the task has {bundle.classes} without names",
+                "labels count the classes in order: make a folder for each of the task's, empty where you have none",
+            )
+        known = KnownClasses(private.class_names, arguments.data)
+        counted = ", ".join(f"{number} {name}" for number, name in enumerate(private.class_names[:12]))
+        tell(
+            Notice(
+                "classes",
+                f"the task does not name its classes; these are counted {counted}"
+                f"{', …' if bundle.classes > 12 else ''}, and must be the same on every device",
+                {"names": list(private.class_names)},
+            )
         )
     number = 1
     if arguments.share is not None:
@@ -270,7 +296,7 @@ def load_private(arguments: argparse.Namespace, bundle: Bundle) -> tuple[Dataset
         private = share_of(private, number, devices, gamma, arguments.seed)
     held_out = splits.test
     if arguments.test is not None:
-        held_out = load_splits(arguments.test, *how).choose(None)
+        held_out = load(arguments.test, known).choose(None)
     if held_out is not None:
         t_priv, t_uni = draw_tests(private.labels, held_out.labels, arguments.seed, device=number - 1)
         return private, {"t_priv": held_out.select(t_priv), "t_uni": held_out.select(t_uni)}
@@ -280,6 +306,11 @@ def load_private(arguments: argparse.Namespace, bundle: Bundle) -> tuple[Dataset
     except DataError:  # too few samples to hold any out
         return private, {}
     return own.train, {"t_priv": own.t_priv, "t_uni": own.t_uni}
+
+
+def known_classes(task: Mapping[str, Any], bundle: Bundle) -> KnownClasses | None:
+    """What the task's classes are: as it says, else as the student's bundle does."""
+    return first_known(KnownClasses(tuple(task.get("class_names") or ()), "the task"), classes_of(bundle))
 
 
 def open_task_engine(bundle: Bundle, name: str | None, threads: int) -> Engine:

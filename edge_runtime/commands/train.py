@@ -13,14 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from edgestill.runtime.bundle.bundle import Bundle
-from edgestill.runtime.console import add_json_option
+from edgestill.runtime.console import add_image_options, add_json_option
 from edgestill.runtime.data.augmentation import AUGMENTATIONS
+from edgestill.runtime.data.classes import KnownClasses
 from edgestill.runtime.data.dataset import Dataset, digest_of_arrays, load_splits, load_transfer_samples
+from edgestill.runtime.data.notice import Notices
 from edgestill.runtime.engines.registry import ENGINES, Engine, open_engine
 from edgestill.runtime.errors import UsageError
 from edgestill.runtime.machine import peak_rss_bytes
 from edgestill.runtime.training.batches import TransferSet
-from edgestill.runtime.training.checkpoint import load_state
+from edgestill.runtime.training.checkpoint import (
+    check_same_classes,
+    classes_of,
+    load_checkpoint,
+    load_named_state,
+    load_state,
+)
 from edgestill.runtime.training.evaluation import Evaluation, evaluate
 from edgestill.runtime.training.hyperparameters import (
     CHECKPOINT_EVERY,
@@ -30,7 +38,7 @@ from edgestill.runtime.training.hyperparameters import (
 )
 from edgestill.runtime.training.plan import Run, TrainSettings, plan
 from edgestill.runtime.training.schedule import SCHEDULES, Schedule
-from edgestill.runtime.training.teacher import Teacher
+from edgestill.runtime.training.teacher import Teacher, in_order_of
 from edgestill.runtime.training.trainer import StepRecord, prepare, train
 
 _OPTIONS = {name: "lr" if name == "learning_rate" else name.replace("_", "-") for name in HYPERPARAMETERS}
@@ -90,6 +98,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--init", type=Path, metavar="FILE", help="start from this state instead of the bundle's"
     )
+    parser.add_argument(
+        "--new-classes",
+        action="store_true",
+        help="with --init: the data's classes are others than that state's",
+    )
     parser.add_argument("--restart", action="store_true", help="overwrite the run in --state")
     parser.add_argument(
         "--checkpoint-every",
@@ -98,7 +111,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="STEPS",
         help=CHECKPOINT_EVERY.help,
     )
-    parser.add_argument("--resize", action="store_true", help="scale images of another size")
+    add_image_options(parser)
     add_json_option(parser, "JSON lines")
     parser.set_defaults(run=run)  # fmt: skip
 
@@ -109,13 +122,21 @@ def run(arguments: argparse.Namespace) -> int:
     with ExitStack() as stack:
         bundle = stack.enter_context(Bundle.open(arguments.bundle))
         state_path = _usable_state_path(arguments.state, bundle)
+        notices = Notices()
         splits = load_splits(
-            arguments.data, bundle.input, bundle.classes, arguments.resize, bundle.more_inputs
+            arguments.data,
+            bundle.input,
+            bundle.classes,
+            arguments.resize,
+            bundle.more_inputs,
+            known=_known_classes(arguments, bundle, state_path),
+            skip_broken=arguments.skip_broken,
+            tell=notices,
         )
         dataset = (
             splits.train if arguments.limit is None else splits.train.take(arguments.limit, arguments.seed)
         )
-        planned = _plan(arguments, bundle, dataset, settings, state_path)
+        planned = _plan(arguments, bundle, dataset, settings, state_path, notices)
         engine = open_engine(bundle, arguments.engine, arguments.threads)
         stack.callback(engine.close)
         first_step = prepare(engine, planned, state_path, arguments.restart)
@@ -141,7 +162,8 @@ def run(arguments: argparse.Namespace) -> int:
         result = None
         if splits.test is not None:
             result = evaluate(engine, splits.test, bundle.batch, bundle.classes)
-        output.summary(_summary(planned, engine, state_path, first_step, steps_ms, peak, result))
+        summary = _summary(planned, engine, state_path, first_step, steps_ms, peak, result)
+        output.summary(summary | {"notices": notices.as_json()})
     return 0
 
 
@@ -186,8 +208,30 @@ def stop_requests() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def _known_classes(arguments: argparse.Namespace, bundle: Bundle, state_path: Path) -> KnownClasses | None:
+    """What the student's outputs mean already: as the bundle says, the run that goes on, or the state it starts from.
+
+    Errors: UsageError, StateError.
+    """
+    if arguments.new_classes and arguments.init is None:
+        raise UsageError("--new-classes without --init", "give the state to start from, too")
+    own = classes_of(bundle)
+    if arguments.init is not None and not arguments.new_classes:
+        initial = load_named_state(arguments.init, bundle)[1]
+        check_same_classes(arguments.init, initial.names, own.names)
+        own = own or initial
+    if own or arguments.restart or not state_path.exists():
+        return own
+    return KnownClasses(load_checkpoint(state_path, bundle).class_names, f"the state {state_path}")
+
+
 def _plan(
-    arguments: argparse.Namespace, bundle: Bundle, dataset: Dataset, settings: TrainSettings, state_path: Path
+    arguments: argparse.Namespace,
+    bundle: Bundle,
+    dataset: Dataset,
+    settings: TrainSettings,
+    state_path: Path,
+    notices: Notices,
 ) -> Run:
     initial_state = None if arguments.init is None else load_state(arguments.init, bundle)
     if arguments.teacher is None:
@@ -198,16 +242,24 @@ def _plan(
     try:
         cache = state_path.with_suffix(".teacher.safetensors")
         digest = digest_of_arrays(*dataset.samples)
+        names = dataset.class_names or bundle.class_names
         outputs = teacher.outputs(dataset.images, digest, cache, dataset.more)
+        outputs = in_order_of(outputs, teacher.classes, bundle, names)
         transfer, origins = None, {"teacher": teacher.digest, "transfer": None}
         if arguments.transfer is not None:
             images, *others = load_transfer_samples(
-                arguments.transfer, bundle.input, arguments.resize, bundle.more_inputs
+                arguments.transfer,
+                bundle.input,
+                arguments.resize,
+                bundle.more_inputs,
+                skip_broken=arguments.skip_broken,
+                tell=notices,
             )
             more = tuple(others)
             origins["transfer"] = digest_of_arrays(images, *more)
             cache = state_path.with_suffix(".teacher-transfer.safetensors")
-            transfer = TransferSet(images, teacher.outputs(images, origins["transfer"], cache, more), more)
+            on_transfer = teacher.outputs(images, origins["transfer"], cache, more)
+            transfer = TransferSet(images, in_order_of(on_transfer, teacher.classes, bundle, names), more)
     finally:
         teacher.close()
     return plan(

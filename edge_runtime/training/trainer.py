@@ -12,7 +12,13 @@ import numpy as np
 
 from edgestill.runtime.engines.registry import Engine
 from edgestill.runtime.errors import Interrupted, TrainingError
-from edgestill.runtime.training.checkpoint import Checkpoint, check_same_run, load_checkpoint, save_checkpoint
+from edgestill.runtime.training.checkpoint import (
+    Checkpoint,
+    check_same_classes,
+    check_same_run,
+    load_checkpoint,
+    save_checkpoint,
+)
 from edgestill.runtime.training.divergence import Growth
 from edgestill.runtime.training.hyperparameters import CHECKPOINT_EVERY
 from edgestill.runtime.training.plan import Run
@@ -48,6 +54,7 @@ def prepare(engine: Engine, run: Run, state_path: Path | None, restart: bool = F
     if state_path is not None and state_path.exists() and not restart:
         saved = load_checkpoint(state_path, run.bundle)
         check_same_run(state_path, saved, run.description())
+        check_same_classes(state_path, saved.class_names, run.class_names)
         engine.load_state(saved.state)
         return saved.step
     engine.load_state(run.bundle.initial_state() if run.initial_state is None else run.initial_state)
@@ -89,7 +96,8 @@ def train(
             if (how := growth.judge(state, record.step == total)) is not None:
                 raise _diverged(f"the run has diverged by step {record.step}: {how}", state_path, kept)
             if state_path is not None:
-                save_checkpoint(state_path, Checkpoint(state, record.step, total, description))
+                checkpoint = Checkpoint(state, record.step, total, description, run.class_names)
+                save_checkpoint(state_path, checkpoint)
                 kept = record.step
         yield record
         if stopping and record.step < total:
