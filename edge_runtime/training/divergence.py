@@ -12,7 +12,7 @@ import numpy as np
 from edgestill.runtime.bundle.bundle import Bundle
 
 LOSS_GROWTH = 10.0
-"""Times the first loss, or the loss of guessing where that is more: ten times the worst that a right step starts from."""
+"""Times the first loss, or the loss of guessing where that is more."""
 WEIGHT_GROWTH = 100.0
 """Times the norm that all parameters together started with."""
 WINDOW_STEPS = 20

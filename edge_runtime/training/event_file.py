@@ -16,8 +16,21 @@ from pathlib import Path
 from types import TracebackType
 
 from edgestill.runtime.errors import UsageError
+from edgestill.runtime.training.trainer import StepRecord
 
 _STARTED = bytes((0x08, 0x01))  # SessionLog.status = START
+
+
+def figures_of(record: StepRecord) -> dict[str, float | None]:
+    """A step's figures by tag."""
+    return {
+        "train/loss": record.loss,
+        "train/ce_loss": record.ce_loss,
+        "train/distillation_loss": record.distillation_loss,
+        "train/accuracy": record.accuracy,
+        "train/learning_rate": record.learning_rate,
+        "train/step_ms": record.ms,
+    }
 
 
 class EventFile:
