@@ -168,7 +168,7 @@ class WorkFolder:
         write_atomically(self.folder / "journal.json", [json.dumps(value, indent=1).encode()])
 
     def student(self, bundle: Bundle) -> dict[str, np.ndarray]:
-        path = self._student_path(bundle)
+        path = self.student_path(bundle)
         if not path.exists():
             return bundle.initial_state()
         return bundle.check_state(wire.load(path).arrays, source=str(path))
@@ -193,7 +193,7 @@ class WorkFolder:
     def settle(self, round_name: str, bundle: Bundle) -> None:
         trained = self.folder / f"training-{round_name}.safetensors"
         if trained.exists():  # else it happened before the device was killed
-            os.replace(trained, self._student_path(bundle))
+            os.replace(trained, self.student_path(bundle))
             sync(self.folder)
 
     def clean(self, current_round: str | None) -> None:
@@ -211,7 +211,8 @@ class WorkFolder:
             if path.name.removesuffix(".partial") not in needed:
                 path.unlink(missing_ok=True)
 
-    def _student_path(self, bundle: Bundle) -> Path:
+    def student_path(self, bundle: Bundle) -> Path:
+        """Where the student lies once a round has been trained: a state file like any other."""
         return self.folder / f"student-{bundle.model_digest[:16]}.safetensors"
 
 

@@ -6,10 +6,12 @@ record_writer.h, tensorflow/core/util/event.proto and framework/summary.proto.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import platform
 import struct
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -36,26 +38,28 @@ def figures_of(record: StepRecord) -> dict[str, float | None]:
 class EventFile:
     """A new event file in `folder`, which TensorBoard reads together with the older ones there.
 
-    Each figure is on the disk's way when `add` returns. `clock`: seconds of the epoch. Errors: UsageError where nothing
-    can be written.
+    Each figure is written when `add` returns. A disk that is full later ends the file, with a warning, and not the run.
+    `clock`: seconds of the epoch. Errors: UsageError where nothing can be written.
     """
 
-    def __init__(self, folder: Path, first_step: int = 0, clock: Callable[[], float] = time.time) -> None:
-        """`first_step`: figures of older files from this step on are of a run that was stopped, and void."""
-        self._clock = clock
+    def __init__(
+        self, folder: Path, first_step: int | None = None, clock: Callable[[], float] = time.time
+    ) -> None:
+        """`first_step`: figures of older files from this step on are of a run that was stopped, and void; None: from
+        the first that is added."""
+        self._clock, self._first_step, self._begun = clock, first_step, False
         stem = f"events.out.tfevents.{int(clock()):010d}.{platform.node() or 'device'}.{os.getpid()}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             number = 0
             while (path := folder / f"{stem}.{number}").exists():
                 number += 1
-            self._file = path.open("xb")
+            self._file = path.open("xb", buffering=0)
         except OSError as error:
             raise UsageError(
                 f"--log-dir {folder}: {error.strerror or error}", "give a folder that can be written"
             ) from error
         self._write(_message(3, b"brain.Event:2"))
-        self._write(_varint_field(2, first_step) + _message(7, _STARTED))
 
     def add(self, step: int, figures: Mapping[str, float | None]) -> None:
         """Figures at a step, by tag, such as `train/loss`; those that are None or not finite are left out."""
@@ -64,8 +68,13 @@ class EventFile:
             for tag, value in figures.items()
             if value is not None and math.isfinite(value)
         )
-        if values:
-            self._write(_varint_field(2, step) + _message(5, values))
+        if not values:
+            return
+        if not self._begun:
+            first = step if self._first_step is None else self._first_step
+            self._write(_varint_field(2, first) + _message(7, _STARTED))
+            self._begun = True
+        self._write(_varint_field(2, step) + _message(5, values))
 
     def close(self) -> None:
         """Closing twice is harmless."""
@@ -74,8 +83,15 @@ class EventFile:
     def _write(self, rest: bytes) -> None:
         event = b"\x09" + struct.pack("<d", self._clock()) + rest
         length = struct.pack("<Q", len(event))
-        self._file.write(length + _checksum(length) + event + _checksum(event))
-        self._file.flush()
+        if self._file.closed:
+            return
+        frame = length + _checksum(length) + event + _checksum(event)
+        try:
+            if self._file.write(frame) != len(frame):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            print(f"edgestill: warning: {self._file.name}: {error.strerror}: no more figures", file=sys.stderr)
+            self._file.close()
 
     def __enter__(self) -> EventFile:
         return self

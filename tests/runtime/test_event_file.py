@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 
@@ -68,6 +69,18 @@ def test_a_checksum_that_is_wrong_is_found(tmp_path: Path) -> None:
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
     path.write_bytes(whole.replace(struct.pack("<f", 2.0), struct.pack("<f", 3.0)))
+    assert scalars(tmp_path) == {"loss": [(1, 1.0)]}
+
+
+def test_a_full_disk_ends_the_file_and_not_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with EventFile(tmp_path) as file, open("/dev/full", "wb") as full:
+        file.add(1, {"loss": 1.0})
+        os.dup2(full.fileno(), file._file.fileno())
+        file.add(2, {"loss": 2.0})
+        file.add(3, {"loss": 3.0})
+    assert capsys.readouterr().err.count("No space left on device: no more figures") == 1
     assert scalars(tmp_path) == {"loss": [(1, 1.0)]}
 
 
