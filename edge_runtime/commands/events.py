@@ -67,7 +67,8 @@ class EventOutput:
         for name, title in (("t_priv", "T_priv"), ("t_uni", "T_uni")):
             after = report.get("after", {}).get(name)
             if after is not None:
-                print(f"accuracy {title:<6} {after:.4f}")
+                alone = (report.get("alone") or {}).get(name)
+                print(f"accuracy {title:<6} {after:.4f}" + (f"  alone {alone:.4f}" if alone is not None else ""))
         if report.get("step_ms") is not None:
             print(f"median step     {report['step_ms']:.1f} ms on {report['engine']}")
         privacy = device.equipment.options.privacy
@@ -96,6 +97,8 @@ def _describe(event: str, details: Mapping[str, Any]) -> str | None:
             return _describe_standing(details)
         case "trained":
             return f"trained: {_accuracy(details['before'])} → {_accuracy(details['after'])}"
+        case "training alone":
+            return "training a copy alone, to compare"
         case "uploaded":
             spent = f"; ε {_epsilon(details['epsilon'], details['delta'])}" if "delta" in details else ""
             return f"uploaded {details['size_bytes'] / 1e3:.1f} kB{spent}"

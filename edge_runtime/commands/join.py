@@ -101,6 +101,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="MB",
         help="what training may take; decides the student (default: all)",
     )
+    training.add_argument(
+        "--compare-alone",
+        action="store_true",
+        help="also train a copy on this device's data alone, and tell both accuracies: twice the work",
+    )
     training.add_argument("--precision", choices=PRECISIONS, help="of uploads; default: the task's")
 
     privacy = parser.add_argument_group("privacy (docs/privacy.md)")
@@ -250,7 +255,12 @@ def options_from(arguments: argparse.Namespace) -> Options:
     if arguments.gamma is not None and arguments.share is None:
         raise UsageError("--gamma without --share", "give --share K/N, too")
     counts = arguments.share_class_counts
-    return Options(arguments.precision, privacy, privacy is None if counts is None else counts)
+    return Options(
+        arguments.precision,
+        privacy,
+        privacy is None if counts is None else counts,
+        compare_alone=arguments.compare_alone,
+    )
 
 
 def conditions_from(arguments: argparse.Namespace) -> Conditions | None:
