@@ -59,6 +59,20 @@ def add_json_option(parser: argparse.ArgumentParser, form: str) -> None:
     parser.add_argument("--json", action="store_true", help=f"{form} on stdout instead of words")
 
 
+def about(seconds: float) -> str:
+    """A time to come in words, as exact as an estimate is: `about 40 s`, `about 3 min`, `about 2 h 10 min`."""
+    tens = max(10, round(seconds / 10) * 10)
+    if tens < 90:
+        return f"about {tens} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"about {minutes} min"
+    minutes = round(minutes, -1)
+    if minutes < 24 * 60:
+        return f"about {minutes // 60} h" + (f" {minutes % 60} min" if minutes % 60 else "")
+    return f"about {minutes / 1440:.1f} days"
+
+
 def add_image_options(parser: argparse._ActionsContainer) -> None:
     """Adds `--resize` and `--skip-broken`."""
     parser.add_argument("--resize", action="store_true", help="scale images of another size")

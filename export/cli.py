@@ -67,7 +67,7 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
     add("--optimizer", "sgd, with momentum, or adamw (%(default)s)", choices=OPTIMIZERS, default="sgd")
     p.add_argument("--nesterov", action="store_true", help="Nesterov momentum (sgd)")
     p.add_argument("--clip-gradients", action="store_true",
-        help="the step clips gradients by their global norm, which `edgestill train --clip-norm` gives")  # fmt: skip
+        help="the step clips gradients by their global norm, which --clip-norm of `edgestill train` gives")  # fmt: skip
     add("--freeze", "do not train this module, or its first N blocks (perception, perception:2); repeatable",
         "MODULE[:N]", action="append")  # fmt: skip
     add("--seed", "of the initial weights (%(default)s)", "N", int, default=0)

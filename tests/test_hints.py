@@ -79,7 +79,9 @@ def check(command: str) -> str | None:
 def test_every_command_that_a_message_names_can_be_typed() -> None:
     found = list(hinted())
     assert len(found) > 40
-    assert [f"{place}: {wrong}" for place, command in found if (wrong := check(command))] == []
+    assert not (all_wrong := [f"{place}: {wrong}" for place, command in found if (wrong := check(command))]), (
+        "\n".join(all_wrong)
+    )
 
 
 def test_no_message_names_a_command_in_any_other_form() -> None:
