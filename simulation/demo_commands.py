@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from edgestill.runtime.machine import cores
+
 END_TIMEOUT_S = 15.0
 
 
@@ -81,7 +83,7 @@ class Commands:
         started_s = time.monotonic()
         try:
             while waiting or running:
-                while waiting and len(running) < (os.cpu_count() or 1):
+                while waiting and len(running) < cores():
                     running.append(self.start(*waiting.pop(0)))
                 for process in [one for one in running if one.poll() is not None]:
                     running.remove(process)
