@@ -90,6 +90,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
         parsed = parser.parse_args(arguments)
     except SystemExit as leaving:  # argparse has printed help (0) or a usage error (2)
         return leaving.code if isinstance(leaving.code, int) else 2
+    parsed.typed = tuple(arguments)  # for a hint that is this command with other values
     if parsed.version:
         print(_version())
         return 0

@@ -183,7 +183,7 @@ class WorkFolder:
         write_atomically(self.folder / "journal.json", [json.dumps(value, indent=1).encode()])
 
     def student(self, bundle: Bundle) -> dict[str, np.ndarray]:
-        path = self._student_path(bundle.model_digest)
+        path = self.student_path(bundle)
         if not path.exists():
             return bundle.initial_state()
         return bundle.check_state(wire.load(path).arrays, source=str(path))
@@ -208,7 +208,7 @@ class WorkFolder:
     def settle(self, round_name: str, bundle: Bundle) -> None:
         trained = self.folder / f"training-{round_name}.safetensors"
         if trained.exists():  # else it happened before the device was killed
-            os.replace(trained, self._student_path(_model_of(trained) or bundle.model_digest))
+            os.replace(trained, self._path_of(_model_of(trained) or bundle.model_digest))
             sync(self.folder)
 
     def alone(self, bundle: Bundle) -> tuple[str, dict[str, np.ndarray]]:
@@ -236,14 +236,21 @@ class WorkFolder:
             if path.name.removesuffix(".partial") not in needed:
                 path.unlink(missing_ok=True)
 
+    def student_path(self, bundle: Bundle) -> Path:
+        """Where the student lies once a round has been trained: a state file like any other."""
+        return self._path_of(bundle.model_digest)
+
     def other_students(self, bundle: Bundle) -> list[Path]:
         """The files of students that this device trained before it got the bundle's; none once it has trained that."""
-        if self._student_path(bundle.model_digest).exists():
+        if self.student_path(bundle).exists():
             return []
         return sorted(self.folder.glob("student-*.safetensors"))
 
-    def _student_path(self, model_digest: str) -> Path:
+    def _path_of(self, model_digest: str) -> Path:
         return self.folder / f"student-{model_digest[:16]}.safetensors"
+
+    def _alone_path(self, bundle: Bundle) -> Path:
+        return self.folder / f"alone-{bundle.model_digest[:16]}.safetensors"
 
 
 def _model_of(path: Path) -> str | None:
@@ -252,9 +259,6 @@ def _model_of(path: Path) -> str | None:
         return str(json.loads(wire.load(path).metadata["run"])["model"])
     except (KeyError, TypeError, ValueError, WireError):
         return None
-
-    def _alone_path(self, bundle: Bundle) -> Path:
-        return self.folder / f"alone-{bundle.model_digest[:16]}.safetensors"
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
