@@ -82,7 +82,7 @@ def test_killed_at_every_write_it_goes_on_with_another_student(bench: Bench, tmp
         assert len(fake.uploads) == fake.rounds, moment
         kept = sorted(path.name for path in folder.glob("student-*"))
         ours, theirs = (f"student-{one.model_digest[:16]}.safetensors" for one in (bundle, bench.bundle))
-        assert kept and (theirs in kept or not before) and (ours in kept or before == fake.rounds - 1), moment
+        assert kept and (theirs in kept or not before) and (ours in kept or before >= fake.rounds - 1), moment
         for name, one in ((ours, bundle), (theirs, bench.bundle)):
             if name in kept:
                 one.check_state(load_file(folder / name))
