@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TextIO
 
 from edgestill.runtime.errors import EdgestillError
+from edgestill.runtime.machine import cores
 
 END_TIMEOUT_S = 15.0
 DOCTOR = "`edgestill doctor` says what works on this machine"
@@ -88,7 +89,7 @@ class Commands:
         started_s = time.monotonic()
         try:
             while waiting or running:
-                while waiting and len(running) < (os.cpu_count() or 1):
+                while waiting and len(running) < cores():
                     running.append(self.start(*waiting.pop(0)))
                 for process in [one for one in running if one.poll() is not None]:
                     running.remove(process)
