@@ -222,7 +222,7 @@ def page_html(results: Results, pictures: Sequence[Picture]) -> str:
     effort_head, *effort = effort_rows(results)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>edgestill demo</title><style>{_STYLE}</style></head><body><main>
+<title>Four devices and a coordinator on this machine</title><style>{_STYLE}</style></head><body><main>
 <h1>Four devices, three students, one common head</h1>
 <p>Each device trained {results.local_epochs} epochs a round on its own share (Dirichlet, gamma {results.gamma:g},
 seed {results.seed}) and exchanged nothing but its latents on {results.transfer_samples} transfer images.</p>

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgestill.simulation import demo_commands
+from edgestill.runtime.bundle.bundle import Bundle
+from edgestill.simulation import demo_bundles, demo_commands
 from edgestill.simulation.demo import (
     DEVICES,
     ENGINE,
@@ -23,6 +24,8 @@ from edgestill.simulation.demo import (
     DemoSettings,
     Seen,
     join_words,
+    lay_bundles,
+    next_commands,
     note,
     start_coordinator,
     task_words,
@@ -42,6 +45,7 @@ from edgestill.simulation.demo_page import (
 from edgestill.simulation.federation import describe_task
 from edgestill.simulation.pool import ONE_THREAD
 from edgestill.simulation.seeds import settings_of
+from tests.support.demo_bundles import exported
 
 # Stands for `edgestill`: says its words on stderr, more than a pipe holds, and answers as the real one does.
 FAKE = """
@@ -126,21 +130,18 @@ def test_the_commands_are_ones_that_edgestill_takes() -> None:
         assert parsed.memory == device.memory_mb and parsed.seed == settings.seed
 
 
-def test_the_task_is_that_of_the_recorded_seeds(tmp_path: Path) -> None:
+@pytest.mark.contract
+def test_the_task_is_that_of_the_recorded_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, screen: io.StringIO
+) -> None:
     """What is typed makes the task that `make demo-seeds` simulates, but for its name and the time that rounds have."""
     import argparse
 
     from edgestill.coordinator.commands import task
     from edgestill.coordinator.store.blobs import FileBlobs
     from edgestill.coordinator.task.creation import make_task
-    from edgestill.export.exporter import ExportOptions, export_bundle
-    from edgestill.runtime.bundle.manifest import Optimizer
 
-    for seed, student in enumerate(STUDENTS):
-        options = ExportOptions(
-            "cnn3", widths=(4, 4, 4), optimizer=Optimizer("adamw"), common_head=True, engines=("native",), seed=seed
-        )
-        export_bundle(options, tmp_path / student)
+    demo_bundles_into(tmp_path, monkeypatch, screen)
     parser = argparse.ArgumentParser()
     task.add_parser(parser.add_subparsers())
     settings = DemoSettings(output=tmp_path, seed=3)
@@ -153,6 +154,55 @@ def test_the_task_is_that_of_the_recorded_seeds(tmp_path: Path) -> None:
     for name in ("name", "deadline_s"):
         assert mine.pop(name) != theirs.pop(name)
     assert mine == theirs and mine["common_head"] and mine["transfer"]["labels"]
+
+def demo_bundles_into(folder: Path, monkeypatch: pytest.MonkeyPatch, screen: io.StringIO) -> None:
+    """Lays the bundles that a wheel carries into a folder."""
+    monkeypatch.setattr(demo_bundles, "FOLDER", exported())
+    lay_bundles(Commands(screen), DemoSettings(output=folder))
+
+
+@pytest.mark.contract
+def test_what_a_wheel_carries_serves_every_device_and_is_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, screen: io.StringIO
+) -> None:
+    bundles = exported()
+    assert sum(path.stat().st_size for path in bundles.iterdir()) < 5_000_000
+    demo_bundles_into(tmp_path, monkeypatch, screen)
+    assert "edgestill export" not in screen.getvalue()
+    needed = {}
+    for student in STUDENTS:
+        with Bundle.open(tmp_path / student) as bundle:
+            assert bundle.engines == ("native",)
+            needed[student] = bundle.training_memory_bytes / 1e6
+    got = [max((mb, name) for name, mb in needed.items() if mb <= (one.memory_mb or 1e9))[1] for one in DEVICES]
+    assert got == ["cnn3", "cnn4", "cnn5", "cnn3"]
+
+
+def test_without_bundles_and_pytorch_it_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, screen: io.StringIO
+) -> None:
+    monkeypatch.setattr(demo_bundles, "FOLDER", tmp_path / "none")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(DemoFailed, match="PyTorch is not installed") as caught:
+        lay_bundles(Commands(screen), DemoSettings(output=tmp_path))
+    assert "edgestill[export]" in caught.value.hint
+
+
+def test_without_bundles_it_exports(
+    tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch, screen: io.StringIO
+) -> None:
+    monkeypatch.setattr(demo_bundles, "FOLDER", tmp_path / "none")
+    with pytest.raises(DemoFailed, match="export"):  # what stands for edgestill cannot
+        lay_bundles(commands, DemoSettings(output=tmp_path))
+    assert screen.getvalue().count(" export --student cnn") >= 1
+
+
+def test_the_next_commands_can_be_typed(tmp_path: Path) -> None:
+    from tests.test_docs import PARSERS
+
+    for words, what in next_commands(DemoSettings(output=tmp_path)):
+        PARSERS[""].parse_args([str(word) for word in words])
+        assert len(what) > 20
 
 
 SCORES = {"t_priv": 0.2, "t_uni": 0.1, "loss": 2.3}
@@ -283,7 +333,7 @@ def test_the_whole_demo(tmp_path: Path) -> None:
     shown = []
     for name in ("first", "second"):
         ran = subprocess.run(
-            [sys.executable, "-m", "edgestill.simulation.demo", "--output", str(tmp_path / name), *words],
+            [sys.executable, "-m", "edgestill.runtime.cli", "demo", "--export", *words, "--output", tmp_path / name],
             env={**os.environ, **ONE_THREAD},
             capture_output=True,
             text=True,
