@@ -31,6 +31,7 @@ COMMANDS = {
     "task": ("edgestill.coordinator.commands.task", "create, list and show tasks", "coordinator"),
     "enrol": ("edgestill.coordinator.commands.enrol", "print codes for devices to join a task", "coordinator"),
     "join": ("edgestill.runtime.commands.join", "take part in a task as a device", "device"),
+    "demo": ("edgestill.simulation.demo", "a federation on this machine, with a result page", "coordinator"),
     "simulate": ("edgestill.simulation.simulate", "a federation of virtual devices", "coordinator"),
     "reproduce": ("edgestill.benchmarks.reproduce", "repeat the experiments (in a checkout)", "coordinator"),
     "bench": ("edgestill.benchmarks.cli", "measure engines side by side (in a checkout)", "export"),
@@ -118,7 +119,7 @@ def _missing_package(command: str, error: ModuleNotFoundError) -> EdgestillError
     if f"{error.name}.".startswith("edgestill.benchmarks."):
         return EdgestillError(
             f"`edgestill {command}` is not in the installed package: it runs in a checkout of edgestill",
-            f"in the checkout: make setup && .venv/bin/edgestill {command} --help",
+            f"in the checkout: make setup && .venv/bin/edgestill {command} ...",
         )
     return EdgestillError(
         f"`edgestill {command}` needs the Python package {error.name!r}, which is not installed here",

@@ -187,6 +187,14 @@ def run(arguments: argparse.Namespace) -> int:
                 coordinator.inform(device_info(arguments, identity.get("name")))
         assignment = fetch_assignment(coordinator, keep)
         bundle = stack.enter_context(Bundle.open(assignment.bundle_path))
+        for path in keep.other_students(bundle):
+            notice = Notice(
+                "student",
+                f"this device gets {bundle.student.name} for its engines and memory; what it trained before stays in "
+                f"{path}",
+                {"student": bundle.student.name, "before": str(path)},
+            )
+            output("notice", **notice.as_json())
         engine = open_task_engine(bundle, arguments.engine, arguments.threads)
         stack.callback(engine.close)
         known = known_classes(assignment.task, bundle)
