@@ -19,7 +19,7 @@ from edgestill.runtime.machine import cores, memory_bytes, physical_memory_bytes
 OPTIONAL_PACKAGES = {
     "numpy": ("needed by everything", None),
     "httpx2": ("talks to a coordinator: `edgestill join`", "device"),
-    "zstandard": ("compresses uploads: `edgestill join`, `edgestill serve`", "device"),
+    "backports.zstd": ("compresses uploads: `edgestill join`, `edgestill serve`", "device"),
     "zeroconf": ("finds a coordinator and announces it: --discover, --mdns", "discovery"),
     "pillow": ("reads folders of images", "images"),
     "pillow-heif": ("reads HEIC images in them", "heic"),
@@ -28,7 +28,7 @@ OPTIONAL_PACKAGES = {
     "onnx": ("exports bundles", "export"),
     "fastapi": ("serves the coordinator: `edgestill serve`", "coordinator"),
     "sqlalchemy": ("the coordinator's database: `edgestill serve`, `task`, `enrol`", "coordinator"),
-    "obstore": ("the coordinator's blobs in S3", "coordinator"),
+    "obstore": ("the coordinator's blobs in S3", "s3"),
     "psycopg": ("the coordinator's database in PostgreSQL", "postgresql"),
     "dp-accounting": ("says epsilon with --noise-multiplier", None),
 }
