@@ -32,6 +32,7 @@ COMMANDS = {
     "restore": ("edgestill.coordinator.commands.backup", "make a coordinator of a backup", "coordinator"),
     "downgrade": ("edgestill.coordinator.commands.downgrade", "take a database to an older version", "coordinator"),
     "join": ("edgestill.runtime.commands.join", "take part in a task as a device", "device"),
+    "demo": ("edgestill.simulation.demo", "a federation on this machine, with a result page", "coordinator"),
     "simulate": ("edgestill.simulation.simulate", "a federation of virtual devices", "coordinator"),
     "reproduce": ("edgestill.benchmarks.reproduce", "repeat the experiments (in a checkout)", "coordinator"),
     "bench": ("edgestill.benchmarks.cli", "measure engines side by side (in a checkout)", "export"),
@@ -93,6 +94,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
         parsed = parser.parse_args(arguments)
     except SystemExit as leaving:  # argparse has printed help (0) or a usage error (2)
         return leaving.code if isinstance(leaving.code, int) else 2
+    parsed.typed = tuple(arguments)  # for a hint that is this command with other values
     if parsed.version:
         print(_version())
         return 0
@@ -118,7 +120,7 @@ def _missing_package(command: str, error: ModuleNotFoundError) -> EdgestillError
     if f"{error.name}.".startswith("edgestill.benchmarks."):
         return EdgestillError(
             f"`edgestill {command}` is not in the installed package: it runs in a checkout of edgestill",
-            f"in the checkout: make setup && .venv/bin/edgestill {command} --help",
+            f"in the checkout: make setup && .venv/bin/edgestill {command} ...",
         )
     return EdgestillError(
         f"`edgestill {command}` needs the Python package {error.name!r}, which is not installed here",

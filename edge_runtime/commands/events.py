@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from edgestill.runtime.device.device import Device
@@ -51,13 +52,15 @@ class EventOutput:
             print(file=sys.stderr)
             self._in_progress = False
 
-    def summary(self, device: Device, uploaded: int) -> None:
-        """What this start has done, and what the device has spent of its privacy ever since it is enrolled."""
+    def summary(self, device: Device, uploaded: int, bundle: Path, student: Path) -> None:
+        """What this start has done, what the device has spent of its privacy ever since it is enrolled, and where its
+        student lies, once it has learned."""
         self.end_progress()
         report = dict(device.last_report or {})
         if self._as_json:
             last = {"rounds_uploaded": uploaded, "phase": device.participant.phase, "report": report}
-            last |= {"epsilon": device.epsilon}
+            last |= {"epsilon": device.epsilon, "bundle": str(bundle)}
+            last |= {"state": str(student) if student.exists() else None}
             print(json.dumps({"summary": last}), flush=True)
             return
         print(f"rounds uploaded {uploaded}")
@@ -71,6 +74,8 @@ class EventOutput:
         privacy = device.equipment.options.privacy
         if privacy is not None:
             print(f"epsilon         {_epsilon(device.epsilon, privacy.delta)}")
+        if student.exists():
+            print(f"student         {student}, of the bundle {bundle}")
 
 
 def _describe(event: str, details: Mapping[str, Any]) -> str | None:

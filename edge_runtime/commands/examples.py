@@ -41,6 +41,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "edgestill join http://192.0.2.10:8000 --code AAAAA-BBBBB-CCCCC-DDDDD --data photos --resize",
         "edgestill join --data photos --resize --once",
     ),
+    "demo": ("edgestill demo", "edgestill demo --output first-look --seed 1 --keep"),
     "simulate": (
         "edgestill simulate --devices 4 --rounds 2",
         "edgestill simulate --gamma 0.25 --output results",

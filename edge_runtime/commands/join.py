@@ -21,12 +21,13 @@ from edgestill.runtime.device.address import check_url
 from edgestill.runtime.device.assignment import fetch_assignment
 from edgestill.runtime.device.client import HttpCoordinator
 from edgestill.runtime.device.conditions import Conditions, read_status
-from edgestill.runtime.device.device import Device
+from edgestill.runtime.device.device import Device, Watch
 from edgestill.runtime.device.enrolment import LONGEST_NAME, device_info, enrol, installation_hint
 from edgestill.runtime.device.journal import WorkFolder
 from edgestill.runtime.device.local_round import Equipment, Options, Privacy, warn_of_noise
 from edgestill.runtime.device.local_training import Transfer
 from edgestill.runtime.device.outputs import PRECISIONS
+from edgestill.runtime.device.round_log import RoundLog
 from edgestill.runtime.engines.registry import (
     ENGINES,
     Engine,
@@ -147,6 +148,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     gate.add_argument("--allow-metered", action="store_true", help="take part over a metered network, too")
     gate.add_argument("--ignore-conditions", action="store_true", help="train whatever the device says")
 
+    parser.add_argument("--log-dir", type=Path, metavar="DIR", help="write event files for TensorBoard")
     parser.add_argument("--once", action="store_true", help="leave after one round")
     add_json_option(parser, "events as JSON lines")
     parser.set_defaults(run=run)
@@ -160,6 +162,10 @@ def run(arguments: argparse.Namespace) -> int:
     options, conditions = options_from(arguments), conditions_from(arguments)
     output = EventOutput(arguments.json)
     with ExitStack() as stack:
+        watch: Watch = output
+        if arguments.log_dir is not None:
+            watch = log = RoundLog(arguments.log_dir, output)
+            stack.callback(log.close)
         keep = WorkFolder(arguments.work_dir)
         stack.callback(keep.close)
         identity = keep.identity()
@@ -181,6 +187,14 @@ def run(arguments: argparse.Namespace) -> int:
                 coordinator.inform(device_info(arguments, identity.get("name")))
         assignment = fetch_assignment(coordinator, keep)
         bundle = stack.enter_context(Bundle.open(assignment.bundle_path))
+        for path in keep.other_students(bundle):
+            notice = Notice(
+                "student",
+                f"this device gets {bundle.student.name} for its engines and memory; what it trained before stays in "
+                f"{path}",
+                {"student": bundle.student.name, "before": str(path)},
+            )
+            output("notice", **notice.as_json())
         engine = open_task_engine(bundle, arguments.engine, arguments.threads)
         stack.callback(engine.close)
         known = known_classes(assignment.task, bundle)
@@ -188,6 +202,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments, bundle, known, lambda notice: output("notice", **notice.as_json())
         )
         transfer = None if assignment.transfer_path is None else Transfer.load(assignment.transfer_path)
+        student = (assignment.bundle_path, keep.student_path(bundle))
         device = Device(
             name=identity["device"],
             coordinator=coordinator,
@@ -196,7 +211,7 @@ def run(arguments: argparse.Namespace) -> int:
             conditions=conditions,
             read_status=read_status,
             peak_rss_bytes=peak_rss_bytes,
-            watch=output,
+            watch=watch,
             bytes_down=assignment.bytes_down,
             needed_blobs=assignment.digests,
         )
@@ -217,18 +232,18 @@ def run(arguments: argparse.Namespace) -> int:
             try:
                 device.run(1 if arguments.once else None)
             except KeyboardInterrupt as error:
-                output.summary(device, device.participant.completed - before)
+                output.summary(device, device.participant.completed - before, *student)
                 raise Interrupted(
                     f"stopped; {arguments.work_dir} says where this device stands",
                     "run the same command again to go on",
                 ) from error
             except Interrupted:
-                output.summary(device, device.participant.completed - before)
+                output.summary(device, device.participant.completed - before, *student)
                 raise
             finally:
                 output.end_progress()
         uploaded = device.participant.completed - before
-        output.summary(device, uploaded)
+        output.summary(device, uploaded, *student)
     return 1 if arguments.once and not uploaded else 0
 
 

@@ -7,6 +7,7 @@ several frames the first is taken. Source of the orientation's values: CIPA DC-0
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -89,7 +90,7 @@ def read_picture(file: Path, form: InputSpec, resize: bool) -> Picture:
     try:
         if file.suffix.lower() in _BY_HEIF:
             _register_heif()
-        with pillow.open(file) as image:
+        with warnings.catch_warnings(action="ignore"), pillow.open(file) as image:
             image.load()  # of some formats it knows only then how the picture lies
             several = image.format in _FRAMED and bool(getattr(image, "is_animated", False))
             turns = _TURNS.get(_orientation(image), ())

@@ -138,7 +138,7 @@ def find_splits(tree: Tree) -> dict[str, Path]:
     classes = [name for name in holding if name.casefold() not in SPLITS]
     deep = {name for name in tree.folders if any(len(parts) > 2 for parts in tree.below(name))}
     flat = {name for name in tree.folders if any(len(parts) == 2 for parts in tree.below(name))}
-    named = [name for names in roles.values() for name in names]
+    named = [name for role in ("train", "test", "validation") for name in roles.get(role, ())]
     layered = [name for name in named if name in deep - flat]
     if classes:
         inner = {name: {parts[1] for parts in tree.below(name) if len(parts) > 2} for name in layered}

@@ -42,7 +42,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     for name, array in checkpoint.state.items():
         if not np.isfinite(array).all():
             raise TrainingError(
-                f"after step {checkpoint.step} {name!r} is not finite; {path} keeps the last good state",
+                f"after step {checkpoint.step} {name!r} is not finite; {path} is left as it was",
                 "train with a smaller --lr, or with --warmup-steps",
             )
     progress = {"step": checkpoint.step, "total_steps": checkpoint.total_steps}

@@ -101,6 +101,8 @@ EPOCHS = Hyperparameter(1, 1, 1_000_000, "passes over the data", "passes over th
 TRANSFER_FRACTION = Hyperparameter(
     0.5, 0, 1, "share of a batch", "share of transfer samples in a batch", above=True, below=True
 )
+HOLDOUT = 0.1
+"""Share of every class that tests a run on data without a test split."""
 CHECKPOINT_EVERY = Hyperparameter(50, 1, 1_000_000, "steps", "how often the state is written", whole=True)
 """The same for what a run takes with every bundle."""
 
