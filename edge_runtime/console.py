@@ -54,7 +54,7 @@ class Progress:
         self._end_line()
 
 
-def add_json_option(parser: argparse.ArgumentParser, form: str) -> None:
+def add_json_option(parser: argparse._ActionsContainer, form: str) -> None:
     """Adds `--json`; `form` says what is printed with it, such as "one JSON object"."""
     parser.add_argument("--json", action="store_true", help=f"{form} on stdout instead of words")
 
@@ -81,6 +81,11 @@ def add_image_options(parser: argparse._ActionsContainer) -> None:
         action="store_true",
         help="leave out images that cannot be read; they are counted and named",
     )
+
+
+def printable(text: str) -> str:
+    """What of names and messages may not steer a terminal, or not be encoded, is written out."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def count(text: str) -> int:

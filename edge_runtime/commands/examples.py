@@ -18,6 +18,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "edgestill evaluate leaf-bundle --data photos --resize --state leaf.safetensors",
         "edgestill evaluate leaf-bundle --data cifar10-mini --state leaf.safetensors --json",
     ),
+    "predict": (
+        "edgestill predict leaf-bundle --state leaf.safetensors --resize holiday.jpg photos",
+        "edgestill predict leaf-bundle --state leaf.safetensors --data cifar10-mini --csv > classes.csv",
+    ),
     "inspect": ("edgestill inspect leaf-bundle",),
     "doctor": ("edgestill doctor",),
     "serve": (
