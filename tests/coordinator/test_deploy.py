@@ -156,7 +156,7 @@ def test_the_container_serves_with_extras_that_there_are() -> None:
     text = (DEPLOY / "Containerfile").read_text().replace("\\\n", " ")
     steps = [line.split(" ", 1) for line in text.splitlines() if line and not line.startswith(("#", " "))]
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    (named,) = re.findall(r"\[([a-z,]+)\]", text)
+    (named,) = re.findall(r"\[([a-z0-9,]+)\]", text)
     assert set(named.split(",")) <= extras.keys() and "coordinator" in named
     last = dict(steps)
     words = json.loads(last["ENTRYPOINT"]) + json.loads(last["CMD"])
