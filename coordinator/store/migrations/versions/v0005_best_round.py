@@ -9,6 +9,7 @@ revision = "0005"
 down_revision = "0004"
 branch_labels = None
 depends_on = None
+_NEW_FIELDS = ("validation", "common_head", "seed", "class_names")
 
 
 def upgrade() -> None:
@@ -20,6 +21,14 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    connection, tasks = op.get_bind(), sa.table("tasks", sa.column("name"), sa.column("definition", sa.JSON()))
+    for name, definition in connection.execute(sa.select(tasks.c.name, tasks.c.definition)).all():
+        # an older program refuses a task with fields that it does not know
+        known = {field: value for field, value in definition.items() if field not in _NEW_FIELDS}
+        for samples in ("transfer", "test"):
+            if known.get(samples) is not None:
+                known[samples] = {field: value for field, value in known[samples].items() if field != "labels"}
+        connection.execute(tasks.update().where(tasks.c.name == name).values(definition=known))
     op.drop_column("devices", "number")
     op.drop_column("codes", "number")
     op.drop_column("tasks", "codes")
