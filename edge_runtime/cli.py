@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import metadata
 
 from edgestill.runtime.commands.examples import show_examples
@@ -147,10 +148,11 @@ def _extra_with(package: str, likely: str) -> str:
 
 
 def _complain(error: EdgestillError) -> int:
-    # a message may quote names from a damaged file; they must not steer the terminal
-    print(f"edgestill: error: {printable(error.message)}", file=sys.stderr)
-    if error.hint:
-        print(f"hint: {printable(error.hint)}", file=sys.stderr)
+    with suppress(OSError):  # of a terminal that is closed
+        # a message may quote names from a damaged file; they must not steer the terminal
+        print(f"edgestill: error: {printable(error.message)}", file=sys.stderr)
+        if error.hint:
+            print(f"hint: {printable(error.hint)}", file=sys.stderr)
     return error.exit_code
 
 

@@ -22,7 +22,7 @@ from edgestill.runtime.device.authority import (
 from edgestill.runtime.device.client import Unreachable
 from edgestill.runtime.device.enrolment import check_code
 from edgestill.runtime.errors import EdgestillError, UsageError
-from tests.support.certificates import write_authority, write_certificate
+from tests.support.certificates import write_certificate
 from tests.support.coordinator_commands import CREATE, make_place, run_json, serving  # noqa: F401  fixture
 from tests.support.coordinator_site import add_task, make_site, problem_of
 
@@ -108,7 +108,8 @@ def test_the_coordinator_hands_out_what_its_tasks_carry(tmp_path: Path, certific
 def test_join_needs_no_file_and_no_one_else_gets_the_code(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_authority("ca.pem", "cert.pem", "key.pem")
+    write_certificate("ca.pem", "ca.key")
+    write_certificate("cert.pem", "key.pem", signed_by=(place / "ca.pem", place / "ca.key"))
     write_certificate("strange.pem", "strange.key")
     assert main([*CREATE, *ONE_ROUND, "--ca-cert", "key.pem"]) == 2
     assert "not one certificate" in capsys.readouterr().err
