@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import metadata
 
 from edgestill.runtime.commands.examples import show_examples
@@ -30,6 +31,9 @@ COMMANDS = {
     "serve": ("edgestill.coordinator.commands.serve", "run the coordinator", "coordinator"),
     "task": ("edgestill.coordinator.commands.task", "create, list and show tasks", "coordinator"),
     "enrol": ("edgestill.coordinator.commands.enrol", "print codes for devices to join a task", "coordinator"),
+    "backup": ("edgestill.coordinator.commands.backup", "copy a coordinator while it serves", "coordinator"),
+    "restore": ("edgestill.coordinator.commands.backup", "make a coordinator of a backup", "coordinator"),
+    "downgrade": ("edgestill.coordinator.commands.downgrade", "take a database to an older version", "coordinator"),
     "join": ("edgestill.runtime.commands.join", "take part in a task as a device", "device"),
     "demo": ("edgestill.simulation.demo", "a federation on this machine, with a result page", "coordinator"),
     "simulate": ("edgestill.simulation.simulate", "a federation of virtual devices", "coordinator"),
@@ -144,10 +148,11 @@ def _extra_with(package: str, likely: str) -> str:
 
 
 def _complain(error: EdgestillError) -> int:
-    # a message may quote names from a damaged file; they must not steer the terminal
-    print(f"edgestill: error: {printable(error.message)}", file=sys.stderr)
-    if error.hint:
-        print(f"hint: {printable(error.hint)}", file=sys.stderr)
+    with suppress(OSError):  # of a terminal that is closed
+        # a message may quote names from a damaged file; they must not steer the terminal
+        print(f"edgestill: error: {printable(error.message)}", file=sys.stderr)
+        if error.hint:
+            print(f"hint: {printable(error.hint)}", file=sys.stderr)
     return error.exit_code
 
 

@@ -39,6 +39,9 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "task show": ("edgestill task show --data-dir federation birds",),
     "task stop": ("edgestill task stop --data-dir federation birds",),
     "enrol": ("edgestill enrol --data-dir federation --task birds --count 5",),
+    "backup": ("edgestill backup --data-dir federation --output /var/backups/federation",),
+    "restore": ("edgestill restore /var/backups/federation --data-dir federation-again",),
+    "downgrade": ("edgestill downgrade --data-dir federation --to 0004",),
     "join": (
         "edgestill join http://192.0.2.10:8000 --code AAAAA-BBBBB-CCCCC-DDDDD --data photos --resize",
         "edgestill join --data photos --resize --once",

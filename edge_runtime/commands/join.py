@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -19,10 +18,11 @@ from edgestill.runtime.data.notice import Notice, Tell
 from edgestill.runtime.data.shares import deal, draw_tests, parse_share, share_of
 from edgestill.runtime.device.address import check_url
 from edgestill.runtime.device.assignment import fetch_assignment
+from edgestill.runtime.device.authority import fetch_authority
 from edgestill.runtime.device.client import HttpCoordinator
 from edgestill.runtime.device.conditions import Conditions, read_status
 from edgestill.runtime.device.device import Device, Watch
-from edgestill.runtime.device.enrolment import LONGEST_NAME, device_info, enrol, installation_hint
+from edgestill.runtime.device.enrolment import LONGEST_NAME, check_code, device_info, enrol, installation_hint
 from edgestill.runtime.device.journal import WorkFolder
 from edgestill.runtime.device.local_round import Equipment, Options, Privacy, warn_of_noise
 from edgestill.runtime.device.local_training import Transfer
@@ -36,6 +36,7 @@ from edgestill.runtime.engines.registry import (
 )
 from edgestill.runtime.errors import DataError, EngineError, Interrupted, UsageError
 from edgestill.runtime.machine import peak_rss_bytes
+from edgestill.runtime.stopping import handling
 from edgestill.runtime.training.checkpoint import classes_of
 
 _MEGABYTE = 10**6
@@ -176,7 +177,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "another device needs another --work-dir",
             )
         url = _address(arguments, None if identity is None else identity["url"], output)
-        coordinator = HttpCoordinator(url, ca_cert=arguments.ca_cert)
+        coordinator = HttpCoordinator(url, ca_cert=_trusted(arguments, url, keep, identity is not None))
         stack.callback(coordinator.close)
         if identity is None:
             identity = enrol(arguments, url, coordinator, keep)
@@ -228,7 +229,7 @@ def run(arguments: argparse.Namespace) -> int:
             output("warning", message=warning)
         before = device.participant.completed
         with stop_requests(lambda: device.training) as requests:
-            device.stop_requested = lambda: bool(requests)
+            device.stop_requested = lambda: bool(requests) or output.lost
             try:
                 device.run(1 if arguments.once else None)
             except KeyboardInterrupt as error:
@@ -363,7 +364,7 @@ def open_task_engine(bundle: Bundle, name: str | None, threads: int) -> Engine:
 
 @contextmanager
 def stop_requests(is_training: Callable[[], bool]) -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM add themselves to, so that a training step ends and leaves a checkpoint.
+    """A list that signals to end add themselves to, so that a training step ends and leaves a checkpoint.
 
     Outside of training, and at a second signal, they interrupt at once: the journal holds at any moment.
     """
@@ -374,12 +375,21 @@ def stop_requests(is_training: Callable[[], bool]) -> Iterator[list[int]]:
         if len(received) > 1 or not is_training():
             raise KeyboardInterrupt
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handling(note):
         yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+
+
+def _trusted(arguments: argparse.Namespace, url: str, keep: WorkFolder, enrolled: bool) -> Path | None:
+    """The file of certificates to trust; None for the system's. Errors: those of `check_code`, `fetch_authority`."""
+    if arguments.ca_cert is not None:
+        return arguments.ca_cert
+    if not enrolled and arguments.code is not None:
+        _, wanted = check_code(arguments.code)
+        if wanted is not None:
+            keep.write_authority(fetch_authority(url, wanted))
+        elif (left := keep.authority()) is not None:  # by a code that came to nothing
+            left.unlink()
+    return keep.authority()
 
 
 def _address(arguments: argparse.Namespace, known: str | None, output: EventOutput) -> str:
