@@ -86,6 +86,11 @@ def translate(
     return table[labels]
 
 
+def names_of_outputs(names: Sequence[str], outputs: int) -> list[str]:
+    """A name for each output: its number where it has none, as the data may have had fewer classes."""
+    return [*names, *map(str, range(len(names), outputs))][:outputs]
+
+
 def check_names(names: Sequence[str], what: str) -> tuple[str, ...]:
     """Errors: DataError for names that do not tell classes apart."""
     counts = Counter(names)
