@@ -18,10 +18,11 @@ from edgestill.runtime.data.notice import Notice, Tell
 from edgestill.runtime.data.shares import deal, draw_tests, parse_share, share_of
 from edgestill.runtime.device.address import check_url
 from edgestill.runtime.device.assignment import fetch_assignment
+from edgestill.runtime.device.authority import fetch_authority
 from edgestill.runtime.device.client import HttpCoordinator
 from edgestill.runtime.device.conditions import Conditions, read_status
 from edgestill.runtime.device.device import Device, Watch
-from edgestill.runtime.device.enrolment import LONGEST_NAME, device_info, enrol, installation_hint
+from edgestill.runtime.device.enrolment import LONGEST_NAME, check_code, device_info, enrol, installation_hint
 from edgestill.runtime.device.journal import WorkFolder
 from edgestill.runtime.device.local_round import Equipment, Options, Privacy, warn_of_noise
 from edgestill.runtime.device.local_training import Transfer
@@ -175,7 +176,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "another device needs another --work-dir",
             )
         url = _address(arguments, None if identity is None else identity["url"], output)
-        coordinator = HttpCoordinator(url, ca_cert=arguments.ca_cert)
+        coordinator = HttpCoordinator(url, ca_cert=_trusted(arguments, url, keep, identity is not None))
         stack.callback(coordinator.close)
         if identity is None:
             identity = enrol(arguments, url, coordinator, keep)
@@ -380,6 +381,19 @@ def stop_requests(is_training: Callable[[], bool]) -> Iterator[list[int]]:
 
     with handling(note):
         yield received
+
+
+def _trusted(arguments: argparse.Namespace, url: str, keep: WorkFolder, enrolled: bool) -> Path | None:
+    """The file of certificates to trust; None for the system's. Errors: those of `check_code`, `fetch_authority`."""
+    if arguments.ca_cert is not None:
+        return arguments.ca_cert
+    if not enrolled and arguments.code is not None:
+        _, wanted = check_code(arguments.code)
+        if wanted is not None:
+            keep.write_authority(fetch_authority(url, wanted))
+        elif (left := keep.authority()) is not None:  # by a code that came to nothing
+            left.unlink()
+    return keep.authority()
 
 
 def _address(arguments: argparse.Namespace, known: str | None, output: EventOutput) -> str:
