@@ -73,8 +73,7 @@ def translate(
         raise DataError(
             f"{where}: {'class' if len(strangers) == 1 else 'classes'} {listed(strangers)} not among those of "
             f"{known.whose}; the data's classes: {listed(own)}; {known.whose} has: {listed(known.names)}",
-            "rename the data's classes, remove what is of no class, or use a student of these classes "
-            "(--class-names of `edgestill export` names them)",
+            "rename the data's classes, remove what is of no class, or use a student of these classes",
         )
     renamed = {
         own[n]: known.names[p] for n in used if (p := found[n]) is not None and own[n] != known.names[p]
