@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgestill.runtime.bundle.manifest import DTYPES, KD_LOSSES, OBJECTIVES, OPTIMIZERS, InputSpec
-from edgestill.runtime.console import Progress, add_json_option
+from edgestill.runtime.console import Progress, add_image_options, add_json_option
 from edgestill.runtime.errors import UsageError
 
 
@@ -139,6 +139,7 @@ def _add_verify(subparsers: argparse._SubParsersAction) -> None:
     p.add_argument("--steps", type=int, default=20, help="training steps (%(default)s)")
     p.add_argument("--engines", type=_names, metavar="LIST", help="default: every engine in the bundle")
     p.add_argument("--data", metavar="NAME_OR_PATH", help=data)
+    add_image_options(p)
     p.add_argument("--student", metavar="NAME", help="where the student's factory is now, if it has moved")
     p.add_argument("--seed", type=int, default=0, help="of batches and teacher outputs (%(default)s)")
     p.add_argument("--threads", type=int, default=0, help="0: every core")
@@ -155,7 +156,8 @@ def run_verify(args: argparse.Namespace) -> int:
         raise UsageError(f"--steps must be at least 1, not {args.steps}")
     with Progress() as progress, redirect_stdout(sys.stderr):
         report = verify_bundle(
-            args.bundle, args.steps, args.engines, args.data, args.student, args.seed, args.threads, progress
+            args.bundle, args.steps, args.engines, args.data, args.student, args.seed, args.threads, progress,
+            args.resize, args.skip_broken,
         )
     if args.json:
         print(json.dumps({"engines": report}))
