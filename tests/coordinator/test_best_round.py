@@ -127,7 +127,7 @@ def test_the_best_round_is_marked_on_the_page_and_told_to_devices(
     play(service, task, tmp_path, 2)
     best = service.tasks()[0].best_round
     accuracy = service.rounds("birds")[best - 1].metrics[VALIDATION]
-    page = Pages(service, Settings()).task("", 0, "", "birds", 1).html
+    page = Pages(service, Settings()).task("", 0, "", "birds", 1).text
     assert page.count('class="best"') == 1 and f"validation images: {format_percent(accuracy)}" in page
     assert service.standing(service.devices("birds")[0])["best_round"] == best
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgestill.runtime.bundle.bundle import Bundle
@@ -316,6 +316,7 @@ def png_size(path: Path) -> tuple[int, int]:
     return int.from_bytes(header[4:]), int.from_bytes(header[:4])
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=8), st.floats(0.1, 20))
 def test_labels_of_curves_stand_apart_and_in_order(values: list[float], gap: float) -> None:
     values.sort()
@@ -326,23 +327,49 @@ def test_labels_of_curves_stand_apart_and_in_order(values: list[float], gap: flo
         assert places == pytest.approx(values)
 
 
-@pytest.mark.long
-def test_the_whole_demo(tmp_path: Path) -> None:
-    """Small, and twice: the same figures from processes that race each other."""
-    words = ["--rounds", "2", "--local-epochs", "1", "--distil-epochs", "1", "--transfer-count", "64"]
-    shown = []
-    for name in ("first", "second"):
-        ran = subprocess.run(
-            [sys.executable, "-m", "edgestill.runtime.cli", "demo", "--export", *words, "--output", tmp_path / name],
-            env={**os.environ, **ONE_THREAD},
-            capture_output=True,
-            text=True,
-            timeout=1200,
-        )
-        assert ran.returncode == 0, ran.stderr[-2000:]
-        assert "together − alone" in ran.stdout and "dashboard: http://" in ran.stderr
-        assert (tmp_path / name / "index.html").stat().st_size > 1000
-        assert ran.stdout.count("native") == len(DEVICES)
-        accuracies, _, rest = ran.stdout.partition("\n\n")
-        shown.append((accuracies, rest.partition("together − alone")[2]))
-    assert shown[0] == shown[1]
+# The command where the package has the bundles in another folder, argument 1.
+DEMO = """
+import pathlib, sys
+from edgestill.simulation import demo_bundles
+demo_bundles.FOLDER = pathlib.Path(sys.argv.pop(1))
+from edgestill.runtime.cli import main
+raise SystemExit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("export", [False, pytest.param(True, marks=[pytest.mark.long, pytest.mark.timeout(1200)])])
+def test_the_whole_demo(tmp_path: Path, export: bool) -> None:
+    """From the bundles that a wheel carries, and exported here, twice: processes that race each other, the same figures."""
+    first = whole_demo(tmp_path / "first", export)
+    if export:
+        assert whole_demo(tmp_path / "second", export) == first
+
+
+def whole_demo(folder: Path, export: bool) -> tuple[str, str]:
+    """The accuracies that a small demo prints, and what it says below its tables."""
+    words = [
+        "--output",
+        str(folder),
+        "--rounds",
+        "2" if export else "1",
+        "--local-epochs",
+        "1",
+        "--distil-epochs",
+        "1",
+        "--transfer-count",
+        "64",
+    ]
+    ran = subprocess.run(
+        [sys.executable, "-c", DEMO, str(exported()), "demo", *words, *["--export"] * export],
+        env={**os.environ, **ONE_THREAD},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert "together − alone" in ran.stdout and "dashboard: http://" in ran.stderr
+    assert (folder / "index.html").stat().st_size > 1000
+    assert ran.stdout.count("native") == len(DEVICES)
+    accuracies, _, rest = ran.stdout.partition("\n\n")
+    return accuracies, rest.partition("together − alone")[2]

@@ -9,7 +9,11 @@ revision = "0005"
 down_revision = "0004"
 branch_labels = None
 depends_on = None
-_NEW_FIELDS = ("validation", "common_head", "seed", "class_names")
+_OLD_FIELDS = (
+    "name", "students", "transfer", "exchange", "mode", "global_student", "test", "latent_size", "classes",
+    "aggregation", "local", "distil", "precision", "rounds", "goal", "over_selection", "minimum", "deadline_s",
+    "parameter_shapes",
+)  # fmt: skip
 
 
 def upgrade() -> None:
@@ -24,7 +28,7 @@ def downgrade() -> None:
     connection, tasks = op.get_bind(), sa.table("tasks", sa.column("name"), sa.column("definition", sa.JSON()))
     for name, definition in connection.execute(sa.select(tasks.c.name, tasks.c.definition)).all():
         # an older program refuses a task with fields that it does not know
-        known = {field: value for field, value in definition.items() if field not in _NEW_FIELDS}
+        known = {field: value for field, value in definition.items() if field in _OLD_FIELDS}
         for samples in ("transfer", "test"):
             if known.get(samples) is not None:
                 known[samples] = {field: value for field, value in known[samples].items() if field != "labels"}
