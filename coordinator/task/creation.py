@@ -83,7 +83,7 @@ def make_task(
                 Notice(
                     "classes",
                     "nobody says what the classes are: each device numbers its own in the order of their names, and "
-                    "must have the same ones; --class-names would say it, here or of `edgestill export`",
+                    "must have the same ones; --class-names says it, here or where the students are exported",
                 )
             )
         reading = _Reading(

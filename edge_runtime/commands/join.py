@@ -35,7 +35,7 @@ from edgestill.runtime.engines.registry import (
     open_engine,
 )
 from edgestill.runtime.errors import DataError, EngineError, Interrupted, UsageError
-from edgestill.runtime.machine import peak_rss_bytes
+from edgestill.runtime.machine import memory_bytes, peak_rss_bytes
 from edgestill.runtime.stopping import handling
 from edgestill.runtime.training.checkpoint import classes_of
 
@@ -142,9 +142,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     gate.add_argument(
         "--min-memory",
         type=float,
-        default=round(defaults.minimum_memory_bytes / _MEGABYTE),
         metavar="MB",
-        help=f"free memory ({round(defaults.minimum_memory_bytes / _MEGABYTE)})",
+        help=f"free memory ({round(defaults.minimum_memory_bytes / _MEGABYTE)}, or an eighth of a small machine's)",
     )
     gate.add_argument("--allow-metered", action="store_true", help="take part over a metered network, too")
     gate.add_argument("--ignore-conditions", action="store_true", help="train whatever the device says")
@@ -276,12 +275,17 @@ def conditions_from(arguments: argparse.Namespace) -> Conditions | None:
     """None with --ignore-conditions. Errors: UsageError."""
     if arguments.ignore_conditions:
         return None
-    if not 0 <= arguments.min_memory < 1e9:
+    if arguments.min_memory is not None and not 0 <= arguments.min_memory < 1e9:
         raise UsageError(f"--min-memory {arguments.min_memory}", "give megabytes, 0 or more")
+    least_bytes = Conditions().minimum_memory_bytes
+    if arguments.min_memory is not None:
+        least_bytes = int(arguments.min_memory * _MEGABYTE)
+    elif (whole := memory_bytes()) is not None:  # a container of 200 MB never has 256 MiB free
+        least_bytes = min(least_bytes, whole // 8)
     return Conditions(
         minimum_battery=arguments.min_battery,
         maximum_temperature_c=arguments.max_temperature,
-        minimum_memory_bytes=int(arguments.min_memory * _MEGABYTE),
+        minimum_memory_bytes=least_bytes,
         allow_metered=arguments.allow_metered,
     )
 
