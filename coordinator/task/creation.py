@@ -194,7 +194,9 @@ def _known_classes(
     Errors: UsageError for students whose outputs mean different things.
     """
     if given:
-        if not isinstance(given, str | Sequence):
+        if not isinstance(given, str) and not (
+            isinstance(given, Sequence) and all(isinstance(name, str) for name in given)
+        ):
             raise UsageError(f"class_names is {given!r}", 'write class_names = ["apple", "banana"]')
         known = KnownClasses(class_names_from(given), "the task")
     else:
