@@ -51,7 +51,7 @@ def is_loopback(host: str) -> bool:
 
 
 def risks_of(settings: Settings, url: str) -> list[str]:
-    """What anyone on the network can do or nobody can, a sentence each, with what to do; on loopback of validity alone."""
+    """What anyone on the network can do or nobody can, a sentence each, and what to do; on loopback validity alone."""
     found = []
     host = urlsplit(url).hostname or ""
     said = _objection(settings, host) or ""
