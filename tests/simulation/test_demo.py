@@ -340,7 +340,7 @@ raise SystemExit(main(sys.argv[1:]))
 @pytest.mark.contract
 @pytest.mark.parametrize("export", [False, pytest.param(True, marks=[pytest.mark.long, pytest.mark.timeout(1200)])])
 def test_the_whole_demo(tmp_path: Path, export: bool) -> None:
-    """From the bundles that a wheel carries, and exported here, twice: processes that race each other, the same figures."""
+    """From the bundles that a wheel carries; and exported here, twice: processes race, figures are the same."""
     first = whole_demo(tmp_path / "first", export)
     if export:
         assert whole_demo(tmp_path / "second", export) == first
