@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from contextlib import redirect_stdout
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgestill.runtime.bundle.manifest import DTYPES, KD_LOSSES, OBJECTIVES, OPTIMIZERS, InputSpec
-from edgestill.runtime.console import Progress, add_json_option
+from edgestill.runtime.console import Progress, add_image_options, add_json_option
 from edgestill.runtime.errors import UsageError
 
 
@@ -38,7 +39,9 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
     add("--engines", "native, onnxruntime, executorch, onnxruntime-training, or all (native,onnxruntime,executorch)",
         "LIST", _engines, default=("native", "onnxruntime", "executorch"))  # fmt: skip
     add("--latent-size", "size of the latent (%(default)s)", "L", int, default=128)
-    add("--classes", "number of classes (%(default)s)", "K", int, default=10)
+    add("--classes", "number of classes (10, or as many as --class-names gives)", "K", int)
+    add("--class-names", "what the outputs mean, in their order: names, or data whose names are taken, as --data of "
+        "`edgestill train`", "NAME,…|DATA")  # fmt: skip
     add("--batch", "samples a step, fixed (%(default)s)", "B", int, default=32)
     add("--widths", "channels of each block of a built-in student", "W1,W2,…", _integers)
     add("--normalization", "after each convolution of a built-in student (%(default)s)", default="batch",
@@ -63,6 +66,8 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
     add("--teacher-latent-size", "for crd: size of the teacher's latent (the student's)", "L", int)
     add("--optimizer", "sgd, with momentum, or adamw (%(default)s)", choices=OPTIMIZERS, default="sgd")
     p.add_argument("--nesterov", action="store_true", help="Nesterov momentum (sgd)")
+    p.add_argument("--clip-gradients", action="store_true",
+        help="the step clips gradients by their global norm, which --clip-norm of `edgestill train` gives")  # fmt: skip
     add("--freeze", "do not train this module, or its first N blocks (perception, perception:2); repeatable",
         "MODULE[:N]", action="append")  # fmt: skip
     add("--seed", "of the initial weights (%(default)s)", "N", int, default=0)
@@ -81,7 +86,7 @@ def run_export(args: argparse.Namespace) -> int:
         seconds = round(time.monotonic() - start, 2)
         print(json.dumps({"bundle": str(path), "engines": list(options.engines), "seconds": seconds}))
     else:
-        print(f"next: edgestill verify {path}", file=sys.stderr)
+        print(f"next: `edgestill verify {shlex.quote(str(path))}`", file=sys.stderr)
     return 0
 
 
@@ -97,6 +102,7 @@ def _add_verify(subparsers: argparse._SubParsersAction) -> None:
     p.add_argument("--steps", type=int, default=20, help="training steps (%(default)s)")
     p.add_argument("--engines", type=_names, metavar="LIST", help="default: every engine in the bundle")
     p.add_argument("--data", metavar="NAME_OR_PATH", help=data)
+    add_image_options(p)
     p.add_argument("--student", metavar="NAME", help="where the student's factory is now, if it has moved")
     p.add_argument("--seed", type=int, default=0, help="of batches and teacher outputs (%(default)s)")
     p.add_argument("--threads", type=int, default=0, help="0: every core")
@@ -113,7 +119,8 @@ def run_verify(args: argparse.Namespace) -> int:
         raise UsageError(f"--steps must be at least 1, not {args.steps}")
     with Progress() as progress, redirect_stdout(sys.stderr):
         report = verify_bundle(
-            args.bundle, args.steps, args.engines, args.data, args.student, args.seed, args.threads, progress
+            args.bundle, args.steps, args.engines, args.data, args.student, args.seed, args.threads, progress,
+            args.resize, args.skip_broken,
         )
     if args.json:
         print(json.dumps({"engines": report}))

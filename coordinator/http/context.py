@@ -16,6 +16,7 @@ import anyio.to_thread
 from fastapi import Request
 
 from edgestill.coordinator.http.metrics import Metrics
+from edgestill.coordinator.liveness import Liveness, silent_after_s
 from edgestill.coordinator.problems import Problem
 from edgestill.coordinator.service import Service
 from edgestill.coordinator.settings import Settings
@@ -56,6 +57,10 @@ class UploadMemory:
         self._of_device: Counter[str] = Counter()
         self.used_bytes = 0
 
+    def devices(self) -> frozenset[str]:
+        """Whose uploads are arriving."""
+        return frozenset(self._of_device)
+
     @contextmanager
     def taken(self, device: str, size_bytes: int) -> Iterator[None]:
         """Room for one upload of a device, for as long as the block lasts.
@@ -90,6 +95,11 @@ class Context:
     def __post_init__(self) -> None:
         self.upload_memory = UploadMemory(self.settings.upload_memory_bytes)
         self._limiter: anyio.CapacityLimiter | None = None
+
+    def liveness(self) -> Liveness:
+        """How devices stand now."""
+        silent_s = silent_after_s(self.settings.long_poll_s)
+        return Liveness(self.service.clock(), silent_s, self.upload_memory.devices())
 
     async def call(self, function: Callable[..., Result], *arguments: Any, **named: Any) -> Result:
         """Runs a blocking call of the service in a thread; at most `settings.threads` at once."""

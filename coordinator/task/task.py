@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+import ssl
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from edgestill.coordinator.rounds.round import Rules
+from edgestill.runtime.device.authority import only_certificate
 from edgestill.runtime.device.local_settings import LocalSettings
 from edgestill.runtime.device.local_training import EXCHANGED_OUTPUTS, EXCHANGES
 from edgestill.runtime.device.outputs import MOST_CLASS_COUNTS, PRECISIONS
@@ -91,6 +93,8 @@ class Task:
     test: TransferEntry | None = None
     latent_size: int = 128
     classes: int = 10
+    class_names: tuple[str, ...] = ()
+    """What the outputs mean, in their order, by which devices find their classes; empty: nobody said."""
     aggregation: Aggregation = Aggregation()
     local: LocalSettings = LocalSettings()
     distil: Distil = Distil()
@@ -102,6 +106,8 @@ class Task:
     deadline_s: float = 3600.0
     parameter_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Of every parameter and statistic, with the exchange `parameters`."""
+    ca_cert: str | None = None
+    """The certificate, PEM, of the authority that vouches for the coordinator: devices take it by its fingerprint."""
 
     def as_json(self) -> dict[str, Any]:
         """What `parse_task` reads; lists for tuples, every field present."""
@@ -173,6 +179,8 @@ def parse_task(data: Any) -> Task:
         test=node.optional("test", _parse_transfer),
         latent_size=node.get("latent_size", 128).integer(1, 65_536),
         classes=node.get("classes", 10).integer(2, 100_000),
+        ca_cert=node.optional("ca_cert", _parse_certificate),
+        class_names=tuple(name.text() for name in node.get("class_names", []).items(0, 100_000)),
         aggregation=_parse_aggregation(node.get("aggregation", {})),
         local=_parse_local(node.get("local", {})),
         distil=_parse_distil(node.get("distil", {}), transfer.labelled),
@@ -248,6 +256,13 @@ def _parse_distil(node: Node, labelled: bool) -> Distil:
     return Distil(**given, deadline_s=node.get("deadline_s", 600.0).number(0.001, 30 * _DAY_S))
 
 
+def _parse_certificate(node: Node) -> str:
+    try:
+        return only_certificate(node.text())
+    except (ValueError, ssl.SSLError) as error:
+        raise node.error("one certificate in PEM") from error
+
+
 def _parse_shapes(node: Node) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for name in node.mapping():
@@ -258,7 +273,9 @@ def _parse_shapes(node: Node) -> dict[str, tuple[int, ...]]:
 
 def _check_consistency(task: Task) -> None:
     """Errors: UsageError for fields that are right alone and wrong together."""
-    spec = task.aggregation
+    spec, names = task.aggregation, task.class_names
+    if names and (len(set(names)) != task.classes or len(names) != task.classes or not all(names)):
+        raise field_error("class_names", list(names), f"{task.classes} different names, one a class, or empty")
     if task.minimum > task.goal:
         raise field_error("minimum", task.minimum, f"at most goal, which is {task.goal}")
     if math.ceil(round(task.goal * task.over_selection, 9)) > _MAX_GOAL:

@@ -6,8 +6,11 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+from edgestill.runtime.console import show_in_place
 from edgestill.runtime.device.device import Device
 
 _STEP_LINE_S = 30.0
@@ -25,15 +28,23 @@ class EventOutput:
         self._told_s = clock()
         self._live = sys.stderr.isatty() and not as_json
         self._in_progress = False
+        self.lost = False
+        """Whether whoever looked on has left, as a closed terminal or the end of a pipe does."""
 
     def __call__(self, event: str, /, **details: Any) -> None:
+        try:
+            self._tell(event, details)
+        except OSError:
+            self.lost = True
+
+    def _tell(self, event: str, details: Mapping[str, Any]) -> None:
         if self._as_json:
             print(json.dumps({"event": event, **details}), flush=True)
             return
         if event == "step":
             text = "step {step} of {steps}  epoch {epoch}  loss {loss:.4f}  {ms:.0f} ms".format(**details)
             if self._live:
-                print(f"\r{text}\033[K", end="", file=sys.stderr, flush=True)
+                show_in_place(text)
                 self._in_progress = True
             elif self._clock() - self._told_s >= _STEP_LINE_S:
                 self._told_s = self._clock()
@@ -48,28 +59,34 @@ class EventOutput:
     def end_progress(self) -> None:
         """Leaves the progress line, so that what follows starts on a line of its own."""
         if self._in_progress:
-            print(file=sys.stderr)
             self._in_progress = False
+            with suppress(OSError):
+                print(file=sys.stderr)
 
-    def summary(self, device: Device, uploaded: int) -> None:
-        """What this start has done, and what the device has spent of its privacy ever since it is enrolled."""
+    def summary(self, device: Device, uploaded: int, bundle: Path, student: Path) -> None:
+        """What this start has done, what the device has spent of its privacy ever since it is enrolled, and where its
+        student lies, once it has learned."""
         self.end_progress()
         report = dict(device.last_report or {})
         if self._as_json:
             last = {"rounds_uploaded": uploaded, "phase": device.participant.phase, "report": report}
-            last |= {"epsilon": device.epsilon}
+            last |= {"epsilon": device.epsilon, "bundle": str(bundle)}
+            last |= {"state": str(student) if student.exists() else None}
             print(json.dumps({"summary": last}), flush=True)
             return
         print(f"rounds uploaded {uploaded}")
         for name, title in (("t_priv", "T_priv"), ("t_uni", "T_uni")):
             after = report.get("after", {}).get(name)
             if after is not None:
-                print(f"accuracy {title:<6} {after:.4f}")
+                alone = (report.get("alone") or {}).get(name)
+                print(f"accuracy {title:<6} {after:.4f}" + (f"  alone {alone:.4f}" if alone is not None else ""))
         if report.get("step_ms") is not None:
             print(f"median step     {report['step_ms']:.1f} ms on {report['engine']}")
         privacy = device.equipment.options.privacy
         if privacy is not None:
             print(f"epsilon         {_epsilon(device.epsilon, privacy.delta)}")
+        if student.exists():
+            print(f"student         {student}, of the bundle {bundle}")
 
 
 def _describe(event: str, details: Mapping[str, Any]) -> str | None:
@@ -91,6 +108,8 @@ def _describe(event: str, details: Mapping[str, Any]) -> str | None:
             return _describe_standing(details)
         case "trained":
             return f"trained: {_accuracy(details['before'])} → {_accuracy(details['after'])}"
+        case "training alone":
+            return "training a copy alone, to compare"
         case "uploaded":
             spent = f"; ε {_epsilon(details['epsilon'], details['delta'])}" if "delta" in details else ""
             return f"uploaded {details['size_bytes'] / 1e3:.1f} kB{spent}"
@@ -100,6 +119,8 @@ def _describe(event: str, details: Mapping[str, Any]) -> str | None:
             return f"{details['reason']}; trying again"
         case "in reach again":
             return "the coordinator answers again"
+        case "notice":
+            return str(details["text"])
         case "warning":
             return f"warning: {details['message']}"
         case "report not taken":

@@ -3,9 +3,11 @@
 | file | what |
 | --- | --- |
 | `identity.json` | coordinator, device name, token; readable by the owner alone |
+| `authority.pem` | the certificate that the enrolment code named, which the coordinator is known by |
 | `journal.json` | where the device stands in which round (`participant.Participant`) |
 | `student-DIGEST.safetensors` | the student between rounds, of the bundle with this model digest |
 | `training-ROUND.safetensors` | checkpoint of a round's training, at its end the trained state |
+| `alone-DIGEST.safetensors` | the same student trained on the device's own data alone, with `--compare-alone` |
 | `upload-ROUND.bin` | the body, until the coordinator has it |
 | `blobs/` | downloads by SHA-256 |
 """
@@ -23,7 +25,7 @@ import numpy as np
 from edgestill.runtime.bundle import wire
 from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.device.participant import Participant
-from edgestill.runtime.errors import EdgestillError, StateError, UsageError
+from edgestill.runtime.errors import EdgestillError, StateError, UsageError, WireError
 from edgestill.runtime.files import sync, write_atomically
 
 FORMAT = "edgestill-journal"
@@ -56,7 +58,14 @@ class Keep(Protocol):
     def body(self, round_name: str) -> bytes: ...
 
     def settle(self, round_name: str, bundle: Bundle) -> None:
-        """The trained state becomes the student's; repeating it does no harm."""
+        """The trained state becomes that of the student it is of, which may be another than the bundle's by now;
+        repeating it does no harm."""
+
+    def alone(self, bundle: Bundle) -> tuple[str, dict[str, np.ndarray]]:
+        """The last round and the state of the student that is trained alone; before the first "" and its start."""
+
+    def keep_alone(self, round_name: str, bundle: Bundle, state: Mapping[str, np.ndarray]) -> None:
+        """Keeps that state after a round."""
 
     def clean(self, current_round: str | None) -> None:
         """Removes what belongs to other rounds."""
@@ -76,6 +85,7 @@ class WorkMemory:
         self._student = None if student is None else dict(student)
         self._trained: dict[str, dict[str, np.ndarray]] = {}
         self._bodies: dict[str, bytes] = {}
+        self._alone: tuple[str, dict[str, np.ndarray]] | None = None
 
     def read(self) -> Participant:
         return self._participant
@@ -103,6 +113,12 @@ class WorkMemory:
 
     def settle(self, round_name: str, bundle: Bundle) -> None:
         self._student = self._trained.pop(round_name, self._student)
+
+    def alone(self, bundle: Bundle) -> tuple[str, dict[str, np.ndarray]]:
+        return self._alone or ("", bundle.initial_state())
+
+    def keep_alone(self, round_name: str, bundle: Bundle, state: Mapping[str, np.ndarray]) -> None:
+        self._alone = (round_name, dict(state))
 
     def clean(self, current_round: str | None) -> None:
         for kept in (self._trained, self._bodies):
@@ -148,6 +164,14 @@ class WorkFolder:
         text = json.dumps(dict(identity), indent=1)
         write_atomically(self.folder / "identity.json", [text.encode()], mode=0o600)
 
+    def authority(self) -> Path | None:
+        """The certificate that the code named; None where it named none."""
+        path = self.folder / "authority.pem"
+        return path if path.exists() else None
+
+    def write_authority(self, certificate: str) -> None:
+        write_atomically(self.folder / "authority.pem", [certificate.encode()])
+
     def read(self) -> Participant:
         path = self.folder / "journal.json"
         value = _read_json(path)
@@ -168,7 +192,7 @@ class WorkFolder:
         write_atomically(self.folder / "journal.json", [json.dumps(value, indent=1).encode()])
 
     def student(self, bundle: Bundle) -> dict[str, np.ndarray]:
-        path = self._student_path(bundle)
+        path = self.student_path(bundle)
         if not path.exists():
             return bundle.initial_state()
         return bundle.check_state(wire.load(path).arrays, source=str(path))
@@ -193,8 +217,18 @@ class WorkFolder:
     def settle(self, round_name: str, bundle: Bundle) -> None:
         trained = self.folder / f"training-{round_name}.safetensors"
         if trained.exists():  # else it happened before the device was killed
-            os.replace(trained, self._student_path(bundle))
+            os.replace(trained, self._path_of(_model_of(trained) or bundle.model_digest))
             sync(self.folder)
+
+    def alone(self, bundle: Bundle) -> tuple[str, dict[str, np.ndarray]]:
+        path = self._alone_path(bundle)
+        if not path.exists():
+            return "", bundle.initial_state()
+        found = wire.load(path)
+        return found.metadata.get("round", ""), bundle.check_state(found.arrays, source=str(path))
+
+    def keep_alone(self, round_name: str, bundle: Bundle, state: Mapping[str, np.ndarray]) -> None:
+        wire.save(self._alone_path(bundle), state, {"round": round_name})
 
     def clean(self, current_round: str | None) -> None:
         kept = {f"training-{current_round}.safetensors", f"upload-{current_round}.bin"}
@@ -211,8 +245,29 @@ class WorkFolder:
             if path.name.removesuffix(".partial") not in needed:
                 path.unlink(missing_ok=True)
 
-    def _student_path(self, bundle: Bundle) -> Path:
-        return self.folder / f"student-{bundle.model_digest[:16]}.safetensors"
+    def student_path(self, bundle: Bundle) -> Path:
+        """Where the student lies once a round has been trained: a state file like any other."""
+        return self._path_of(bundle.model_digest)
+
+    def other_students(self, bundle: Bundle) -> list[Path]:
+        """The files of students that this device trained before it got the bundle's; none once it has trained that."""
+        if self.student_path(bundle).exists():
+            return []
+        return sorted(self.folder.glob("student-*.safetensors"))
+
+    def _path_of(self, model_digest: str) -> Path:
+        return self.folder / f"student-{model_digest[:16]}.safetensors"
+
+    def _alone_path(self, bundle: Bundle) -> Path:
+        return self.folder / f"alone-{bundle.model_digest[:16]}.safetensors"
+
+
+def _model_of(path: Path) -> str | None:
+    """The digest of the model that a training's checkpoint is of; None where it does not say."""
+    try:
+        return str(json.loads(wire.load(path).metadata["run"])["model"])
+    except (KeyError, TypeError, ValueError, WireError):
+        return None
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from edgestill.runtime.data.classes import names_of_outputs
 from edgestill.runtime.data.dataset import Dataset
 from edgestill.runtime.engines.registry import Engine
 from edgestill.runtime.errors import EdgestillError
@@ -65,6 +66,12 @@ def score(
     return Evaluation(confusion, float(losses.mean()), class_names)
 
 
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    """The softmax of logits [N, K], in float64."""
+    powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
 def draw_confusion(evaluation: Evaluation, path: Path, title: str) -> None:
     """Writes the confusion matrix as a PNG, rows scaled to shares of the true class.
 
@@ -78,7 +85,7 @@ def draw_confusion(evaluation: Evaluation, path: Path, title: str) -> None:
             "a PNG needs matplotlib", "pip install 'edgestill[plots]', or leave --confusion out"
         ) from error
     count = len(evaluation.confusion)
-    names = [*evaluation.class_names, *map(str, range(len(evaluation.class_names), count))][:count]
+    names = names_of_outputs(evaluation.class_names, count)
     shares = evaluation.confusion / np.maximum(1, evaluation.confusion.sum(axis=1, keepdims=True))
     side = max(4.0, min(14.0, 0.55 * count + 2.2))
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")

@@ -47,6 +47,7 @@ def test_from_a_task_to_a_code(place: Path, capsys: pytest.CaptureFixture[str]) 
         LATENT,
         CLASSES,
     )
+    assert "--class-names says it" in task.pop("notices")[0]["text"] and task["class_names"] == []
     assert task["transfer"]["samples"] == 8 and not task["transfer"]["labelled"] and task["test"]["labelled"]
     assert task["local"]["alpha"] == 0.25 and task["aggregation"]["rule"] == "median"
     assert len(task["students"]) == 2 and task["mode"] == "consensus"
@@ -133,7 +134,7 @@ def test_names_that_are_not_there(place: Path, capsys: pytest.CaptureFixture[str
     assert main(CREATE) == 0
     assert main(CREATE) == 2 and "already" in capsys.readouterr().err
     assert main(["task", "show", "crows", "--data-dir", "fed"]) == 2
-    assert "edgestill task list" in capsys.readouterr().err
+    assert "there are: birds" in capsys.readouterr().err
     assert main(["enrol", "--task", "crows", "--data-dir", "fed"]) == 2
     assert "crows" in (error := capsys.readouterr().err) and "hint:" in error
     for words in (["--count", "0"], ["--hours", "nan"], ["--hours", "0"]):
@@ -233,6 +234,14 @@ def test_serve_takes_a_device_and_lets_go_of_it_when_told_to_stop(
         log = process.stderr.read()
         for secret in (code, second, enrolled["token"], run[0]["token"]):
             assert secret not in log
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_serve_ends_orderly(place: Path, number: signal.Signals) -> None:
+    with serving() as (_, process):
+        process.send_signal(number)
+        assert process.wait(timeout=15) in (0, 1, -number)
+        assert process.stderr is not None and "Finished server process" in (log := process.stderr.read()), log
 
 
 def test_serve_speaks_tls_and_a_device_joins_over_it(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

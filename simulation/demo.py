@@ -1,0 +1,409 @@
+"""`edgestill demo`: a coordinator, its global student, and four devices with three students, on this machine.
+
+Every step is an `edgestill` command, printed as one would type it. Coordinator and devices are processes of their
+own that talk HTTP; figures are read from what they report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TextIO
+
+from edgestill.runtime.console import add_json_option
+from edgestill.simulation import demo_bundles
+from edgestill.simulation.demo_commands import Background, Commands, DemoFailed
+from edgestill.simulation.demo_page import DeviceResult, Results, summary_table, write_page
+
+DATA, TRANSFER, TASK = "cifar10-mini", "cifar100-transfer-mini", "demo"
+START_TIMEOUT_S = 60.0
+LATENT_SIZE = 64
+
+
+@dataclass(frozen=True)
+class DemoStudent:
+    """A student, narrow enough that four of them train beside each other on two cores."""
+
+    name: str
+    widths: str
+    engines: tuple[str, ...]
+
+
+STUDENTS = (
+    DemoStudent("cnn3", "16,32,64", ("native",)),
+    DemoStudent("cnn4", "16,32,64,64", ("native",)),
+    DemoStudent("cnn5", "16,32,64,64,128", ("native",)),
+)
+GLOBAL_STUDENT = "cnn5"
+
+
+@dataclass(frozen=True)
+class DemoDevice:
+    """A device with one engine; `memory_mb` is what it offers for training, None all."""
+
+    name: str
+    engine: str
+    memory_mb: int | None = None
+
+
+# The coordinator gives each the largest student that fits its memory: cnn5, cnn4, cnn3 and cnn5.
+SMALL_MB, MEDIUM_MB = 10, 12
+DEVICES = (
+    DemoDevice("phone", "native"),
+    DemoDevice("tablet", "native", MEDIUM_MB),
+    DemoDevice("camera", "native", SMALL_MB),
+    DemoDevice("watch", "native"),
+)
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Sizes that show the idea in under four minutes on two cores."""
+
+    output: Path = Path("demo")
+    gamma: float = 0.5
+    rounds: int = 3
+    local_epochs: int = 4
+    distil_epochs: int = 24
+    transfer_count: int = 500
+    seed: int = 0
+    port: int = 0
+    export: bool = False
+    keep: bool = False
+
+
+def run_demo(settings: DemoSettings, screen: TextIO, tell: Callable[[Results], None]) -> None:
+    """Runs all commands, writes the page and tells what it shows. Errors: DemoFailed."""
+    started_s = time.monotonic()
+    show = Commands(screen)
+    folder = settings.output
+    for stale in ("coordinator", *(f"device-{device.name}" for device in DEVICES)):
+        shutil.rmtree(folder / stale, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    lay_bundles(show, settings)
+
+    show.heading("2. A coordinator, a task with a global student, and a code for each device")
+    data_dir = folder / "coordinator"
+    show.run("task", "create", *task_words(settings, data_dir), "--json")
+    printed = show.run("enrol", "--data-dir", data_dir, "--task", TASK, "--count", len(DEVICES), "--json")
+    codes = json.loads(printed)["codes"]
+    server, url = start_coordinator(show, data_dir, settings.port)
+    running: list[Background] = [server]
+    try:
+        show.say(f"  dashboard: {url}")
+        show.heading(
+            f"3. {len(DEVICES)} devices join, each with its own skewed share of {DATA} (gamma {settings.gamma:g})"
+        )
+        board = Board(show)
+        joined = [
+            show.start(
+                "join", url, "--code", code, *join_words(settings, number), on_line=board.listener(number)
+            )
+            for number, code in enumerate(codes)
+        ]
+        running += joined
+        board.follow(joined, server)
+        show.heading("4. The same devices, each alone on the same data")
+        task = json.loads(show.run("task", "show", TASK, "--data-dir", data_dir, "--json"))
+        results = collect(settings, task, board, train_alone(settings, data_dir, task, board))
+        page = write_page(results, folder)
+        tell(results)
+        show.heading(f"Done in {time.monotonic() - started_s:.0f} s; the page is {page}")
+        for words, what in next_commands(settings):
+            show.say(f"  {what}:\n    {show.typed(*words)}")
+        if settings.keep:
+            show.say(f"the coordinator goes on at {url} until Ctrl-C")
+            while server.poll() is None:
+                time.sleep(0.5)
+    finally:
+        for process in reversed(running):
+            process.stop()
+
+
+def lay_bundles(show: Commands, settings: DemoSettings) -> None:
+    """Puts the students' bundles into the output folder: the package's, or exported. Errors: DemoFailed."""
+    names, folder = [student.name for student in STUDENTS], settings.output
+    if not settings.export and demo_bundles.carried(names):
+        show.heading(f"1. Three students of different architecture, exported before, laid in {folder}/")
+        demo_bundles.unpack(names, folder)
+        return
+    if not _is_installed("torch"):
+        raise DemoFailed(
+            "the students must be exported, and PyTorch is not installed here",
+            "pip install 'edgestill[export]', or install a wheel that `make wheels` made: it carries their bundles",
+        )
+    show.heading(f"1. Three students of different architecture, exported in {folder}/")
+    show.run_beside([export_words(student, settings) for student in STUDENTS])
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # imported, or kept from being so, by hand
+        return False
+
+
+def next_commands(settings: DemoSettings) -> list[tuple[list[object], str]]:
+    """Three commands to go on with, and what each is for."""
+    folder = settings.output
+    return [
+        (["serve", "--data-dir", folder / "coordinator"], "the dashboard of what just ran"),
+        (["train", folder / GLOBAL_STUDENT, "--data", DATA, "--epochs", 2, "--state", folder / "own.safetensors"],
+         "train one of the students by itself; --data takes your own images, a folder a class"),
+        (["simulate", "--bundle", folder / "cnn3", "--bundle", folder / "cnn4",
+          "--global-bundle", folder / GLOBAL_STUDENT, "--exchange", "both", "--devices", 20, "--rounds", 3],
+         "a larger federation, without processes and sockets"),
+    ]  # fmt: skip
+
+
+def export_words(student: DemoStudent, settings: DemoSettings, packed: bool = False) -> list[object]:
+    """The command that exports one student."""
+    return [
+        "export", "--student", student.name, "--widths", student.widths, "--latent-size", LATENT_SIZE,
+        "--objective", "both", "--seed", settings.seed, "--engines", ",".join(student.engines),
+        "--output", settings.output / f"{student.name}{'.zip' if packed else ''}", "--overwrite",
+    ]  # fmt: skip
+
+
+def task_words(settings: DemoSettings, data_dir: Path) -> list[object]:
+    """What follows `edgestill task create`."""
+    bundles = [word for student in STUDENTS for word in ("--bundle", settings.output / student.name)]
+    return [
+        "--data-dir", data_dir, "--name", TASK, *bundles,
+        "--global-bundle", settings.output / GLOBAL_STUDENT, "--exchange", "both",
+        "--transfer", TRANSFER, "--transfer-count", settings.transfer_count, "--test", DATA,
+        "--rounds", settings.rounds, "--goal", len(DEVICES), "--minimum", 2, "--over-selection", 1,
+        "--deadline", 300, "--local-epochs", settings.local_epochs,
+        "--distil-epochs", settings.distil_epochs, "--seed", settings.seed,
+    ]  # fmt: skip
+
+
+def join_words(settings: DemoSettings, number: int) -> list[object]:
+    """What follows the code of device `number`, counted from 0."""
+    device = DEVICES[number]
+    memory = [] if device.memory_mb is None else ["--memory", device.memory_mb]
+    return [
+        "--name", device.name, "--engine", device.engine, *memory, "--threads", 1,
+        "--data", DATA, "--share", f"{number + 1}/{len(DEVICES)}", "--gamma", settings.gamma,
+        "--seed", settings.seed, "--work-dir", settings.output / f"device-{device.name}",
+        "--ignore-conditions", "--json",
+    ]  # fmt: skip
+
+
+def start_coordinator(show: Commands, data_dir: Path, port: int) -> tuple[Background, str]:
+    """The running server and its address. Errors: DemoFailed when it does not come up."""
+    urls: list[str] = []
+    ready = threading.Event()
+
+    def listen(line: str) -> None:
+        urls.append(json.loads(line)["url"])
+        ready.set()
+
+    server = show.start("serve", "--data-dir", data_dir, "--port", port, "--json", on_line=listen)
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while not ready.wait(0.1):
+        if server.poll() is not None:
+            server.check()
+        if server.poll() is not None or time.monotonic() > deadline_s:
+            server.stop()
+            raise DemoFailed("the coordinator did not come up")
+    return server, urls[0]
+
+
+@dataclass
+class Seen:
+    """What one device has said so far."""
+
+    device: str = ""
+    student: str = ""
+    samples: int = 0
+    round: int = 0
+    doing: str = "starting"
+    reports: list[dict[str, Any]] = field(default_factory=list)
+    news: list[str] = field(default_factory=list)
+
+
+class Board:
+    """Turns the events of all devices into lines for people, and keeps their reports."""
+
+    def __init__(self, show: Commands) -> None:
+        self._show = show
+        self._lock = threading.Lock()
+        self.seen = [Seen() for _ in DEVICES]
+
+    def listener(self, number: int) -> Any:
+        """What takes the lines of device `number`, in a thread of its own."""
+
+        def listen(line: str) -> None:
+            event = json.loads(line)
+            with self._lock:
+                note(self.seen[number], event)
+
+        return listen
+
+    def follow(self, joined: Sequence[Background], server: Background) -> None:
+        """Shows what happens until every device has left. Errors: DemoFailed when a process fails."""
+        while any(process.poll() is None for process in joined):
+            if server.poll() is not None:
+                server.check()
+                raise DemoFailed("the coordinator ended before the devices")
+            for process in joined:
+                if process.poll():
+                    process.check()
+            self._show_news()
+            time.sleep(0.2)
+        for process in joined:
+            process.check()
+        self._show_news()
+
+    def _show_news(self) -> None:
+        with self._lock:
+            for device, seen in zip(DEVICES, self.seen, strict=True):
+                for text in seen.news:
+                    self._show.say_once(f"  {device.name:<7} {text}")
+                seen.news.clear()
+            pairs = zip(DEVICES, self.seen, strict=True)
+            doing = [f"{device.name} {seen.doing}" for device, seen in pairs]
+        self._show.progress("  " + " | ".join(doing))
+
+
+def note(seen: Seen, event: dict[str, Any]) -> None:
+    """Changes what is known of a device by one event of `edgestill join --json`."""
+    match event.get("event"):
+        case "assigned":
+            seen.device, seen.student = event["device"], event["student"]
+            seen.samples = event["samples"]
+            seen.news.append(f"has {seen.student} on {event['engine']} and {seen.samples} private samples")
+        case "round":
+            seen.round = event["number"]
+        case "step":
+            seen.doing = f"round {seen.round} step {event['step']}"
+        case "settled":
+            report = event["report"]
+            seen.reports.append(report)
+            seen.doing = f"round {seen.round} uploaded"
+            before, after = report["before"], report["after"]
+            seen.news.append(
+                f"round {seen.round}: T_priv {before['t_priv']:.1%} to {after['t_priv']:.1%}, "
+                f"T_uni {before['t_uni']:.1%} to {after['t_uni']:.1%}, "
+                f"{report['bytes_up'] / 1e3:.0f} kB up"
+            )
+        case "given up":
+            seen.news.append(f"gave up {event['round']}: {event['reason']}")
+        case "finished":
+            seen.doing = "finished"
+
+
+def train_alone(
+    settings: DemoSettings, data_dir: Path, task: dict[str, Any], board: Board
+) -> list[dict[str, float | None]]:
+    """Accuracies of every device's student after as many epochs on its own data alone."""
+    from edgestill.coordinator.store.blobs import FileBlobs
+    from edgestill.simulation.pool import LocalFile, open_pool
+    from edgestill.simulation.virtual_device import AloneJob, Setup, train_alone
+
+    setup, stored = Setup(DATA, len(DEVICES), settings.gamma, settings.seed), FileBlobs(data_dir / "blobs")
+    bundles = {device["name"]: device["bundle"] for device in task["devices"]}
+    entries = {entry["bundle"]: entry for entry in task["task"]["students"]}
+    transfer = task["task"]["transfer"]["blob"]
+    jobs = [
+        AloneJob(
+            setup,
+            number,
+            {"task": task["task"], "student": entries[bundles[seen.device]]},
+            {digest: LocalFile(stored.path(digest)) for digest in (bundles[seen.device], transfer)},
+            len(seen.reports),
+            DEVICES[number].engine,
+        )
+        for number, seen in enumerate(board.seen)
+    ]
+    with open_pool(2, ray=False) as pool:
+        return list(pool.map(train_alone, jobs))
+
+
+def collect(
+    settings: DemoSettings, task: dict[str, Any], board: Board, alone: list[dict[str, float | None]]
+) -> Results:
+    """The figures of the page."""
+    devices = []
+    for device, seen, own in zip(DEVICES, board.seen, alone, strict=True):
+        first, last = seen.reports[0], seen.reports[-1]
+        devices.append(
+            DeviceResult(
+                name=device.name,
+                student=seen.student,
+                engine=device.engine,
+                samples=seen.samples,
+                class_counts=tuple(last["class_counts"]),
+                before=first["before"],
+                after=[report["after"] for report in seen.reports],
+                alone=own,
+                step_ms=last["step_ms"],
+                bytes_up=[report["bytes_up"] for report in seen.reports],
+                bytes_down=[report["bytes_down"] for report in seen.reports],
+                peak_rss_bytes=last["peak_rss_bytes"],
+            )
+        )
+    rounds = [(one["number"], one["phase"], one["metrics"].get("t_uni")) for one in task["rounds"]]
+    return Results(
+        gamma=settings.gamma,
+        local_epochs=settings.local_epochs,
+        global_student=GLOBAL_STUDENT,
+        transfer_samples=task["task"]["transfer"]["samples"],
+        devices=tuple(devices),
+        rounds=tuple(rounds),
+    )
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds `demo`; it sets `run`, a function of the parsed arguments that returns the exit code."""
+    default = DemoSettings()
+    parser = subparsers.add_parser(
+        "demo",
+        help="a federation on this machine: coordinator, four devices, result page",
+        description="A coordinator and four devices as processes of this machine, from the bundles that the package "
+        "carries, or exported where there are none; at the end a table and a page. Every step is an edgestill "
+        "command that is shown. Method: docs/simulation.md.",
+    )
+    for name, help_text in (
+        ("output", "folder for everything that the demo writes"),
+        ("gamma", "Dirichlet concentration of the devices' classes"),
+        ("rounds", "rounds of the federation"),
+        ("local_epochs", "epochs of local training a round"),
+        ("distil_epochs", "epochs of the global student a round"),
+        ("transfer_count", "images of the transfer set"),
+        ("seed", "decides every draw"),
+        ("port", "of the coordinator on this machine, 0 for any that is free"),
+    ):
+        value = getattr(default, name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=Path if name == "output" else type(value),
+                            default=value, metavar="DIR" if name == "output" else "N",
+                            help=f"{help_text} (default {value})")  # fmt: skip
+    parser.add_argument(
+        "--export",
+        action="store_true",
+        help="export the students here, with PyTorch, instead of taking the package's bundles",
+    )
+    parser.add_argument("--keep", action="store_true", help="leave the coordinator and its dashboard running")
+    add_json_option(parser, "one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """0 when every command worked. Errors: DemoFailed."""
+    settings = DemoSettings(**{one.name: getattr(arguments, one.name) for one in fields(DemoSettings)})
+
+    def tell(results: Results) -> None:
+        print(json.dumps(asdict(results)) if arguments.json else summary_table(results), flush=True)
+
+    run_demo(settings, sys.stderr, tell)
+    return 0
