@@ -107,7 +107,8 @@ def test_a_copy_of_many_axes(tmp_path: Path) -> None:
 def test_few_channels(into: int, out: int, groups: int, tmp_path: Path) -> None:
     """Tiles of half a vector, last vectors that a pixel does not fill, statistics of several rows a vector, pooling."""
     graph = Graph()
-    x, w, b = graph.input("x", (3, into, 13, 12)), graph.input("w", (out, into // groups, 3, 3)), graph.input("b", (out,))
+    shapes = {"x": (3, into, 13, 12), "w": (out, into // groups, 3, 3), "b": (out,)}
+    x, w, b = (graph.input(name, shape) for name, shape in shapes.items())
     y = x.apply("conv2d", w, b, **SAME | {"groups": groups}).apply("relu")
     mean = y.mean(0, 2, 3)
     graph.output("variance", ((y - mean) * (y - mean)).mean(0, 2, 3))
@@ -116,7 +117,8 @@ def test_few_channels(into: int, out: int, groups: int, tmp_path: Path) -> None:
     loss = (strided * strided).mean(0, 1, 2, 3).reshape(1) + pooled_.sum(0, 1, 2, 3).reshape(1)
     for name, value in gradients(graph, loss, [x, w, b]).items():
         graph.output("d" + name, value)
-    alike(graph, {"x": normal(0, 3, into, 13, 12), "w": normal(1, out, into // groups, 3, 3) / 6, "b": normal(2, out)}, tmp_path)
+    inputs = {name: normal(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
+    alike(graph, inputs | {"w": inputs["w"] / 6}, tmp_path)
 
 
 @pytest.mark.parametrize("columns", [1, 3, 8, 10, 12, 24, 31])
