@@ -180,11 +180,7 @@ class Plan:
             return
         if len(axes) > RANK:
             raise LoweringError(f"a {what} of {len(axes)} axes is more than the engine native copies at once")
-        axes = [(1, 0, 0)] * (RANK - len(axes)) + axes
-        if axes[0][0] == 1:  # the first axis is what threads share
-            split = max(range(RANK), key=lambda i: (axes[i][0] > 1 and i < RANK - 1, -i)) if len(axes) > 1 else 0
-            if axes[split][0] > 1 and split < RANK - 1:
-                axes = [axes[split], *axes[:split], *axes[split + 1 :]]
+        axes = _as_copied(axes)
         count = 0 if fill is None else math.prod(filled.shape)
         bits = 0 if fill is None else (bits_of(fill) if source.dtype == "float32" else int(fill))
         words = [source, to, item, bits, count, len(axes)]
@@ -324,6 +320,29 @@ def _at(view: View, axis: int, index: int) -> View:
     """What lies at an index of an axis, which stays."""
     shape = (*view.shape[:axis], 1, *view.shape[axis + 1 :])
     return View(view.base, view.dtype, shape, view.strides, view.offset + index * view.strides[axis])
+
+
+def _as_copied(axes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Axes (size, stride from, stride to) in the order of a copy's words: first the one that threads share, last the
+    one along which the result lies end to end, before that, where it is another, the one along which the source does.
+    """
+    axes = axes or [(1, 0, 0)]
+    last = axes[-1]
+    others = axes[:-1]
+    unit = next((axis for axis in others if axis[1] == 1 and last[1] != 1), None)
+    if unit:
+        others.remove(unit)
+    if not others:  # threads share parts of an axis
+        whole = unit or last
+        parts = next((n for n in (32, 24, 16, 12, 8, 6, 4, 3, 2) if whole[0] % n == 0 and whole[0] // n >= 16), 1)
+        others = [(parts, *(whole[0] // parts * stride for stride in whole[1:]))]
+        whole = (whole[0] // parts, *whole[1:])
+        unit, last = (whole, last) if unit else (None, whole)
+    shared = max(others, key=lambda axis: axis[0], default=(1, 0, 0))
+    rest = [axis for axis in others if axis is not shared]
+    if unit is None:
+        rest, unit = rest[:-1], rest[-1] if rest else (1, 0, 0)
+    return [shared, *[(1, 0, 0)] * (RANK - 3 - len(rest)), *rest, unit, last]
 
 
 def joint_axes(shape: Sequence[int], *strides: Sequence[int]) -> list[tuple[int, ...]]:
