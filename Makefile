@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
 ORT_VENV := .venv-ort-training
-EXTRAS := onnxruntime,executorch,export,plots,images,device,discovery,coordinator,postgresql,dev
+EXTRAS := onnxruntime,executorch,export,plots,images,heic,device,discovery,coordinator,completion,postgresql,dev
 WORKERS ?= 2
 PYTEST := $(PY) -m pytest -n $(WORKERS)
 BENCH_OPTIONS ?= --students cnn3 --batches 32 --threads 1 --steps 40
@@ -88,7 +88,7 @@ $(ORT_VENV)/.stamp: constraints-ort-training.txt | check-machine
 	touch $@
 
 demo: setup
-	$(PY) -m edgestill.benchmarks.demo
+	$(PY) -m edgestill.simulation.demo
 
 lint: $(STAMPS)/packages
 	$(PY) -m ruff check .

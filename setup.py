@@ -6,9 +6,16 @@ import sys
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
+ONLY_IN_A_CHECKOUT = "edgestill.benchmarks"
+
 
 class BuildWithLibraries(build_py):
-    """The files of the packages, and beside the library's sources what ziglang makes of them."""
+    """The files of the packages but the benchmarks, and beside the library's sources what ziglang makes of them."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if not self.editable_mode:
+            self.packages = [name for name in self.packages if not f"{name}.".startswith(f"{ONLY_IN_A_CHECKOUT}.")]
 
     def run(self) -> None:
         super().run()

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from edgestill.benchmarks import machine
-from edgestill.benchmarks.bundles import BundleRequest, ExportFailed, prepare_bundle
 from edgestill.benchmarks.report import format_table
 from edgestill.benchmarks.step import EAGER_ENGINES, Case, StepSettings, error_line, measure_case
 from edgestill.runtime.bundle.bundle import Bundle
@@ -20,6 +19,7 @@ from edgestill.runtime.console import add_json_option, count
 from edgestill.runtime.engines.registry import ENGINES, EngineStatus, available_engines
 from edgestill.runtime.errors import UsageError
 from edgestill.runtime.machine import cores
+from edgestill.simulation.bundles import BundleRequest, ExportFailed, installed_versions, prepare_bundle
 
 
 def add_parser(subparsers: Any) -> None:
@@ -109,7 +109,7 @@ def run_step(arguments: argparse.Namespace) -> int:
     origin = {
         "machine": machine.machine_record(),
         "commit": machine.commit_record(),
-        "versions": {**machine.installed_versions(), **engine_versions},
+        "versions": {**installed_versions(), **engine_versions},
         "date": machine.now(),
     }
     output = _output_file(arguments.output, origin) if arguments.output is not None else None

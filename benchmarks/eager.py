@@ -41,8 +41,9 @@ class EagerStep:
                 "give --engines without it, or a bundle of objective ce, kd, lkd or both",
             )
         values = hyperparameters(manifest)
-        optimizer = Optimizer(manifest["optimizer"]["name"], manifest["optimizer"].get("nesterov", False))
+        optimizer = Optimizer(**manifest["optimizer"])
         self._optimizer = make_optimizer(optimizer, parts.parameters(), values)
+        self._clip_norm = values["clip_norm"] if optimizer.clips else None
         self._numbers = {name: torch.tensor([value]) for name, value in values.items()}
         self._samples = [self._normalizer(entry) for entry in (manifest["input"], *manifest.get("more_inputs", []))]
 
@@ -54,6 +55,8 @@ class EagerStep:
         loss = losses(self._objective, given | self._numbers, latents, logits)["loss"]
         self._optimizer.zero_grad()
         loss.backward()
+        if self._clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self._parts.parameters(), self._clip_norm)
         self._optimizer.step()
         return {"loss": loss.item()}
 

@@ -6,12 +6,9 @@ import platform
 import re
 import subprocess
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 
 from edgestill.runtime.machine import cores, memory_bytes, processor
-
-PACKAGES = ("edgestill", "torch", "onnxruntime", "executorch", "onnx", "numpy")
 
 
 def machine_record() -> dict[str, str | int | None]:
@@ -33,17 +30,6 @@ def operating_system() -> str:
         return platform.freedesktop_os_release()["PRETTY_NAME"]
     except (OSError, KeyError):
         return platform.platform(terse=True)
-
-
-def installed_versions() -> dict[str, str]:
-    """Versions of the packages that matter here, by name, without importing any."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            pass
-    return versions
 
 
 def commit_record(folder: Path | None = None) -> dict[str, str | bool | None]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import groupby
 from typing import Any
 
 from edgestill.benchmarks.step import BUSY_LIMIT
+from edgestill.runtime.console import align
 
 COLUMNS = ("engine", "p50 ms", "p90 ms", "p99 ms", "ratio", "peak MB", "of eager", "cold s", "of peak")
 
@@ -60,16 +61,4 @@ def _row(line: Mapping[str, Any]) -> tuple[str, ...]:
         number("rss_ratio_to_eager", 0, 100, " %"),
         number("cold_start_s", 2),
         number("fraction_of_peak", 0, 100, " %"),
-    )
-
-
-def align(rows: Sequence[Sequence[str]], texts: int = 1) -> str:
-    """Rows as lines of equal width; the first `texts` columns are texts, the others numbers."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if index < texts else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
     )

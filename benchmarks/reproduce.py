@@ -25,11 +25,12 @@ from edgestill.benchmarks.experiments.grid import (
 from edgestill.benchmarks.experiments.locks import locked
 from edgestill.benchmarks.experiments.report import Report
 from edgestill.benchmarks.experiments.sources import Sources, find_sources
-from edgestill.benchmarks.machine import commit_record, installed_versions, machine_record
+from edgestill.benchmarks.machine import commit_record, machine_record
 from edgestill.runtime.console import add_json_option, count
 from edgestill.runtime.errors import EdgestillError, UsageError
 from edgestill.runtime.files import write_atomically
 from edgestill.runtime.machine import cores
+from edgestill.simulation.bundles import installed_versions
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMITTED = Path(__file__).resolve().parent / "results" / "reproduce"
@@ -241,7 +242,7 @@ def _default_output(quick: bool) -> Path:
 
 
 def _default_cache() -> Path:
-    from edgestill.benchmarks.simulation.students import default_cache
+    from edgestill.simulation.students import default_cache
 
     return default_cache().parent / "reproduce"
 

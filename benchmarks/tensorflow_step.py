@@ -92,7 +92,7 @@ def main() -> int:
     import tempfile
 
     from edgestill.benchmarks import machine
-    from edgestill.benchmarks.bundles import BundleRequest, prepare_bundle
+    from edgestill.simulation.bundles import BundleRequest, installed_versions, prepare_bundle
 
     parser = argparse.ArgumentParser(prog="python -m edgestill.benchmarks.tensorflow_step", description=__doc__)
     parser.add_argument("tensorflow", metavar="PYTHON", help="the Python of its environment")
@@ -112,7 +112,7 @@ def main() -> int:
         origin = {
             "machine": machine.machine_record(),
             "commit": machine.commit_record(),
-            "versions": machine.installed_versions(),
+            "versions": installed_versions(),
             "date": machine.now(),
         }
         for threads in map(int, arguments.threads.split(",")):

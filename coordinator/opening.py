@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from edgestill.coordinator.service import Service
-from edgestill.coordinator.settings import Settings
+from edgestill.coordinator.settings import Settings, place_words
 from edgestill.coordinator.store.blobs import open_blobs
 from edgestill.coordinator.store.database import Store
 from edgestill.runtime.errors import UsageError
@@ -42,11 +42,19 @@ def open_existing(settings: Settings) -> Service:
     file = url.removeprefix("sqlite:///").partition("?")[0]
     if file != url and not Path(file).exists():
         flag, where = ("--database", url) if settings.database else ("--data-dir", settings.data_dir)
+        place = place_words(
+            {"data_dir": settings.data_dir, "database": settings.database, "blobs": settings.blobs}
+        )
         raise UsageError(
             f"no coordinator's data in {where}",
-            f"check {flag}; `edgestill task create {flag} {where} …` or `edgestill serve {flag} {where}` makes it",
+            f"check {flag}; `edgestill serve{place}` makes a place that is new",
         )
     return open_service(settings)
+
+
+def task_creation(place: str) -> str:
+    """What makes the first task; `place`: from `place_words`."""
+    return f"`edgestill task create --name TASK --bundle BUNDLE --transfer NAME_OR_PATH{place}`"
 
 
 def start_logging(settings: Settings) -> None:

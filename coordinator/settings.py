@@ -7,6 +7,7 @@ import dataclasses
 import ipaddress
 import os
 import re
+import shlex
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -107,6 +108,19 @@ def settings_from(arguments: argparse.Namespace, environment: Mapping[str, str] 
     """The settings of a parsed command line. Errors: UsageError naming the flag, variable or key."""
     given = {name: value for name in FIELDS if (value := getattr(arguments, name, None)) is not None}
     return load_settings(given, os.environ if environment is None else environment, arguments.config)
+
+
+def place_words(given: Mapping[str, Any]) -> str:
+    """The flags among these values that say where database and blobs are, for a next command: ` --data-dir DIR`.
+
+    Empty where none is given. A password in a URL is not repeated: `***` stands for it.
+    """
+    words = []
+    for name in ("config", *STORE_SETTINGS):
+        if value := given.get(name):
+            shown = re.sub(r"(://[^:@/]*):[^@/]*@", r"\1:***@", str(value))
+            words += [f"--{name.replace('_', '-')}", shown]
+    return "".join(f" {shlex.quote(word)}" for word in words)
 
 
 def load_settings(

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
+from edgestill.runtime.commands.examples import show_examples
 from edgestill.runtime.errors import EdgestillError
 
 COMMANDS = {
@@ -28,9 +29,10 @@ COMMANDS = {
     "task": ("edgestill.coordinator.commands.task", "create, list and show tasks", "coordinator"),
     "enrol": ("edgestill.coordinator.commands.enrol", "print codes for devices to join a task", "coordinator"),
     "join": ("edgestill.runtime.commands.join", "take part in a task as a device", "device"),
-    "simulate": ("edgestill.benchmarks.simulate", "a federation of virtual devices", "coordinator"),
-    "reproduce": ("edgestill.benchmarks.reproduce", "repeat the experiments on real images", "coordinator"),
-    "bench": ("edgestill.benchmarks.cli", "measure engines side by side", "export"),
+    "simulate": ("edgestill.simulation.simulate", "a federation of virtual devices", "coordinator"),
+    "reproduce": ("edgestill.benchmarks.reproduce", "repeat the experiments (in a checkout)", "coordinator"),
+    "bench": ("edgestill.benchmarks.cli", "measure engines side by side (in a checkout)", "export"),
+    "completion": ("edgestill.runtime.commands.completion", "print a script for a shell", "completion"),
 }
 """A subcommand's module, what it is for, and the extra of the package with what it needs."""
 
@@ -54,12 +56,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _dispatch(arguments: Sequence[str]) -> int:
+def full_parser() -> argparse.ArgumentParser:
+    """The parser of every command; of one whose packages are not installed here, it knows the name alone."""
+    parser, subparsers = _root_parser()
+    for name, (_, help_text, _) in COMMANDS.items():
+        if name in subparsers.choices:  # a module may bring several
+            show_examples(subparsers.choices[name], name)
+            continue
+        try:
+            _add_command(subparsers, name)
+        except EdgestillError:
+            subparsers.add_parser(name, help=help_text)
+    return parser
+
+
+def _root_parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction[argparse.ArgumentParser]]:
     parser = argparse.ArgumentParser(
         prog="edgestill", description="Training at the edge by distilling latents.", allow_abbrev=False
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+    return parser, parser.add_subparsers(dest="command", metavar="COMMAND")
+
+
+def _dispatch(arguments: Sequence[str]) -> int:
+    parser, subparsers = _root_parser()
     if arguments and arguments[0] in COMMANDS:
         _add_command(subparsers, arguments[0])
     else:
@@ -70,6 +90,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
         parsed = parser.parse_args(arguments)
     except SystemExit as leaving:  # argparse has printed help (0) or a usage error (2)
         return leaving.code if isinstance(leaving.code, int) else 2
+    parsed.typed = tuple(arguments)  # for a hint that is this command with other values
     if parsed.version:
         print(_version())
         return 0
@@ -88,9 +109,15 @@ def _add_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
         importlib.import_module(COMMANDS[name][0]).add_parser(subparsers)
     except ModuleNotFoundError as error:
         raise _missing_package(name, error) from error
+    show_examples(subparsers.choices[name], name)
 
 
 def _missing_package(command: str, error: ModuleNotFoundError) -> EdgestillError:
+    if f"{error.name}.".startswith("edgestill.benchmarks."):
+        return EdgestillError(
+            f"`edgestill {command}` is not in the installed package: it runs in a checkout of edgestill",
+            f"in the checkout: make setup && .venv/bin/edgestill {command} --help",
+        )
     return EdgestillError(
         f"`edgestill {command}` needs the Python package {error.name!r}, which is not installed here",
         f"pip install 'edgestill[{_extra_with(error.name or '', COMMANDS[command][2])}]'",

@@ -6,7 +6,7 @@ import argparse
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 LINE_S = 30.0
@@ -59,8 +59,44 @@ def add_json_option(parser: argparse.ArgumentParser, form: str) -> None:
     parser.add_argument("--json", action="store_true", help=f"{form} on stdout instead of words")
 
 
+def about(seconds: float) -> str:
+    """A time to come in words, as exact as an estimate is: `about 40 s`, `about 3 min`, `about 2 h 10 min`."""
+    tens = max(10, round(seconds / 10) * 10)
+    if tens < 90:
+        return f"about {tens} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"about {minutes} min"
+    minutes = round(minutes, -1)
+    if minutes < 24 * 60:
+        return f"about {minutes // 60} h" + (f" {minutes % 60} min" if minutes % 60 else "")
+    return f"about {minutes / 1440:.1f} days"
+
+
+def add_image_options(parser: argparse._ActionsContainer) -> None:
+    """Adds `--resize` and `--skip-broken`."""
+    parser.add_argument("--resize", action="store_true", help="scale images of another size")
+    parser.add_argument(
+        "--skip-broken",
+        action="store_true",
+        help="leave out images that cannot be read; they are counted and named",
+    )
+
+
 def count(text: str) -> int:
     """An option's value of 1 or more, as `type` of an argument. Errors: ArgumentTypeError."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
     return int(text)
+
+
+def align(rows: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """Rows as lines of equal width; the first `texts` columns are texts, the others numbers."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if index < texts else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )

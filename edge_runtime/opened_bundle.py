@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import numpy as np
 
 from edgestill.runtime.bundle import wire
 from edgestill.runtime.bundle.bundle import Bundle
+from edgestill.runtime.data.classes import KnownClasses, names_as_metadata, translate
 from edgestill.runtime.data.dataset import (
     Dataset,
     fit_dataset,
@@ -19,15 +21,16 @@ from edgestill.runtime.data.dataset import (
     load_splits,
     load_transfer_samples,
 )
+from edgestill.runtime.data.notice import tell_on_stderr
 from edgestill.runtime.engines.registry import open_engine
 from edgestill.runtime.errors import UsageError
 from edgestill.runtime.training.batches import TransferSet
-from edgestill.runtime.training.checkpoint import load_state
+from edgestill.runtime.training.checkpoint import classes_of, load_named_state
 from edgestill.runtime.training.evaluation import Evaluation, evaluate
 from edgestill.runtime.training.hyperparameters import CHECKPOINT_EVERY, EPOCHS, TRANSFER_FRACTION
 from edgestill.runtime.training.plan import TrainSettings, plan
 from edgestill.runtime.training.schedule import Schedule
-from edgestill.runtime.training.teacher import TeacherOutputs, encode_all, split_teacher_name
+from edgestill.runtime.training.teacher import TeacherOutputs, encode_all, in_order_of, split_teacher_name
 from edgestill.runtime.training.trainer import StepRecord, prepare, train
 
 Samples = np.ndarray | tuple[np.ndarray, ...]
@@ -56,11 +59,17 @@ class OpenedBundle:
             self._engine = open_engine(self.bundle, engine, threads)
             stack.callback(self._engine.close)
             self._open = stack.pop_all()
+        self._classes = classes_of(self.bundle)
 
     @property
     def engine(self) -> str:
         """The engine's name."""
         return self._engine.name
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """What the outputs mean, in their order: as the bundle says, the state, or the data it was trained on first."""
+        return self._classes.names
 
     def train(
         self, data: Data, *, progress: Callable[[StepRecord], None] = lambda record: None, **settings: Any
@@ -91,19 +100,23 @@ class OpenedBundle:
         checkpoint: str | Path | None = None,
         checkpoint_every: int = int(CHECKPOINT_EVERY.default),
         restart: bool = False,
+        new_classes: bool = False,
         **hyperparameters: float,
     ) -> Iterator[StepRecord]:
         """The same as an iterator that makes a step whenever it is asked for one.
 
         `teacher`: whose outputs on the data, and on the samples of `transfer`, a student that distils learns from;
         `BUNDLE[:STATE]`, an opened bundle, or its `latents` and/or `logits` on the data.
-        `checkpoint`: a file that keeps the state; the same call goes on from it. Hyperparameters by name, as
+        `checkpoint`: a file that keeps the state; the same call goes on from it. `new_classes`: the data name other
+        classes than those that the outputs meant so far. Hyperparameters by name, as
         `learning_rate=0.02`: docs/training.md has them all. Errors: UsageError, DataError, StateError.
         """
-        dataset = self._dataset(data, "train")
+        known = None if new_classes else self._classes
+        dataset = self._dataset(data, "train", known)
+        names = dataset.class_names or self.class_names
         outputs, transfer_set = None, None
         if teacher is not None:
-            outputs = self._taught(teacher, dataset.samples)
+            outputs = self._taught(teacher, dataset.samples, names)
             if transfer is not None:
                 if isinstance(teacher, Mapping):
                     raise UsageError(
@@ -111,7 +124,7 @@ class OpenedBundle:
                         "give a bundle as teacher where there is a transfer set",
                     )
                 images, *more = self._samples(transfer)
-                transfer_set = TransferSet(images, self._taught(teacher, (images, *more)), tuple(more))
+                transfer_set = TransferSet(images, self._taught(teacher, (images, *more), names), tuple(more))
         elif transfer is not None:
             raise UsageError("a transfer set without a teacher", "give the teacher, too")
         run = plan(
@@ -132,6 +145,8 @@ class OpenedBundle:
         )
         path = None if checkpoint is None else Path(checkpoint)
         first = prepare(self._engine, run, path, restart)
+        self._classes = KnownClasses(names, "what it was trained on") if new_classes else self._classes
+        self._classes = self._classes or KnownClasses(names, "what it was trained on")
         return train(self._engine, run, path, first_step=first, checkpoint_every=checkpoint_every)
 
     def evaluate(self, data: Data) -> Evaluation:
@@ -139,7 +154,8 @@ class OpenedBundle:
 
         Of data with splits the test split is used. Errors: DataError, UsageError.
         """
-        return evaluate(self._engine, self._dataset(data, None), self.bundle.batch, self.bundle.classes)
+        dataset = self._dataset(data, None, self._classes)
+        return evaluate(self._engine, dataset, self.bundle.batch, self.bundle.classes)
 
     def predict(self, samples: str | Path | Samples) -> Predictions:
         """Latents and logits of any number of samples in inference mode; a path's labels are not looked at.
@@ -159,11 +175,12 @@ class OpenedBundle:
         if isinstance(state, Mapping):
             self._engine.load_state(self.bundle.check_state(state))
         else:
-            self._engine.load_state(load_state(Path(state), self.bundle))
+            loaded, self._classes = load_named_state(Path(state), self.bundle)
+            self._engine.load_state(loaded)
 
     def save(self, path: str | Path) -> Path:
         """Writes the state as safetensors, whole or not at all, and returns the path. Errors: WireError."""
-        wire.save(Path(path), self.state())
+        wire.save(Path(path), self.state(), names_as_metadata(self.class_names))
         return Path(path)
 
     def close(self) -> None:
@@ -184,12 +201,15 @@ class OpenedBundle:
             f"<{bundle.student.name} of {bundle.source} on {self.engine}, objective {bundle.objective.name}>"
         )
 
-    def _dataset(self, data: Data, split: str | None) -> Dataset:
+    def _dataset(self, data: Data, split: str | None, known: KnownClasses | None) -> Dataset:
         bundle = self.bundle
         if isinstance(data, Dataset):
-            return data
+            if not known or not data.class_names or data.class_names == known.names:
+                return data
+            labels = translate(data.labels, data.class_names, known, "data", tell_on_stderr)
+            return replace(data, labels=labels, class_names=known.names)
         if isinstance(data, str | Path):
-            splits = load_splits(data, bundle.input, bundle.classes, more=bundle.more_inputs)
+            splits = load_splits(data, bundle.input, bundle.classes, more=bundle.more_inputs, known=known)
             return splits.choose(split)
         if not isinstance(data, tuple) or len(data) != 2:
             raise UsageError(
@@ -204,8 +224,10 @@ class OpenedBundle:
             return load_transfer_samples(samples, bundle.input, more=bundle.more_inputs)
         return fit_tensors(_tensors(samples), bundle.samples, "samples")
 
-    def _taught(self, teacher: Any, samples: tuple[np.ndarray, ...]) -> TeacherOutputs:
-        """The teacher's outputs on samples. Errors: UsageError, BundleError, DataError."""
+    def _taught(
+        self, teacher: Any, samples: tuple[np.ndarray, ...], names: tuple[str, ...]
+    ) -> TeacherOutputs:
+        """The teacher's outputs on samples, for classes of these names. Errors: UsageError, BundleError, DataError."""
         if isinstance(teacher, Mapping):
             unknown = sorted(set(teacher) - {"latents", "logits"})
             if unknown or not teacher:
@@ -214,13 +236,14 @@ class OpenedBundle:
                 )
             return TeacherOutputs(**teacher)
         if isinstance(teacher, OpenedBundle):
-            return TeacherOutputs(*teacher.predict(samples))
+            outputs = TeacherOutputs(*teacher.predict(samples))
+            return in_order_of(outputs, teacher._classes, self.bundle, names)
         path, checkpoint = split_teacher_name(str(teacher))
         engine = self.engine if self.engine in _engines_of(path) else None
         with OpenedBundle(path, engine) as opened:
             if checkpoint is not None:
                 opened.load_state(checkpoint)
-            return TeacherOutputs(*opened.predict(samples))
+            return self._taught(opened, samples, names)
 
 
 def _engines_of(path: Path) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ class _Export(ModuleType):
         *,
         latent_size: int | None = None,
         classes: int | None = None,
+        class_names: str | tuple[str, ...] = (),
         batch: int = 32,
         widths: tuple[int, ...] | None = None,
         normalization: str = "batch",
@@ -43,6 +44,7 @@ class _Export(ModuleType):
         teacher_latent_size: int | None = None,
         optimizer: str = "sgd",
         nesterov: bool = False,
+        clip_gradients: bool = False,
         freeze: tuple[str, ...] = (),
         engines: tuple[str, ...] = ("native", "onnxruntime", "executorch"),
         seed: int = 0,
@@ -55,6 +57,7 @@ class _Export(ModuleType):
 
         student: a module, whose weights become the initial state and which stays as it is; a factory of one; a
         built-in student's name; or `package.module:factory`. latent_size, classes: read from a module, else 128 and 10.
+        class_names: what the outputs mean, in their order; a path: the names of those data.
         also_input: further tensors of a sample, "tokens:int64:20" each. Of what are names, one may be given alone.
         The other options are those of `edgestill export` (docs/students.md).
         Errors: UsageError, LoweringError and TargetError, which say what to do in their `hint`.

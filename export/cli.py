@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from contextlib import redirect_stdout
@@ -38,7 +39,9 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
     add("--engines", "native, onnxruntime, executorch, onnxruntime-training, or all (native,onnxruntime,executorch)",
         "LIST", _engines, default=("native", "onnxruntime", "executorch"))  # fmt: skip
     add("--latent-size", "size of the latent (%(default)s)", "L", int, default=128)
-    add("--classes", "number of classes (%(default)s)", "K", int, default=10)
+    add("--classes", "number of classes (10, or as many as --class-names gives)", "K", int)
+    add("--class-names", "what the outputs mean, in their order: names, or data whose names are taken, as --data of "
+        "`edgestill train`", "NAME,…|DATA")  # fmt: skip
     add("--batch", "samples a step, fixed (%(default)s)", "B", int, default=32)
     add("--widths", "channels of each block of a built-in student", "W1,W2,…", _integers)
     add("--normalization", "after each convolution of a built-in student (%(default)s)", default="batch",
@@ -63,6 +66,8 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
     add("--teacher-latent-size", "for crd: size of the teacher's latent (the student's)", "L", int)
     add("--optimizer", "sgd, with momentum, or adamw (%(default)s)", choices=OPTIMIZERS, default="sgd")
     p.add_argument("--nesterov", action="store_true", help="Nesterov momentum (sgd)")
+    p.add_argument("--clip-gradients", action="store_true",
+        help="the step clips gradients by their global norm, which --clip-norm of `edgestill train` gives")  # fmt: skip
     add("--freeze", "do not train this module, or its first N blocks (perception, perception:2); repeatable",
         "MODULE[:N]", action="append")  # fmt: skip
     add("--seed", "of the initial weights (%(default)s)", "N", int, default=0)
@@ -81,7 +86,7 @@ def run_export(args: argparse.Namespace) -> int:
         seconds = round(time.monotonic() - start, 2)
         print(json.dumps({"bundle": str(path), "engines": list(options.engines), "seconds": seconds}))
     else:
-        print(f"next: edgestill verify {path}", file=sys.stderr)
+        print(f"next: `edgestill verify {shlex.quote(str(path))}`", file=sys.stderr)
     return 0
 
 

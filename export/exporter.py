@@ -35,6 +35,7 @@ from edgestill.runtime.bundle.manifest import (
 )
 from edgestill.runtime.bundle.wire import save
 from edgestill.runtime.bundle.writer import check_output, replacing, write_manifest
+from edgestill.runtime.data.dataset import class_names_from
 from edgestill.runtime.errors import UsageError
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
@@ -63,6 +64,7 @@ class ExportOptions:
     freeze: tuple[str, ...] = ()
     engines: tuple[str, ...] = ("native", "onnxruntime", "executorch")
     seed: int = 0
+    class_names: tuple[str, ...] = ()
 
     @property
     def student_name(self) -> str:
@@ -95,6 +97,9 @@ def options_of(given: Mapping[str, Any]) -> ExportOptions:
         names = {name: name for name in same} | others
         return replace(default, **{own: given[name] for own, name in names.items() if name in given})
 
+    if given.get("class_names"):
+        given["class_names"] = class_names_from(given["class_names"])
+        given.setdefault("classes", len(given["class_names"]))
     sample = filled(default_input(student), "mean", "std", shape="input_shape", dtype="input_dtype")
     sizes = {name: given.get(name) for name in ("latent_size", "classes")}
     options = filled(ExportOptions(), *(one.name for one in fields(ExportOptions)))
@@ -105,7 +110,7 @@ def options_of(given: Mapping[str, Any]) -> ExportOptions:
         options,
         input=sample,
         objective=filled(Objective(), "kd_loss", *CRD_SIZES, name="objective"),
-        optimizer=filled(Optimizer(), "nesterov", name="optimizer"),
+        optimizer=filled(Optimizer(), "nesterov", clips="clip_gradients", name="optimizer"),
     )
 
 
@@ -272,6 +277,9 @@ def check_options(options: ExportOptions) -> None:
         value = getattr(given if name in crd else options, name)
         if value is not None and value < least:
             raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    if options.class_names and len(options.class_names) != options.classes:
+        named = len(options.class_names)
+        raise UsageError(f"--class-names gives {named} names, --classes {options.classes}", hint="leave --classes out")
     if min(*(options.widths or (1,)), *(min(s.shape, default=0) for s in options.samples)) < 1:
         raise UsageError("--input-shape and --widths need sizes of at least 1")
     check_seed(options.seed)
@@ -332,11 +340,12 @@ def _manifest(options: ExportOptions, spec: StepSpec, graphs: dict) -> dict:
         "student": {"name": options.student_name, "options": own_student, "parameters": sum(parameters)},
         "latent_size": spec.latent_size,
         "classes": spec.classes,
+        **({"class_names": list(options.class_names)} if options.class_names else {}),
         "batch": options.batch,
         "input": first,
         "more_inputs": more,
         "objective": {k: v for k, v in asdict(spec.objective).items() if k == "kd_loss" or v is not None},
-        "optimizer": asdict(options.optimizer),
+        "optimizer": {k: v for k, v in asdict(options.optimizer).items() if k != "clips" or v},
         "freeze": list(options.freeze),
         "flops_per_step": count_flops(build_train_step(spec)),
         "state": {"file": "state.safetensors", "tensors": _entries(spec.state_specs())},

@@ -10,14 +10,21 @@ import pytest
 
 pytestmark = pytest.mark.tiny
 ROOT = Path(__file__).parent.parent
-FOLDERS = {"export": "export", "edge_runtime": "runtime", "coordinator": "coordinator", "benchmarks": "benchmarks"}
+FOLDERS = {"export": "export", "edge_runtime": "runtime", "coordinator": "coordinator", "simulation": "simulation",
+           "benchmarks": "benchmarks"}  # fmt: skip
 """Each folder of this tree, and what it is called below `edgestill` where it is installed."""
 
-EXPORT, COORDINATOR, BENCHMARKS = (f"edgestill.{name}" for name in ("export", "coordinator", "benchmarks"))
+EXPORT, COORDINATOR, SIMULATION, BENCHMARKS = (
+    f"edgestill.{name}" for name in ("export", "coordinator", "simulation", "benchmarks")
+)
 FORBIDDEN = {
-    "edge_runtime": {EXPORT, COORDINATOR, BENCHMARKS, "tests", "torch", "onnx", "onnxscript", "torchvision"},
-    "export": {BENCHMARKS, COORDINATOR, "tests"},
-    "coordinator": {EXPORT, BENCHMARKS, "tests", "torch", "onnx"},
+    "edge_runtime": {
+        *(EXPORT, COORDINATOR, SIMULATION, BENCHMARKS, "tests"),
+        *("torch", "onnx", "onnxscript", "torchvision"),
+    },
+    "export": {BENCHMARKS, SIMULATION, COORDINATOR, "tests"},
+    "coordinator": {EXPORT, SIMULATION, BENCHMARKS, "tests", "torch", "onnx"},
+    "simulation": {EXPORT, BENCHMARKS, "tests", "torch", "onnx"},
     "benchmarks": {"tests"},
     "edgestill": {"tests", "torch", "numpy"},
     "tests": set(),

@@ -76,7 +76,7 @@ def test_the_source_distribution_has_what_a_wheel_is_made_of(folder: Path) -> No
     for name in shipped():
         place = max((p for p in back if name.startswith(f"{p}/")), key=len)
         assert f"{back[place]}{name.removeprefix(place)}" in names, name
-    assert {"setup.py", "pyproject.toml", "README.md"} <= names
+    assert {"setup.py", "pyproject.toml", "README.md", "LICENSE"} <= names
     assert not any(name.startswith("tests") or name.endswith(".so") or ".venv" in name for name in names)
 
 

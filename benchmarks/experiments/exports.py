@@ -7,8 +7,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from edgestill.benchmarks.bundles import BundleRequest, prepare_bundle
 from edgestill.benchmarks.experiments.locks import locked
+from edgestill.simulation.bundles import BundleRequest, prepare_bundle
 
 ENGINE = "onnxruntime"
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from edgestill.benchmarks.simulation.pool import submit, worker_processes
 from edgestill.runtime.errors import EdgestillError
+from edgestill.simulation.pool import submit, worker_processes
 
 # The package stays importable without numpy: a worker limits the threads of numerical libraries before it loads one.
 

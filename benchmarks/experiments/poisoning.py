@@ -1,6 +1,6 @@
 """Experiment `poisoning`: what hostile devices cost the global model, by attack and by aggregation rule.
 
-A fifth of the devices uploads spoiled outputs in every round (benchmarks/simulation/attack.py). Each rule's loss is
+A fifth of the devices uploads spoiled outputs in every round (simulation/attack.py). Each rule's loss is
 against its own run of the same seed without hostile devices, on every test image.
 """
 

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgestill.benchmarks.bundles import BundleRequest
 from edgestill.benchmarks.experiments.exports import ENGINE, export_cached
 from edgestill.benchmarks.experiments.grid import Cell, Context, Options, Stage
 from edgestill.benchmarks.experiments.inversion import (
@@ -47,6 +46,7 @@ from edgestill.runtime.engines.registry import Engine, open_engine
 from edgestill.runtime.errors import DataError
 from edgestill.runtime.randomness import SUBSET, permutation
 from edgestill.runtime.training.evaluation import evaluate
+from edgestill.simulation.bundles import BundleRequest
 
 NAME = "privacy"
 TITLE = "Images rebuilt from uploaded latents and logits, by protection"

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from edgestill.benchmarks.bundles import BundleRequest
 from edgestill.benchmarks.experiments.devices import deal_device
 from edgestill.benchmarks.experiments.exports import ENGINE, export_cached
 from edgestill.benchmarks.experiments.grid import Cell, Context, Options, Stage
@@ -28,6 +27,7 @@ from edgestill.runtime.training.checkpoint import Checkpoint
 from edgestill.runtime.training.evaluation import evaluate
 from edgestill.runtime.training.plan import TrainSettings, plan
 from edgestill.runtime.training.schedule import Schedule
+from edgestill.simulation.bundles import BundleRequest
 
 TEACHER_CPU_MINUTES = 32.0
 LEAST_STEPS = 400

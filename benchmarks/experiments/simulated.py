@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from edgestill.benchmarks.bundles import BundleRequest
 from edgestill.benchmarks.experiments.exports import export_cached
 from edgestill.benchmarks.experiments.grid import Context
 from edgestill.benchmarks.experiments.locks import locked
 from edgestill.benchmarks.experiments.sources import load_data
-from edgestill.benchmarks.simulation.run import simulate
-from edgestill.benchmarks.simulation.settings import Poison, SimulationSettings
-from edgestill.benchmarks.simulation.students import narrow, prepare_students
 from edgestill.runtime.data.dataset import Dataset, Splits
 from edgestill.runtime.errors import DataError
 from edgestill.runtime.randomness import SUBSET, permutation
+from edgestill.simulation.bundles import BundleRequest
+from edgestill.simulation.run import simulate
+from edgestill.simulation.settings import Poison, SimulationSettings
+from edgestill.simulation.students import narrow, prepare_students
 
 COMMON_HEAD = "edgestill.benchmarks.experiments.common_head"
 WIDTH_DIVISOR = 4

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from edgestill.benchmarks.bundles import BundleRequest
 from edgestill.benchmarks.experiments.devices import divide
 from edgestill.benchmarks.experiments.exports import ENGINE, export_cached
 from edgestill.benchmarks.experiments.grid import Context
@@ -31,6 +30,7 @@ from edgestill.runtime.training.plan import Run, TrainSettings, plan
 from edgestill.runtime.training.schedule import Schedule
 from edgestill.runtime.training.teacher import Teacher, TeacherOutputs
 from edgestill.runtime.training.trainer import prepare, train
+from edgestill.simulation.bundles import BundleRequest
 
 TEACHER_THREADS = 1
 """As students have: sums over more threads come in another order on another machine."""

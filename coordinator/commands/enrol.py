@@ -6,8 +6,8 @@ import argparse
 import json
 import sys
 
-from edgestill.coordinator.opening import open_existing
-from edgestill.coordinator.settings import STORE_SETTINGS, add_flags, settings_from
+from edgestill.coordinator.opening import open_existing, task_creation
+from edgestill.coordinator.settings import STORE_SETTINGS, add_flags, place_words, settings_from
 from edgestill.runtime.console import add_json_option
 from edgestill.runtime.errors import UsageError
 
@@ -37,11 +37,13 @@ def run(arguments: argparse.Namespace) -> int:
     service = open_existing(settings_from(arguments))
     records = {record.name: record for record in service.tasks()}
     if arguments.task not in records:
-        raise UsageError(f"no task {arguments.task!r}", f"there are: {', '.join(records) or 'none'}")
+        creation = task_creation(place_words(vars(arguments)))
+        hint = f"there are: {', '.join(records)}" if records else f"there is none yet: {creation}"
+        raise UsageError(f"no task {arguments.task!r}", hint)
     if (ended := records[arguments.task].ended) is not None:
         raise UsageError(
             f"task {arguments.task} is {ended}: a device that joined it would have nothing to do",
-            "make another with `edgestill task create`; `edgestill task list` has them all",
+            f"make another with `edgestill task create`; `edgestill task list{place_words(vars(arguments))}` has all",
         )
     lifetime_s = arguments.hours * 3600
     codes = [service.issue_code(arguments.task, lifetime_s) for _ in range(arguments.count)]
@@ -49,9 +51,10 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps({"task": arguments.task, "codes": codes, "lifetime_s": lifetime_s}))
     else:
         print("\n".join(codes))
+        code = "CODE" if len(codes) > 1 else codes[0]
         print(
-            f"edgestill: on the device: edgestill join URL --code {'CODE' if len(codes) > 1 else codes[0]} "
-            "--data PATH (each code works once)",
+            f"edgestill: on the device: `edgestill join URL --code {code} --data PATH` (each code works once); URL is "
+            f"what `edgestill serve{place_words(vars(arguments))}` says",
             file=sys.stderr,
         )
     return 0

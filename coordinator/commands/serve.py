@@ -9,16 +9,19 @@ import socket
 import ssl
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import segno
 import uvicorn
 
+from edgestill.coordinator.http.address import EncryptedKey, certifies, is_loopback, risks_of, url_of
 from edgestill.coordinator.http.announcement import announce
 from edgestill.coordinator.http.app import make_app
 from edgestill.coordinator.http.context import Context
-from edgestill.coordinator.opening import open_service, start_logging
-from edgestill.coordinator.settings import Settings, add_flags, settings_from
+from edgestill.coordinator.opening import open_service, start_logging, task_creation
+from edgestill.coordinator.settings import Settings, add_flags, place_words, settings_from
 from edgestill.runtime.console import add_json_option
 from edgestill.runtime.errors import EdgestillError, UsageError
 
@@ -46,12 +49,14 @@ def run(arguments: argparse.Namespace) -> int:
         url = url_of(settings, listener.getsockname()[1])
         if settings.mdns:
             stack.enter_context(announce(url, settings.host, listener.getsockname()[1]))
+        for risk in risks_of(settings, url):
+            print(f"edgestill: warning: {risk}", file=sys.stderr)
         if not service.tasks():
-            # the URL of a database may hold a password
-            where = "--database URL" if settings.database else f"--data-dir {settings.data_dir}"
-            print(f"edgestill: no tasks here yet; edgestill task create {where} …", file=sys.stderr)
+            creation = task_creation(place_words(vars(arguments)))
+            print(f"edgestill: no tasks here yet; make one with {creation}", file=sys.stderr)
         app = make_app(service, settings)
-        server = Server(server_config(app, settings), app.state.context, lambda: _say(url, arguments.json))
+        on_ready = partial(say, url, arguments.json, not is_loopback(settings.host))
+        server = Server(server_config(app, settings), app.state.context, on_ready)
         asyncio.run(server.serve(sockets=[listener]))
     return 0
 
@@ -134,8 +139,8 @@ def check_tls(certificate: Path, key: Path) -> None:
             f"--tls-cert {certificate}: no certificate", "give the PEM file of the certificate chain"
         ) from error
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, _no_password)
-    except _Encrypted:
+        certifies(certificate, key, "localhost")  # whatever it says, both could be read
+    except EncryptedKey:
         return  # uvicorn asks for the password
     except (ssl.SSLError, OSError) as error:
         if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
@@ -145,28 +150,13 @@ def check_tls(certificate: Path, key: Path) -> None:
         raise UsageError(message, f"give the PEM file of the private key of {certificate}") from error
 
 
-class _Encrypted(Exception):
-    pass
-
-
-def _no_password() -> str:
-    raise _Encrypted
-
-
-def url_of(settings: Settings, port: int) -> str:
-    """The address for devices and browsers."""
-    if settings.public_url:
-        return settings.public_url.rstrip("/")
-    host = settings.host
-    if host in ("0.0.0.0", "::", ""):
-        host = socket.gethostname()
-    host = f"[{host}]" if ":" in host else host
-    return f"{'https' if settings.tls_cert else 'http'}://{host}:{port}"
-
-
-def _say(url: str, as_json: bool) -> None:
+def say(url: str, as_json: bool, shows_code: bool) -> None:
+    """Tells where the coordinator is; with `shows_code` a terminal gets it as a QR code, too."""
     if as_json:
         print(json.dumps({"url": url}), flush=True)
     print(
         f"edgestill: coordinator on {url} (dashboard there, API at {url}/docs)", file=sys.stderr, flush=True
     )
+    if shows_code and sys.stderr.isatty():
+        print("edgestill: the dashboard for a phone's camera:", file=sys.stderr)
+        segno.make(url, micro=False).terminal(sys.stderr, compact=True)

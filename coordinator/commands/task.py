@@ -10,15 +10,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edgestill.coordinator.opening import check_shared, open_existing, open_service
+from edgestill.coordinator.opening import check_shared, open_existing, open_service, task_creation
 from edgestill.coordinator.rounds.round import COMPLETED
 from edgestill.coordinator.service import Service
-from edgestill.coordinator.settings import STORE_SETTINGS, add_flags, settings_from
+from edgestill.coordinator.settings import STORE_SETTINGS, add_flags, place_words, settings_from
 from edgestill.coordinator.store.overview import RoundOverview
 from edgestill.coordinator.store.records import DeviceRecord, TaskRecord
 from edgestill.coordinator.task.creation import SOURCES, make_task
 from edgestill.coordinator.task.task import EXCHANGES, MODES, PRECISIONS, RULES, TASK_NAME, Task, clip_value
 from edgestill.runtime.console import add_json_option
+from edgestill.runtime.data.notice import Notices
 from edgestill.runtime.errors import BundleError, DataError, UsageError
 from edgestill.runtime.training.hyperparameters import (
     CHECKPOINT_EVERY,
@@ -60,6 +61,9 @@ OPTIONS: dict[str, _Option] = {
     "test": _Option("test", str, "labelled data that the global student is evaluated on"),
     "test-count": _Option("test_count", int, "take this many of its samples, drawn by --seed"),
     "seed": _Option("seed", int, "of the draw of samples (0)"),
+    "class-names": _Option(
+        "class_names", str, "what the outputs mean: NAME,… or data (the bundles' names, else those of labelled data)"
+    ),
     "exchange": _Option("exchange", EXCHANGES, "what devices upload (latents)"),
     "mode": _Option("mode", MODES, "default: global with --global-bundle, else consensus"),
     "precision": _Option("precision", PRECISIONS, "of what is exchanged (fp16; parameters: fp32)"),
@@ -80,6 +84,8 @@ OPTIONS: dict[str, _Option] = {
     "distil-deadline": _Option("distil.deadline_s", float, "seconds for step 5 (600)"),
 }  # fmt: skip
 _SWITCHES = {
+    "resize": _Option("resize", bool, "scale images of another size"),
+    "skip-broken": _Option("skip_broken", bool, "leave out images that cannot be read"),
     "transfer-labels": _Option("transfer_labels", bool, "publish the transfer set's labels, too"),
     "align": _Option("aggregation.align", bool, "rotate each device's latents to the global ones first"),
     "screen": _Option("aggregation.screen", bool, "leave out uploads that disagree with the others"),
@@ -134,19 +140,24 @@ def run_create(arguments: argparse.Namespace) -> int:
     if any(record.name == name for record in service.tasks()):
         raise UsageError(f"there is a task {name} already", "choose another --name; a task never changes")
     warnings: list[str] = []
+    notices = Notices()
     try:
-        drafted = make_task(description, service.add_blob, warnings.append)
+        drafted = make_task(description, service.add_blob, warnings.append, notices)
     except (BundleError, DataError) as error:  # all that is read was named on the command line
         raise UsageError(error.message, error.hint) from error
     task = service.create_task(drafted)
     for warning in (*warnings, *task.risks()):
         print(f"edgestill: warning: {warning}", file=sys.stderr)
     if arguments.json:
-        print(json.dumps(task.as_json()))
+        print(json.dumps({**task.as_json(), "notices": notices.as_json()}))
     else:
         print(_in_words(task))
-        where = f" --data-dir {arguments.data_dir}" if arguments.data_dir else ""
-        print(f"edgestill: next: edgestill enrol{where} --task {task.name}", file=sys.stderr)
+        place = place_words(vars(arguments))
+        print(
+            f"edgestill: next: `edgestill enrol --task {task.name}{place}` for each device, "
+            f"and `edgestill serve{place}`",
+            file=sys.stderr,
+        )
     return 0
 
 
@@ -171,14 +182,17 @@ def run_list(arguments: argparse.Namespace) -> int:
                 f"{row['devices']} devices{'  stopped' if row['stopped'] else '  finished' if row['finished'] else ''}"
             )
     else:
-        print("edgestill: no task yet; make one with `edgestill task create`", file=sys.stderr)
+        print(
+            f"edgestill: no task yet; make one with {task_creation(place_words(vars(arguments)))}",
+            file=sys.stderr,
+        )
     return 0
 
 
 def run_show(arguments: argparse.Namespace) -> int:
     """The task, its rounds, its devices and what was refused."""
     service = open_existing(settings_from(arguments))
-    record = _find(service, arguments.name)
+    record = _find(service, arguments)
     task, name = record.task, record.name
     rounds, devices = service.rounds(name), service.devices(name)
     if arguments.json:
@@ -207,7 +221,7 @@ def run_show(arguments: argparse.Namespace) -> int:
 def run_stop(arguments: argparse.Namespace) -> int:
     """Ends the task; one that has ended stays as it is."""
     service = open_existing(settings_from(arguments))
-    record = _find(service, arguments.name)
+    record = _find(service, arguments)
     stopped = service.stop_task(record.name)
     if arguments.json:
         print(json.dumps({"name": record.name, "stopped": stopped or record.stopped_s is not None}))
@@ -218,14 +232,14 @@ def run_stop(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _find(service: Service, name: str) -> TaskRecord:
+def _find(service: Service, arguments: argparse.Namespace) -> TaskRecord:
     """Errors: UsageError with the names that there are."""
     records = {record.name: record for record in service.tasks()}
-    if name not in records:
-        raise UsageError(
-            f"no task {name!r}", f"there are: {', '.join(records) or 'none'}; edgestill task list"
-        )
-    return records[name]
+    if arguments.name not in records:
+        creation = task_creation(place_words(vars(arguments)))
+        hint = f"there are: {', '.join(records)}" if records else f"there is none yet: {creation}"
+        raise UsageError(f"no task {arguments.name!r}", hint)
+    return records[arguments.name]
 
 
 def describe(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from html import escape
 from itertools import pairwise
 
-WIDTH, HEIGHT = 440, 250
+WIDTH, HEIGHT = 440, 264
 LEFT, RIGHT, TOP = 56, 12, 12
 LEGEND_LINE, CHARACTER = 18, 8.2
 MOST_MARKERS, MOST_TITLED_CELLS = 40, 1000
@@ -66,11 +66,13 @@ def line_chart(
     *,
     category: str = "round",
     format_value: Formatter = lambda v: f"{v:.3g}",
-    limits: tuple[float, float] | None = None,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+    legend: bool = True,
 ) -> Chart:
-    """Lines over whole numbers (rounds). Gaps stay gaps; a value that is not finite counts as unknown.
+    """Lines over whole numbers (rounds), on an axis that fits the values. Gaps stay gaps; a value that is not finite
+    counts as unknown.
 
-    `limits`: the y range to show at least; without it the range of the values.
+    `bounds`: beyond which no value can lie, so no axis goes there either.
     """
     series = [_known(s) for s in series]
     table = _table(category, [str(c) for c in categories], series, format_value)
@@ -78,13 +80,11 @@ def line_chart(
     if not known:
         return Chart(title, "No values yet.", "", *table)
     low, high = min(known), max(known)
-    if limits:
-        low, high = min(low, limits[0]), max(high, limits[1])
-    ticks = nice_ticks(low, high)
-    legend, base = _legend(series, lines=True)
+    ticks = [t for t in nice_ticks(low, high) if bounds[0] <= t <= bounds[1] or low <= t <= high]
+    key, base = _legend(series if legend else (), lines=True)
     x = _scale(min(categories), max(categories), LEFT + 10, WIDTH - RIGHT - 10)
     y = _scale(ticks[0], ticks[-1], base, TOP)
-    body = [_grid(ticks, y, format_value)]
+    body = [_grid(ticks, y, format_value), _axis_title(category, base)]
     every = max(1, math.ceil(len(categories) / 10))
     body += [_category_label(x(c), base, str(c)) for c in list(categories)[::every]]
     for one in series:
@@ -107,34 +107,44 @@ def line_chart(
     description = f"{len(categories)} {category}s. " + " ".join(
         _summary(one, categories, category, format_value) for one in series
     )
-    return Chart(title, description, _svg(title, description, body + [legend]), *table)
+    return Chart(title, description, _svg(title, description, body + [key]), *table)
 
 
 def bar_chart(
     title: str,
-    categories: Sequence[int],
+    categories: Sequence[int | str],
     series: Sequence[Series],
     *,
     category: str = "round",
     format_value: Formatter = lambda v: f"{v:.3g}",
+    legend: bool = True,
 ) -> Chart:
-    """Groups of upright bars from zero, one group a category, one bar a series; negative values are unknown."""
+    """Groups of upright bars from zero, one group a category, one bar a series; negative values are unknown.
+
+    Names below the bars are slanted, numbers upright.
+    """
     series = [_known(s, at_least=0.0) for s in series]
     table = _table(category, [str(c) for c in categories], series, format_value)
     known = [v for s in series for v in s.values if v is not None]
     if not known:
         return Chart(title, "No values yet.", "", *table)
     ticks = nice_ticks(0.0, max(known) or 1.0)
-    legend, base = _legend(series, lines=False)
+    named = any(isinstance(c, str) for c in categories)
+    key, base = _legend(series if legend else (), lines=False)
+    deeper = _slanted_height(categories) - 28 if named else 0.0
+    base -= deeper
     y = _scale(ticks[0], ticks[-1], base, TOP)
     body = [_grid(ticks, y, format_value)]
+    if not named:
+        body.append(_axis_title(category, base))
     group = (WIDTH - LEFT - RIGHT) / len(categories)
     bar = min(group * 0.8 / len(series), 28.0)
-    every = max(1, math.ceil(len(categories) / 10))
+    every = max(1, math.ceil(len(categories) / (20 if named else 10)))
     for i, c in enumerate(categories):
         middle = LEFT + group * (i + 0.5)
         if i % every == 0:
-            body.append(_category_label(middle, base, str(c)))
+            upright = _category_label(middle, base, str(c))
+            body.append(_slanted(middle + 4, base + 14, str(c), False) if named else upright)
         for index, one in enumerate(series):
             v = one.values[i]
             if v is None:
@@ -148,30 +158,43 @@ def bar_chart(
     description = f"{len(categories)} {category}s. " + " ".join(
         _summary(one, categories, category, format_value) for one in series
     )
-    return Chart(title, description, _svg(title, description, body + [legend]), *table)
+    return Chart(title, description, _svg(title, description, body + [key]), *table)
 
 
 def heat_map(
-    title: str, names: Sequence[str], counts: Sequence[Sequence[int]], *, row: str = "device"
+    title: str,
+    names: Sequence[str],
+    counts: Sequence[Sequence[int]],
+    *,
+    row: str = "device",
+    class_names: Sequence[str] = (),
 ) -> Chart:
     """Class distributions: one row a name, one cell a class, the stronger the larger the class's share of the row.
 
-    counts [rows][classes], not negative; rows shorter than the longest have none of the missing classes.
+    counts [rows][classes], not negative; rows shorter than the longest have none of the missing classes. A class
+    without a name is called by its number.
     """
     classes = max((len(c) for c in counts), default=0)
     full = [tuple(c) + (0,) * (classes - len(c)) for c in counts]
-    columns = (row, "samples", *(f"class {k}" for k in range(classes)))
+    called = [class_names[k] if k < len(class_names) else f"class {k}" for k in range(classes)]
+    columns = (row, "samples", *called)
     rows = tuple((name, str(sum(c)), *(str(n) for n in c)) for name, c in zip(names, full, strict=True))
     if not classes:
         return Chart(title, "No values yet.", "", columns, rows)
-    left, line, top = 128, 22, 26
+    named = bool(class_names)
+    left, line, top = 128, 22, _slanted_height(called) if named else 42.0
     largest = max(max(c) / (sum(c) or 1) for c in full) or 1.0
     cell = (WIDTH - left - RIGHT) / classes
     titled = len(names) * classes <= MOST_TITLED_CELLS
-    body = [
-        f'<text class="tick" x="{left + cell * (k + 0.5):.2f}" y="{top - 8}" text-anchor="middle">{k}</text>'
-        for k in range(0, classes, max(1, math.ceil(classes / 12)))
-    ]
+    every = max(1, math.ceil(classes / (18 if named else 12)))
+    middles = [(k, left + cell * (k + 0.5)) for k in range(0, classes, every)]
+    if named:
+        body = [_slanted(x + 4, top - 6, called[k], True) for k, x in middles]
+    else:
+        body = [f'<text class="tick" x="{left + cell * classes / 2:.2f}" y="14" text-anchor="middle">class</text>']
+        body += [
+            f'<text class="tick" x="{x:.2f}" y="{top - 8:g}" text-anchor="middle">{k}</text>' for k, x in middles
+        ]
     for i, (name, c) in enumerate(zip(names, full, strict=True)):
         y, total = top + i * line, sum(c) or 1
         label, baseline = _text(shorten(name, 13)), y + line / 2 + 3
@@ -182,7 +205,7 @@ def heat_map(
         for k, n in enumerate(c):
             if n <= 0:
                 continue
-            label = f"<title>{_text(f'{name}, class {k}: {n} of {total} samples')}</title>" if titled else ""
+            label = f"<title>{_text(f'{name}, {called[k]}: {n} of {total} samples')}</title>" if titled else ""
             # never fainter than 0.12: one sample must differ from none
             opacity = 0.12 + 0.88 * n / total / largest
             body.append(
@@ -190,7 +213,7 @@ def heat_map(
                 f'height="{line - 3}" fill-opacity="{opacity:.3f}">{label}</rect>'
             )
     most = [
-        f"{name}: class {c.index(max(c))} most ({max(c) / (sum(c) or 1) * 100:.0f} %)."
+        f"{name}: {called[c.index(max(c))]} most ({max(c) / (sum(c) or 1) * 100:.0f} %)."
         for name, c in zip(names, full, strict=True)
     ]
     description = f"{len(names)} {row}s, {classes} classes. " + " ".join(most[:8])
@@ -252,6 +275,26 @@ def _category_label(x: float, base: float, text: str) -> str:
     return f'<text class="tick" x="{x:.2f}" y="{base + 17:.2f}" text-anchor="middle">{_text(text)}</text>'
 
 
+def _axis_title(text: str, base: float) -> str:
+    """Below the middle of the axis."""
+    return _category_label((LEFT + WIDTH - RIGHT) / 2, base + 15, text)
+
+
+_SLANT, _LONGEST_LABEL = 40, 12
+
+
+def _slanted(x: float, y: float, text: str, falling: bool) -> str:
+    """A name that ends at a point, coming from the upper left (`falling`) or the lower left."""
+    label = _text(shorten(text, _LONGEST_LABEL))
+    turned = f'transform="rotate({_SLANT if falling else -_SLANT} {x:.2f} {y:.2f})"'
+    return f'<text class="tick slanted" x="{x:.2f}" y="{y:.2f}" text-anchor="end" {turned}>{label}</text>'
+
+
+def _slanted_height(names: Sequence[int | str]) -> float:
+    longest = max(len(shorten(str(name), _LONGEST_LABEL)) for name in names)
+    return 22 + longest * CHARACTER * math.sin(math.radians(_SLANT))
+
+
 def _runs(points: Sequence[tuple[float, float] | None]) -> list[list[tuple[float, float]]]:
     runs: list[list[tuple[float, float]]] = [[]]
     for point in points:
@@ -302,7 +345,7 @@ def _legend(series: Sequence[Series], lines: bool) -> tuple[str, float]:
                 f'<rect class="bar series-{style}" x="{left + 6:.2f}" y="{y - 10:.2f}" width="13" height="12"/>'
             )
         parts.append(f'<text class="legend" x="{left + 32:.2f}" y="{y:.2f}">{_text(one.name)}</text>')
-    return f'<g class="key">{"".join(parts)}</g>', top - 42
+    return f'<g class="key">{"".join(parts)}</g>', top - (56 if series else 32)
 
 
 def _svg(title: str, description: str, body: Sequence[str], height: float = HEIGHT) -> str:

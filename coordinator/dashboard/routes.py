@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import parse_qs, quote, urlencode
@@ -29,6 +29,9 @@ COOKIE_AGE_S = 30 * 86400
 PAGE_AGE_S = 1.0
 FORM_BYTES = 4096
 _PAGES_KEPT = 64
+_PAGES = re.compile(
+    r"/(tasks/[a-z0-9-]+(/devices/[a-z0-9-]+|/(rounds|devices)\.csv)?)?(\?(page=[0-9]+|device=[a-z0-9-]+))?"
+)
 _THREADS = 2  # pages must not take the devices' threads
 
 HEADERS = {
@@ -43,12 +46,15 @@ HEADERS = {
 Result = TypeVar("Result")
 
 
-def make_dashboard_router(service: Service, settings: Settings) -> APIRouter:
-    """Routes `/`, `/tasks/{task}`, `/events`, `/token` and `/static/{name}`, for browsers.
+def make_dashboard_router(
+    service: Service, settings: Settings, arriving: Callable[[], Collection[str]] = tuple
+) -> APIRouter:
+    """Routes `/`, `/tasks/{task}` with its devices and tables, `/events`, `/token` and `/static/{name}`, for browsers.
 
-    With `settings.dashboard_token` pages and events need it: `?token=…` once, or the form; then a cookie.
+    With `settings.dashboard_token` all but `/static` need it: `?token=…` once, or the form; then a cookie. `arriving`
+    names the devices whose uploads are on their way.
     """
-    pages, reader = Pages(service), _Reader(service)
+    pages, reader = Pages(service, settings, arriving), _Reader(service)
     door, feed = _Door(settings.dashboard_token, pages), reader.feed
     router = APIRouter(include_in_schema=False)
 
@@ -60,9 +66,31 @@ def make_dashboard_router(service: Service, settings: Settings) -> APIRouter:
     @router.get("/tasks/{task}", response_class=HTMLResponse)
     async def one_task(request: Request, task: str) -> Response:
         root, number = _root(request), _whole(request.query_params.get("page"), 6) or 1
-        key = ("/tasks", root, task, number)
+        origin = settings.public_url.rstrip("/") or f"{request.url.scheme}://{request.url.netloc}{root}"
+        key = ("/tasks", origin, task, number)
         return door.refuse(request) or await reader.page(
-            key, lambda since: pages.task(root, since, task, number)
+            key, lambda since: pages.task(root, since, origin, task, number)
+        )
+
+    @router.get("/tasks/{task}/devices/{device}", response_class=HTMLResponse)
+    async def one_device(request: Request, task: str, device: str) -> Response:
+        root = _root(request)
+        return door.refuse(request) or await reader.page(
+            ("/devices", root, task, device), lambda since: pages.device(root, since, task, device)
+        )
+
+    @router.get("/tasks/{task}/rounds.csv", response_class=Response)
+    async def rounds_table(request: Request, task: str) -> Response:
+        root = _root(request)
+        return door.refuse(request) or await reader.page(
+            ("/rounds.csv", root, task), lambda since: pages.rounds_csv(root, task)
+        )
+
+    @router.get("/tasks/{task}/devices.csv", response_class=Response)
+    async def reports_table(request: Request, task: str) -> Response:
+        root, device = _root(request), request.query_params.get("device")
+        return door.refuse(request) or await reader.page(
+            ("/devices.csv", root, task, device), lambda since: pages.reports_csv(root, task, device)
         )
 
     @router.get("/events", response_class=StreamingResponse)
@@ -128,7 +156,7 @@ class _Door:
     def let_in(self, request: Request, given: str, target: str) -> Response:
         """Sets the cookie and leads to `target`, or asks again."""
         root = _root(request)
-        if not re.fullmatch(r"/(tasks/[a-z0-9-]+)?(\?page=[0-9]+)?", target):
+        if not re.fullmatch(_PAGES, target):
             target = "/"  # never to another site
         if not is_operator(given, self._token):
             text = "That is not the dashboard's token."
@@ -189,8 +217,10 @@ class _Reader:
         return await run_sync(function, *arguments, limiter=self._limiter)
 
 
-def _answer(page: Page) -> HTMLResponse:
-    return HTMLResponse(page.html, page.status, HEADERS)
+def _answer(page: Page) -> Response:
+    kept_as = f'attachment; filename="{page.file_name}"'
+    headers = HEADERS | ({"Content-Disposition": kept_as} if page.file_name else {})
+    return Response(page.text, page.status, headers, page.media_type)
 
 
 def _root(request: Request) -> str:

@@ -5,23 +5,22 @@ Reports and descriptions of devices are what devices say about themselves: every
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from statistics import fmean
 from typing import Any
 
-from edgestill.coordinator.dashboard.charts import Chart, Series, bar_chart, heat_map, line_chart
+from edgestill.coordinator.dashboard.formats import format_bytes
+from edgestill.coordinator.liveness import SILENT, Liveness
 from edgestill.coordinator.problems import CATALOG
 from edgestill.coordinator.rounds.round import ABANDONED, COMPLETED, FINAL_PHASES
 from edgestill.coordinator.store.overview import RoundOverview
 from edgestill.coordinator.store.records import DeviceRecord, RefusalCount, TaskRecord
 
-ROUNDS_CHARTED, BARS_CHARTED, DEVICES_CHARTED = 200, 30, 40
 LONGEST_NAME = 80
 LARGEST = 1e18  # more than any count, size or time that is meant
-LINE_STYLES = {"global model": 0, "devices before": 1, "devices after": 2}
+PACE_ROUNDS = 10
+"""The last rounds that have ended, by which the rest is estimated."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,10 @@ class RoundView:
     global_loss: float | None
     before: Means
     after: Means
+    alone: Means
+    """Of the same students trained on their own, where devices compare."""
     refused: int
+    took_s: float | None
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class DeviceView:
 
     device: str
     label: str
+    state: str
+    """One of `liveness.STATES`."""
     student: str | None
     engine: str | None
     step_ms: float | None
@@ -67,7 +71,42 @@ class DeviceView:
     battery_text: str
     samples: int | None
     class_counts: tuple[int, ...] | None
+    after: Means
+    alone: Means
     last_seen_s: float
+
+
+@dataclass(frozen=True)
+class PartView:
+    """What a device did in a round, and what it said of it."""
+
+    number: int
+    phase: str
+    part: str
+    """uploaded, selected, or a dash."""
+    before: Means
+    after: Means
+    alone: Means
+    global_t_uni: float | None
+    step_ms: float | None
+    bytes_up: float | None
+    bytes_down: float | None
+    epsilon: float | None
+
+
+@dataclass(frozen=True)
+class DeviceHistory:
+    """One device with its part in every round that it was selected for."""
+
+    view: DeviceView
+    enrolled_s: float
+    engines: str
+    processor: str
+    parts: tuple[PartView, ...]
+
+    @property
+    def uploads(self) -> int:
+        return sum(one.part == "uploaded" for one in self.parts)
 
 
 @dataclass(frozen=True)
@@ -95,6 +134,20 @@ class TaskView:
     rounds: tuple[RoundView, ...]
     devices: tuple[DeviceView, ...]
     refusals: tuple[RefusalView, ...]
+    class_names: tuple[str, ...]
+    seconds_left: float | None
+    """Until the last round ends, at the pace of the last ones; None where nobody knows."""
+
+    @property
+    def gain(self) -> Means:
+        """Together minus alone, the mean over the devices that told both."""
+
+        def mean(name: str) -> float | None:
+            pairs = ((getattr(one.after, name), getattr(one.alone, name)) for one in self.devices)
+            gains = [together - alone for together, alone in pairs if None not in (together, alone)]
+            return fmean(gains) if gains else None
+
+        return Means(mean("t_priv"), mean("t_uni"), None)
 
     @property
     def current(self) -> RoundView | None:
@@ -127,6 +180,7 @@ def view_task(
     rounds: Iterable[RoundOverview],
     devices: Iterable[DeviceRecord],
     refusals: Iterable[RefusalCount],
+    liveness: Liveness,
 ) -> TaskView:
     """Everything a page shows of a task."""
     task, counts = record.task, tuple(refusals)
@@ -136,12 +190,13 @@ def view_task(
     for one in counts:
         by_round[one.number] = by_round.get(one.number, 0) + one.count
         by_kind[one.kind] = by_kind.get(one.kind, 0) + one.count
-    newest: dict[str, dict[str, Any]] = {}
-    for overview in ordered:
-        for name, report in overview.reports.items():
-            # field by field: a later report may leave out what an earlier one said
-            newest.setdefault(name, {}).update((k, v) for k, v in report.items() if v is not None)
+    newest = _newest(ordered)
     views = tuple(_view_round(one, task.goal, by_round.get(one.number, 0)) for one in ordered)
+    last = ordered[-1] if ordered else None
+    shown = tuple(
+        _view_device(one, newest.get(one.name, {}), liveness.state_of(one, last, record.ended is not None))
+        for one in sorted(devices, key=lambda one: (-one.seen_s, one.name))
+    )
     running = bool(views) and views[-1].phase not in FINAL_PHASES
     return TaskView(
         name=record.name,
@@ -154,13 +209,34 @@ def view_task(
         minimum=task.minimum,
         rounds_planned=task.rounds,
         rounds=views,
-        devices=tuple(
-            _view_device(one, newest.get(one.name, {}))
-            for one in sorted(devices, key=lambda one: (-one.seen_s, one.name))
-        ),
+        devices=shown,
         refusals=tuple(
             RefusalView(kind, count, CATALOG[kind].title if kind in CATALOG else "")
             for kind, count in sorted(by_kind.items(), key=lambda item: (-item[1], item[0]))
+        ),
+        class_names=tuple(getattr(task, "class_names", ())),
+        seconds_left=_seconds_left(record, views, shown, liveness.now_s),
+    )
+
+
+def view_device(
+    record: TaskRecord, rounds: Iterable[RoundOverview], device: DeviceRecord, liveness: Liveness
+) -> DeviceHistory:
+    """Everything a page shows of one device."""
+    ordered = sorted(rounds, key=lambda one: one.number)
+    state = liveness.state_of(device, ordered[-1] if ordered else None, record.ended is not None)
+    named = device.info.get("engines")
+    engines = [one for one in named if isinstance(one, str)] if isinstance(named, list | tuple) else []
+    processor = device.info.get("processor")
+    return DeviceHistory(
+        view=_view_device(device, _newest(ordered).get(device.name, {}), state),
+        enrolled_s=device.enrolled_s,
+        engines=", ".join(engines) or "–",
+        processor=processor if isinstance(processor, str) and processor else "–",
+        parts=tuple(
+            _view_part(one, device.name)
+            for one in ordered
+            if device.name in one.selected or device.name in one.reports
         ),
     )
 
@@ -176,113 +252,47 @@ def summarise(task: TaskView) -> str:
     return f"{task.name}: {task.state}, {task.device_count} devices."
 
 
-def draw_curves(task: TaskView) -> list[Chart]:
-    """Accuracy on T_uni and on T_priv, loss, and bytes a round; the last rounds where there are many."""
-    shown = task.rounds[-ROUNDS_CHARTED:]
-    numbers = [one.number for one in shown]
-
-    def lines(title: str, named: Mapping[str, list[float | None]], **options: Any) -> Chart:
-        known = [Series(name, tuple(values), LINE_STYLES[name]) for name, values in named.items()]
-        # a line that no round has a value for would only fill the legend
-        return line_chart(
-            title, numbers, [s for s in known if any(v is not None for v in s.values)], **options
-        )
-
-    share = {"format_value": format_percent, "limits": (0.0, 1.0)}
-    bars = task.rounds[-BARS_CHARTED:]
-    return [
-        lines(
-            "Accuracy on T_uni",
-            {
-                "global model": [one.global_t_uni for one in shown],
-                "devices before": [one.before.t_uni for one in shown],
-                "devices after": [one.after.t_uni for one in shown],
-            },
-            **share,
-        ),
-        lines(
-            "Accuracy on T_priv",
-            {
-                "devices before": [one.before.t_priv for one in shown],
-                "devices after": [one.after.t_priv for one in shown],
-            },
-            **share,
-        ),
-        lines(
-            "Loss",
-            {
-                "global model": [one.global_loss for one in shown],
-                "devices before": [one.before.loss for one in shown],
-                "devices after": [one.after.loss for one in shown],
-            },
-        ),
-        bar_chart(
-            "Bytes a round",
-            [one.number for one in bars],
-            [
-                Series("up", tuple(one.bytes_up for one in bars)),
-                Series("down", tuple(one.bytes_down for one in bars), 1),
-            ],
-            format_value=format_bytes,
-        ),
-    ]
+def _newest(ordered: Sequence[RoundOverview]) -> dict[str, dict[str, Any]]:
+    """The newest that each device reported, field by field: a later report may leave out what an earlier one said."""
+    newest: dict[str, dict[str, Any]] = {}
+    for overview in ordered:
+        for name, report in overview.reports.items():
+            newest.setdefault(name, {}).update((k, v) for k, v in report.items() if v is not None)
+    return newest
 
 
-def draw_classes(task: TaskView) -> Chart:
-    """The class distributions that devices shared, those of the devices most recently seen."""
-    shared = [one for one in task.devices if one.class_counts][:DEVICES_CHARTED]
-    title = "Class distribution of each device"
-    if sum(one.class_counts is not None for one in task.devices) > DEVICES_CHARTED:
-        title += f" (the {DEVICES_CHARTED} seen last)"
-    return heat_map(title, [one.label for one in shared], [one.class_counts or () for one in shared])
+def _seconds_left(
+    record: TaskRecord, rounds: Sequence[RoundView], devices: Sequence[DeviceView], now_s: float
+) -> float | None:
+    took = [one.took_s for one in rounds if one.took_s is not None][-PACE_ROUNDS:]
+    if record.ended is not None or not took or all(one.state == SILENT for one in devices):
+        return None
+    ended = sum(one.phase in FINAL_PHASES for one in rounds)
+    present = rounds[-1]
+    begun_s = 0.0 if present.phase in FINAL_PHASES else min(now_s - present.opened_s, fmean(took))
+    return fmean(took) * (record.task.rounds - ended) - begun_s
 
 
-def format_percent(value: float | None) -> str:
-    return "–" if value is None else f"{value * 100:.3g} %"
+def _view_part(one: RoundOverview, device: str) -> PartView:
+    report = one.reports.get(device, {})
+    return PartView(
+        number=one.number,
+        phase=one.phase,
+        part="uploaded" if device in one.accepted else "selected" if device in one.selected else "–",
+        before=_figures(report.get("before")),
+        after=_figures(report.get("after")),
+        alone=_figures(report.get("alone")),
+        global_t_uni=_number(one.metrics.get("t_uni")),
+        step_ms=_number(report.get("step_ms")),
+        bytes_up=_number(report.get("bytes_up")),
+        bytes_down=_number(report.get("bytes_down")),
+        epsilon=_number(report.get("epsilon")),
+    )
 
 
-def format_bytes(value: float | None) -> str:
-    """Decimal units, three digits: 12.3 MB."""
-    if value is None:
-        return "–"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 999.5 or unit == "TB":
-            return f"{value:.3g} {unit}" if value < 100 else f"{value:.0f} {unit}"
-        value /= 1000
-    raise AssertionError("unreachable: TB ends the loop")
-
-
-def format_milliseconds(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value / 1000:.3g} s" if value >= 999.5 else f"{value:.3g} ms"
-
-
-def format_ago(at_s: float, now_s: float) -> str:
-    """The same words as in static/dashboard.js."""
-    seconds = now_s - at_s
-    if seconds < 5:
-        return "just now"
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{int(seconds // size)} {unit} ago"
-    return f"{int(seconds)} s ago"
-
-
-def format_left(at_s: float, now_s: float) -> str:
-    """The same words as in static/dashboard.js."""
-    seconds = at_s - now_s
-    if seconds <= 0:
-        return "deadline reached"
-    if seconds < 60:
-        return f"{math.ceil(seconds)} s left"
-    if seconds < 3600:
-        return f"{int(seconds // 60)} min {int(seconds % 60)} s left"
-    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min left"
-
-
-def format_moment(at_s: float) -> str:
-    return datetime.fromtimestamp(at_s, UTC).isoformat(timespec="seconds")
+def _figures(value: Any) -> Means:
+    given = value if isinstance(value, Mapping) else {}
+    return Means(*(_number(given.get(name)) for name in ("t_priv", "t_uni", "loss")))
 
 
 def _view_round(one: RoundOverview, goal: int, refused: int) -> RoundView:
@@ -303,25 +313,28 @@ def _view_round(one: RoundOverview, goal: int, refused: int) -> RoundView:
         global_loss=_number(one.metrics.get("loss")),
         before=_means(reports, "before"),
         after=_means(reports, "after"),
+        alone=_means(reports, "alone"),
         refused=refused,
+        took_s=None if one.closed_s is None else max(0.0, one.closed_s - one.opened_s),
     )
 
 
 def _means(reports: Sequence[Mapping[str, Any]], when: str) -> Means:
     def mean(name: str) -> float | None:
-        parts = (report.get(when) for report in reports)
-        values = [v for p in parts if isinstance(p, Mapping) and (v := _number(p.get(name))) is not None]
+        figures = (getattr(_figures(report.get(when)), name) for report in reports)
+        values = [v for v in figures if v is not None]
         return fmean(values) if values else None
 
     return Means(mean("t_priv"), mean("t_uni"), mean("loss"))
 
 
-def _view_device(record: DeviceRecord, report: Mapping[str, Any]) -> DeviceView:
+def _view_device(record: DeviceRecord, report: Mapping[str, Any], state: str) -> DeviceView:
     name = record.info.get("name")
     samples = _number(report.get("samples"))
     return DeviceView(
         device=record.name,
         label=name[:LONGEST_NAME] if isinstance(name, str) and name.strip() else record.name,
+        state=state,
         student=record.student,
         engine=report.get("engine") if isinstance(report.get("engine"), str) else None,
         step_ms=_number(report.get("step_ms")),
@@ -329,6 +342,8 @@ def _view_device(record: DeviceRecord, report: Mapping[str, Any]) -> DeviceView:
         battery_text=_battery(record.status),
         samples=None if samples is None else int(samples),
         class_counts=_counts(report.get("class_counts")),
+        after=_figures(report.get("after")),
+        alone=_figures(report.get("alone")),
         last_seen_s=record.seen_s,
     )
 

@@ -72,6 +72,8 @@ class Result:
     state: Mapping[str, np.ndarray] | None
     """The global student, where there is one."""
     metrics: dict[str, Any] = field(default_factory=dict)
+    class_names: tuple[str, ...] = ()
+    """What the outputs of `state` mean."""
 
 
 def compute(
@@ -118,7 +120,8 @@ def compute(
     metrics["max_error"] = max(packed.max_error.values(), default=0.0)
     metrics["seconds"] = time.perf_counter() - started_s
     # a loss of NaN is no number in PostgreSQL's JSON, and a figure less is no reason to lose the round
-    return Result(packed.body, state, {k: value for k, value in metrics.items() if math.isfinite(value)})
+    finite = {k: value for k, value in metrics.items() if math.isfinite(value)}
+    return Result(packed.body, state, finite, task.class_names)
 
 
 def _load(blobs: Blobs, digest: str, what: str, read: Callable[[Path], Read]) -> Read:

@@ -13,6 +13,7 @@ from edgestill.coordinator.rounds.round import Failed, Published
 from edgestill.coordinator.store.blobs import BlobError, Blobs
 from edgestill.coordinator.store.database import Store
 from edgestill.runtime.bundle import wire
+from edgestill.runtime.data.classes import names_as_metadata
 from edgestill.runtime.errors import EdgestillError, UsageError
 
 _LOG = logging.getLogger("coordinator")
@@ -68,7 +69,7 @@ class JobRunner:
         state = None
         if result.state is not None:
             path = work_folder / "student.safetensors"
-            wire.save(path, result.state)
+            wire.save(path, result.state, names_as_metadata(result.class_names))
             state = self._blobs.put_file(path)
 
         def check() -> None:  # the same bytes may have been an orphan's, see `Sweep`

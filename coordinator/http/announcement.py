@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from edgestill.coordinator.http.address import lan_addresses
 from edgestill.runtime.device.discovery import SERVICE
 from edgestill.runtime.errors import EdgestillError, UsageError
 
@@ -22,7 +23,7 @@ def announce(url: str, host: str, port: int) -> Iterator[None]:
         raise EdgestillError(
             "--mdns needs the Python package zeroconf", "pip install 'edgestill[discovery]'"
         ) from error
-    addresses = [address for address in _addresses(host) if not address.startswith("127.")]
+    addresses = lan_addresses(host)
     if not addresses:
         raise UsageError(
             f"--mdns while listening on {host}", "add --host 0.0.0.0, so that others can connect"
@@ -43,16 +44,3 @@ def announce(url: str, host: str, port: int) -> Iterator[None]:
     finally:
         network.unregister_all_services()
         network.close()
-
-
-def _addresses(host: str) -> list[str]:
-    """The IPv4 addresses of this machine that `host` stands for."""
-    if host not in ("0.0.0.0", "::", ""):
-        return sorted({entry[4][0] for entry in socket.getaddrinfo(host, None, socket.AF_INET)})
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            # nothing is sent: connecting a datagram socket only chooses the address of the outgoing interface
-            probe.connect(("192.0.2.1", 9))
-        except OSError:
-            return []
-        return [probe.getsockname()[0]]

@@ -43,7 +43,7 @@ def make_app(
     add_problem_handlers(app, context)
     for router in (devices.router, uploads.router, blobs.router, operations.router, description.router):
         app.include_router(router)
-    app.include_router(make_dashboard_router(service, settings), include_in_schema=False)
+    app.include_router(make_dashboard_router(service, settings, context.upload_memory.devices), include_in_schema=False)
     if (known := known_hosts(settings)) is not None:
         app.add_middleware(KnownHosts, known=known, metrics=context.metrics)
     app.add_middleware(Measured, metrics=context.metrics)

@@ -56,6 +56,10 @@ class UploadMemory:
         self._of_device: Counter[str] = Counter()
         self.used_bytes = 0
 
+    def devices(self) -> frozenset[str]:
+        """Whose uploads are arriving."""
+        return frozenset(self._of_device)
+
     @contextmanager
     def taken(self, device: str, size_bytes: int) -> Iterator[None]:
         """Room for one upload of a device, for as long as the block lasts.

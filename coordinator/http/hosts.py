@@ -6,11 +6,11 @@ still says which site it believes to talk to, in the Host header.
 
 from __future__ import annotations
 
-import ipaddress
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from edgestill.coordinator.http.address import is_loopback
 from edgestill.coordinator.http.metrics import Metrics
 from edgestill.coordinator.http.problem_responses import ProblemResponse
 from edgestill.coordinator.problems import Problem
@@ -26,7 +26,7 @@ def known_hosts(settings: Settings) -> frozenset[str] | None:
     listens on loopback and has no dashboard token.
     """
     named = frozenset(name.strip().lower() for name in settings.allowed_hosts.split(",") if name.strip())
-    if not named and (settings.dashboard_token or not _is_loopback(settings.host)):
+    if not named and (settings.dashboard_token or not is_loopback(settings.host)):
         return None
     public = urlsplit(settings.public_url).hostname
     return LOOPBACK | named | {settings.host.lower()} | ({public} if public else frozenset())
@@ -53,10 +53,3 @@ class KnownHosts:
             return
         self._metrics.refusals.labels("misdirected").inc()
         await ProblemResponse(Problem("misdirected"))(scope, receive, send)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,29 @@ import numpy as np
 
 from edgestill.coordinator.task.task import Task, parse_task
 from edgestill.runtime.bundle.bundle import Bundle
-from edgestill.runtime.bundle.manifest import InputSpec
 from edgestill.runtime.bundle.writer import zip_bundle
-from edgestill.runtime.data.dataset import Dataset, load_splits, load_transfer_samples
+from edgestill.runtime.data.classes import KnownClasses, first_known, listed
+from edgestill.runtime.data.dataset import (
+    Dataset,
+    Splits,
+    class_names_from,
+    class_names_of,
+    load_splits,
+    load_transfer_samples,
+)
+from edgestill.runtime.data.notice import Notice, Tell, tell_on_stderr
 from edgestill.runtime.device.local_training import EXCHANGED_OUTPUTS, Transfer, parameters_of
-from edgestill.runtime.errors import UsageError
+from edgestill.runtime.errors import DataError, UsageError
 from edgestill.runtime.randomness import SUBSET, permutation
 from edgestill.runtime.training.batches import TransferSet
+from edgestill.runtime.training.checkpoint import classes_of
 from edgestill.runtime.training.hyperparameters import taken_by
 from edgestill.runtime.training.plan import TrainSettings, plan
 from edgestill.runtime.training.teacher import TeacherOutputs
 
 SOURCES = (
     "bundles", "global_bundle", "transfer", "transfer_count", "transfer_labels", "test", "test_count", "seed",
+    "resize", "skip_broken",
 )  # fmt: skip
 """Fields of a description that name files or data; every other field is the task's own."""
 
@@ -32,10 +43,12 @@ AddBlob = Callable[[Path], str]
 Warn = Callable[[str], None]
 
 
-def make_task(description: Mapping[str, Any], add_blob: AddBlob, warn: Warn = lambda _: None) -> Task:
+def make_task(
+    description: Mapping[str, Any], add_blob: AddBlob, warn: Warn = lambda _: None, tell: Tell = tell_on_stderr
+) -> Task:
     """Stores bundles, transfer set and test set as blobs and returns the task that names them.
 
-    `warn` gets a sentence for all that is allowed and may not be meant.
+    `warn` gets a sentence for all that is allowed and may not be meant, `tell` what was noticed while data were read.
 
     `description` has the fields of a task without students, `global_student`, `transfer` and `test`; in their
     place stand SOURCES. Errors: UsageError, BundleError, DataError, naming what does not fit.
@@ -60,16 +73,28 @@ def make_task(description: Mapping[str, Any], add_blob: AddBlob, warn: Warn = la
             _warn_of_control_arms(bundles, drafted.exchange, warn)
             _warn_of_own_spaces(everyone, drafted, warn)
         seed = _count(description, "seed", 0) or 0
+        known = _known_classes(fields.get("class_names"), everyone, description)
+        if not known:
+            tell(
+                Notice(
+                    "classes",
+                    "nobody says what the classes are: each device numbers its own in the order of their names, and "
+                    "must have the same ones; --class-names would say it, here or of `edgestill export`",
+                )
+            )
+        reading = _Reading(
+            first, known, bool(description.get("resize")), bool(description.get("skip_broken")), tell
+        )
         transfer = load_transfer(
-            _text(description, "transfer"), first.input, first.classes,
-            bool(description.get("transfer_labels")), _count(description, "transfer_count", 1), seed,
+            _text(description, "transfer"), reading, bool(description.get("transfer_labels")),
+            _count(description, "transfer_count", 1), seed,
         )  # fmt: skip
         _warn_of_fewer(description, "transfer", transfer, warn)
         if drafted.exchange != "parameters":
             _check_training(bundles, whole, drafted, transfer)
         test = None
         if description.get("test") is not None:
-            test = load_test(str(description["test"]), first, _count(description, "test_count", 1), seed)
+            test = load_test(str(description["test"]), reading, _count(description, "test_count", 1), seed)
             _warn_of_fewer(description, "test", test, warn)
         if fields.get("exchange") == "parameters":
             fields["parameter_shapes"] = parameter_shapes(first)
@@ -81,6 +106,7 @@ def make_task(description: Mapping[str, Any], add_blob: AddBlob, warn: Warn = la
             "test": None if test is None else describe_samples(test, folder / "test.safetensors", add_blob),
             "latent_size": first.latent_size,
             "classes": first.classes,
+            "class_names": list(known.names),
         })  # fmt: skip
 
 
@@ -111,9 +137,57 @@ def describe_samples(samples: Transfer, path: Path, add_blob: AddBlob) -> dict[s
     }
 
 
-def load_transfer(
-    source: str, form: InputSpec, classes: int, labelled: bool, count: int | None, seed: int
-) -> Transfer:
+def _known_classes(
+    given: Any, bundles: Sequence[Bundle], description: Mapping[str, Any]
+) -> KnownClasses:
+    """What the outputs of the task's students mean: as it is said, as the bundles say, else as the labelled data do.
+
+    Errors: UsageError for students whose outputs mean different things.
+    """
+    if given:
+        if not isinstance(given, str | Sequence):
+            raise UsageError(f"class_names is {given!r}", 'write class_names = ["apple", "banana"]')
+        known = KnownClasses(class_names_from(given), "the task")
+    else:
+        known = first_known(*map(classes_of, bundles)) or KnownClasses((), "the task")
+    for bundle in bundles:
+        if bundle.class_names and bundle.class_names != known.names:
+            raise UsageError(
+                f"{bundle.source} has classes {listed(bundle.class_names)}; {known.whose} has {listed(known.names)}",
+                "export all students of a task with the same --class-names",
+            )
+    sources = [description.get("test"), description["transfer"] if description.get("transfer_labels") else None]
+    for source in sources:
+        if not known and source is not None and Path(source).suffix != ".safetensors":
+            with suppress(DataError):  # data need not name their classes
+                known = KnownClasses(class_names_of(source), str(source))
+    if given or len(known.names) == bundles[0].classes:
+        return known
+    return KnownClasses((), "the task")
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How a task's data are read."""
+
+    bundle: Bundle
+    known: KnownClasses
+    resize: bool
+    skip_broken: bool
+    tell: Tell
+
+    def labelled(self, source: str) -> Splits:
+        return load_splits(
+            source, self.bundle.input, self.bundle.classes, self.resize,
+            known=self.known, skip_broken=self.skip_broken, tell=self.tell,
+        )  # fmt: skip
+
+    def unlabelled(self, source: str) -> np.ndarray:
+        form, how = self.bundle.input, {"skip_broken": self.skip_broken, "tell": self.tell}
+        return load_transfer_samples(source, form, self.resize, **how)[0]
+
+
+def load_transfer(source: str, reading: _Reading, labelled: bool, count: int | None, seed: int) -> Transfer:
     """At most `count` samples of a data set, drawn by the seed; a .safetensors file is taken as it is."""
     if Path(source).suffix == ".safetensors" and Path(source).is_file():
         samples = Transfer.load(Path(source))
@@ -123,16 +197,16 @@ def load_transfer(
                 f"{source} has no labels", "leave transfer_labels out, or add labels to the file"
             )
     elif labelled:
-        dataset = load_splits(source, form, classes).train
+        dataset = reading.labelled(source).train
         images, labels = dataset.images, dataset.labels
     else:
-        images, labels = load_transfer_samples(source, form)[0], None
+        images, labels = reading.unlabelled(source), None
     return _take(Transfer(images, labels), count, seed)
 
 
-def load_test(source: str, bundle: Bundle, count: int | None, seed: int) -> Transfer:
+def load_test(source: str, reading: _Reading, count: int | None, seed: int) -> Transfer:
     """The test split of a data set, or all of one that has no splits."""
-    dataset = load_splits(source, bundle.input, bundle.classes).choose(None)
+    dataset = reading.labelled(source).choose(None)
     return _take(Transfer(dataset.images, dataset.labels), count, seed)
 
 
@@ -155,7 +229,7 @@ def _with_stand_ins(fields: Mapping[str, Any], description: Mapping[str, Any]) -
     samples = {"blob": "0" * 64, "samples": 1, "size_bytes": 1}
     students = [{**entry, "bundle": f"{index:064x}"} for index in range(len(_paths(description)))]
     return {
-        **fields,
+        **{name: value for name, value in fields.items() if name != "class_names"},
         "students": students,
         "global_student": None if description.get("global_bundle") is None else {**entry, "bundle": "f" * 64},
         "transfer": {**samples, "labelled": bool(description.get("transfer_labels"))},
@@ -169,7 +243,10 @@ def _paths(description: Mapping[str, Any]) -> list[Path]:
     if isinstance(bundles, str):
         raise UsageError(f"bundles is {bundles!r}, no list", f'write bundles = ["{bundles}"]')
     if not isinstance(bundles, Sequence) or not bundles:
-        raise UsageError("no bundle is given", "make one with `edgestill export` and name it with --bundle")
+        raise UsageError(
+            "no bundle is given",
+            "make one with `edgestill export --student NAME --output DIR` and name it with --bundle",
+        )
     return [_path(bundle, "bundles") for bundle in bundles]
 
 

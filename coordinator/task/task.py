@@ -91,6 +91,8 @@ class Task:
     test: TransferEntry | None = None
     latent_size: int = 128
     classes: int = 10
+    class_names: tuple[str, ...] = ()
+    """What the outputs mean, in their order, by which devices find their classes; empty: nobody said."""
     aggregation: Aggregation = Aggregation()
     local: LocalSettings = LocalSettings()
     distil: Distil = Distil()
@@ -173,6 +175,7 @@ def parse_task(data: Any) -> Task:
         test=node.optional("test", _parse_transfer),
         latent_size=node.get("latent_size", 128).integer(1, 65_536),
         classes=node.get("classes", 10).integer(2, 100_000),
+        class_names=tuple(name.text() for name in node.get("class_names", []).items(0, 100_000)),
         aggregation=_parse_aggregation(node.get("aggregation", {})),
         local=_parse_local(node.get("local", {})),
         distil=_parse_distil(node.get("distil", {}), transfer.labelled),
@@ -258,7 +261,9 @@ def _parse_shapes(node: Node) -> dict[str, tuple[int, ...]]:
 
 def _check_consistency(task: Task) -> None:
     """Errors: UsageError for fields that are right alone and wrong together."""
-    spec = task.aggregation
+    spec, names = task.aggregation, task.class_names
+    if names and (len(set(names)) != task.classes or len(names) != task.classes or not all(names)):
+        raise field_error("class_names", list(names), f"{task.classes} different names, one a class, or empty")
     if task.minimum > task.goal:
         raise field_error("minimum", task.minimum, f"at most goal, which is {task.goal}")
     if math.ceil(round(task.goal * task.over_selection, 9)) > _MAX_GOAL:

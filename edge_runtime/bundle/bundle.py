@@ -59,7 +59,9 @@ class Bundle:
         if source.is_dir():
             return cls(source, _check_folder(source), source)
         if not source.exists():
-            raise UsageError(f"{source}: no such bundle", "make one with `edgestill export --output DIR`")
+            raise UsageError(
+                f"{source}: no such bundle", "make one with `edgestill export --student NAME --output DIR`"
+            )
         import tempfile  # imported, like zipfile, when first needed: they delay the start
 
         temporary = tempfile.TemporaryDirectory(prefix="edgestill-bundle-")
@@ -85,6 +87,11 @@ class Bundle:
     @property
     def classes(self) -> int:
         return self.manifest.classes
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """What the outputs mean, in their order; empty where the bundle does not say."""
+        return self.manifest.class_names
 
     @property
     def batch(self) -> int:
@@ -209,11 +216,12 @@ class Bundle:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _newer_specs(self) -> list[list[object]]:
-        """What format 1 could not say, so that the digests of older bundles stay as they were."""
+        """What older bundles could not say, so that their digests stay as they were."""
         named = [[s.name, list(s.shape), s.dtype, s.mean, s.std] for s in self.samples]
         noise = [[spec.name, list(spec.shape)] for spec in self.noise_specs]
         said = len(named) == 1 and self.input.name == "images"
-        return [*([] if said else [named]), *([noise] if noise else [])]
+        clips = [["clips"]] if self.optimizer.clips else []
+        return [*([] if said else [named]), *([noise] if noise else []), *clips]
 
     def contains(self, path: str | Path) -> bool:
         """Whether a path lies in the bundle's folder, where nothing may be added."""

@@ -143,10 +143,14 @@ class Objective:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """`sgd` (momentum, Nesterov, weight decay) or `adamw` (Loshchilov and Hutter 2019)."""
+    """`sgd` (momentum, Nesterov, weight decay) or `adamw` (Loshchilov and Hutter 2019).
+
+    `clips`: whether the step clips the gradients by their global norm, to its input `clip_norm`.
+    """
 
     name: str = "sgd"
     nesterov: bool = False
+    clips: bool = False
 
 
 @dataclass(frozen=True)
@@ -175,6 +179,8 @@ class Manifest:
     graphs: Mapping[str, Mapping[str, GraphSpec]]
     parity: Mapping[str, Mapping[str, Any]]
     files: Mapping[str, FileRecord]
+    class_names: tuple[str, ...] = ()
+    """What the outputs mean, in their order; empty where nobody said."""
 
 
 def parse_manifest(text: bytes) -> Manifest:
@@ -214,7 +220,8 @@ def parse_manifest(text: bytes) -> Manifest:
             *(objective.optional_size(key) for key in ("negatives", "features", "teacher_latent_size")),
         ),
         optimizer=Optimizer(
-            optimizer.get("name").one_of(OPTIMIZERS), optimizer.get("nesterov", False).expect(bool)
+            optimizer.get("name").one_of(OPTIMIZERS),
+            *(optimizer.get(key, False).expect(bool) for key in ("nesterov", "clips")),
         ),
         freeze=tuple(entry.text() for entry in root.get("freeze", []).items()),
         flops_per_step=root.optional_size("flops_per_step"),
@@ -239,6 +246,7 @@ def parse_manifest(text: bytes) -> Manifest:
             )
             for name, entry in root.get("files").entries()
         },
+        class_names=tuple(entry.text() for entry in root.get("class_names", []).items()),
     )
     _check_consistency(manifest)
     _check_samples(manifest)
@@ -304,6 +312,12 @@ def _check_consistency(manifest: Manifest) -> None:
                 raise BundleError(f"{where}.outputs lacks {min(outputs - set(graph.outputs))!r}")
             if graph.file not in manifest.files:
                 raise BundleError(f"{where}.file: {graph.file!r} is not listed in files")
+    names = manifest.class_names
+    if names and (len(names) != manifest.classes or len(set(names)) != len(names) or not all(names)):
+        raise BundleError(
+            f"manifest.json: class_names has {len(set(names))} different names for {manifest.classes} classes",
+            "export the bundle again",
+        )
     if manifest.state_file not in manifest.files:
         raise BundleError(f"manifest.json: state.file: {manifest.state_file!r} is not listed in files")
     if manifest.objective.takes_logits and manifest.objective.kd_loss is None:

@@ -19,6 +19,7 @@ OPTIONAL_PACKAGES = {
     "zstandard": ("compresses uploads: `edgestill join`, `edgestill serve`", "device"),
     "zeroconf": ("finds a coordinator and announces it: --discover, --mdns", "discovery"),
     "pillow": ("reads folders of images", "images"),
+    "pillow-heif": ("reads HEIC images in them", "heic"),
     "matplotlib": ("draws confusion matrices and benchmarks", "plots"),
     "torch": ("exports and verifies bundles", "export"),
     "onnx": ("exports bundles", "export"),

@@ -7,10 +7,11 @@ import json
 from pathlib import Path
 
 from edgestill.runtime.bundle.bundle import Bundle
-from edgestill.runtime.console import add_json_option
+from edgestill.runtime.console import add_image_options, add_json_option
 from edgestill.runtime.data.dataset import load_splits
+from edgestill.runtime.data.notice import Notices
 from edgestill.runtime.engines.registry import ENGINES, open_engine
-from edgestill.runtime.training.checkpoint import load_state
+from edgestill.runtime.training.checkpoint import classes_of, load_named_state
 from edgestill.runtime.training.evaluation import Evaluation, draw_confusion, evaluate
 
 
@@ -23,24 +24,35 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--state", type=Path, metavar="FILE", help="default: the bundle's initial state")
     parser.add_argument("--data", required=True, metavar="NAME_OR_PATH", help="as for `edgestill train`")
-    parser.add_argument("--split", choices=("train", "test"), help="default: test if there is one, else all")
+    parser.add_argument(
+        "--split", choices=("train", "test", "validation"), help="default: test if there is one, else all"
+    )
     parser.add_argument("--engine", choices=tuple(ENGINES), help="default: the first that works here")
     parser.add_argument(
         "--threads", type=int, default=0, metavar="N", help="default: the engine's own choice"
     )
     parser.add_argument("--confusion", type=Path, metavar="FILE.png", help="draw the confusion matrix")
-    parser.add_argument("--resize", action="store_true", help="scale images of another size")
+    add_image_options(parser)
     add_json_option(parser, "one JSON object")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     with Bundle.open(arguments.bundle) as bundle:
+        state, known, notices = None, classes_of(bundle), Notices()
+        if arguments.state is not None:
+            state, known = load_named_state(arguments.state, bundle)
         splits = load_splits(
-            arguments.data, bundle.input, bundle.classes, arguments.resize, bundle.more_inputs
+            arguments.data,
+            bundle.input,
+            bundle.classes,
+            arguments.resize,
+            bundle.more_inputs,
+            known=known,
+            skip_broken=arguments.skip_broken,
+            tell=notices,
         )
         dataset = splits.choose(arguments.split)
-        state = None if arguments.state is None else load_state(arguments.state, bundle)
         engine = open_engine(bundle, arguments.engine, arguments.threads)
         try:
             if state is not None:
@@ -52,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
             title = f"{bundle.student.name}: accuracy {result.accuracy:.3f} on {result.samples} samples"
             draw_confusion(result, arguments.confusion, title)
         if arguments.json:
-            print(json.dumps({**result.as_json(), "engine": engine.name}))
+            print(json.dumps({**result.as_json(), "engine": engine.name, "notices": notices.as_json()}))
         else:
             print(describe(result))
     return 0

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from edgestill.runtime.device.device import Device
@@ -51,25 +52,30 @@ class EventOutput:
             print(file=sys.stderr)
             self._in_progress = False
 
-    def summary(self, device: Device, uploaded: int) -> None:
-        """What this start has done, and what the device has spent of its privacy ever since it is enrolled."""
+    def summary(self, device: Device, uploaded: int, bundle: Path, student: Path) -> None:
+        """What this start has done, what the device has spent of its privacy ever since it is enrolled, and where its
+        student lies, once it has learned."""
         self.end_progress()
         report = dict(device.last_report or {})
         if self._as_json:
             last = {"rounds_uploaded": uploaded, "phase": device.participant.phase, "report": report}
-            last |= {"epsilon": device.epsilon}
+            last |= {"epsilon": device.epsilon, "bundle": str(bundle)}
+            last |= {"state": str(student) if student.exists() else None}
             print(json.dumps({"summary": last}), flush=True)
             return
         print(f"rounds uploaded {uploaded}")
         for name, title in (("t_priv", "T_priv"), ("t_uni", "T_uni")):
             after = report.get("after", {}).get(name)
             if after is not None:
-                print(f"accuracy {title:<6} {after:.4f}")
+                alone = (report.get("alone") or {}).get(name)
+                print(f"accuracy {title:<6} {after:.4f}" + (f"  alone {alone:.4f}" if alone is not None else ""))
         if report.get("step_ms") is not None:
             print(f"median step     {report['step_ms']:.1f} ms on {report['engine']}")
         privacy = device.equipment.options.privacy
         if privacy is not None:
             print(f"epsilon         {_epsilon(device.epsilon, privacy.delta)}")
+        if student.exists():
+            print(f"student         {student}, of the bundle {bundle}")
 
 
 def _describe(event: str, details: Mapping[str, Any]) -> str | None:
@@ -91,6 +97,8 @@ def _describe(event: str, details: Mapping[str, Any]) -> str | None:
             return _describe_standing(details)
         case "trained":
             return f"trained: {_accuracy(details['before'])} → {_accuracy(details['after'])}"
+        case "training alone":
+            return "training a copy alone, to compare"
         case "uploaded":
             spent = f"; ε {_epsilon(details['epsilon'], details['delta'])}" if "delta" in details else ""
             return f"uploaded {details['size_bytes'] / 1e3:.1f} kB{spent}"
@@ -100,6 +108,8 @@ def _describe(event: str, details: Mapping[str, Any]) -> str | None:
             return f"{details['reason']}; trying again"
         case "in reach again":
             return "the coordinator answers again"
+        case "notice":
+            return str(details["text"])
         case "warning":
             return f"warning: {details['message']}"
         case "report not taken":

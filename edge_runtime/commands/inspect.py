@@ -68,6 +68,7 @@ def examine(bundle: Bundle) -> dict[str, Any]:
         },
         "latent_size": manifest.latent_size,
         "classes": manifest.classes,
+        "class_names": list(manifest.class_names),
         "batch": manifest.batch,
         "input": {"shape": list(manifest.input.shape), "dtype": manifest.input.dtype},
         "more_inputs": [
@@ -80,7 +81,8 @@ def examine(bundle: Bundle) -> dict[str, Any]:
             for key, value in asdict(manifest.objective).items()
             if key in ("name", "kd_loss") or value is not None
         },
-        "optimizer": {"name": manifest.optimizer.name, "nesterov": manifest.optimizer.nesterov},
+        "optimizer": {"name": manifest.optimizer.name, "nesterov": manifest.optimizer.nesterov}
+        | ({"clips": True} if manifest.optimizer.clips else {}),
         "freeze": list(manifest.freeze),
         "flops_per_step": manifest.flops_per_step,
         "training_memory_bytes": bundle.training_memory_bytes,
@@ -132,6 +134,7 @@ def describe(report: dict[str, Any]) -> str:
     if negatives := report["objective"].get("negatives"):
         objective += f" with {negatives} negatives"
     nesterov = " with Nesterov momentum" if report["optimizer"]["nesterov"] else ""
+    clips = ", clipping gradients" if report["optimizer"].get("clips") else ""
     flops, noise = report["flops_per_step"], sum(map(math.prod, report["noise"]))
     lines = [
         f"student     {student['name']}{f' ({options})' if options else ''}, "
@@ -140,10 +143,10 @@ def describe(report: dict[str, Any]) -> str:
         + "".join(f", {more['name']} {_form(more)}" for more in report["more_inputs"]),
         *([f"noise       {noise:,} numbers a step"] if noise else []),
         f"output      latents of {report['latent_size']}, {report['classes']} classes",
-        f"objective   {objective}, optimizer {report['optimizer']['name']}{nesterov}",
+        f"objective   {objective}, optimizer {report['optimizer']['name']}{nesterov}{clips}",
         f"frozen      {', '.join(report['freeze']) or 'nothing'}",
         f"a step      {f'{flops / 1e9:.3g} GFLOP' if flops else 'FLOP not counted'}",
-        f"training    {_megabytes(report['training_memory_bytes'])} by plan: what `edgestill join --memory` must allow",
+        f"training    {_megabytes(report['training_memory_bytes'])} by plan: what --memory of join must allow",
         f"bundle      {_megabytes(report['size_bytes'])} in {len(report['files'])} files, "
         f"by edgestill {report['edgestill_version']}",
         "",

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import argparse
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from shlex import quote
+from typing import Any
 
 from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.commands.events import EventOutput
-from edgestill.runtime.console import add_json_option
-from edgestill.runtime.data.dataset import Dataset, load_splits
+from edgestill.runtime.console import add_image_options, add_json_option
+from edgestill.runtime.data.classes import KnownClasses, first_known
+from edgestill.runtime.data.dataset import Dataset, Splits, load_splits
+from edgestill.runtime.data.notice import Notice, Tell
 from edgestill.runtime.data.shares import deal, draw_tests, parse_share, share_of
 from edgestill.runtime.device.address import check_url
 from edgestill.runtime.device.assignment import fetch_assignment
 from edgestill.runtime.device.client import HttpCoordinator
 from edgestill.runtime.device.conditions import Conditions, read_status
-from edgestill.runtime.device.device import Device
+from edgestill.runtime.device.device import Device, Watch
 from edgestill.runtime.device.enrolment import LONGEST_NAME, device_info, enrol, installation_hint
 from edgestill.runtime.device.journal import WorkFolder
 from edgestill.runtime.device.local_round import Equipment, Options, Privacy, warn_of_noise
 from edgestill.runtime.device.local_training import Transfer
 from edgestill.runtime.device.outputs import PRECISIONS
+from edgestill.runtime.device.round_log import RoundLog
 from edgestill.runtime.engines.registry import (
     ENGINES,
     Engine,
@@ -31,6 +36,7 @@ from edgestill.runtime.engines.registry import (
 )
 from edgestill.runtime.errors import DataError, EngineError, Interrupted, UsageError
 from edgestill.runtime.machine import peak_rss_bytes
+from edgestill.runtime.training.checkpoint import classes_of
 
 _MEGABYTE = 10**6
 
@@ -72,7 +78,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="NAME_OR_PATH",
         help="cifar10-mini, a CIFAR archive, an .npz, or a folder of images a class",
     )
-    data.add_argument("--resize", action="store_true", help="scale images of another size")
+    add_image_options(data)
     data.add_argument(
         "--share", metavar="K/N", help="only device K's Dirichlet share of the data among N devices"
     )
@@ -94,6 +100,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=float,
         metavar="MB",
         help="what training may take; decides the student (default: all)",
+    )
+    training.add_argument(
+        "--compare-alone",
+        action="store_true",
+        help="also train a copy on this device's data alone, and tell both accuracies: twice the work",
     )
     training.add_argument("--precision", choices=PRECISIONS, help="of uploads; default: the task's")
 
@@ -137,6 +148,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     gate.add_argument("--allow-metered", action="store_true", help="take part over a metered network, too")
     gate.add_argument("--ignore-conditions", action="store_true", help="train whatever the device says")
 
+    parser.add_argument("--log-dir", type=Path, metavar="DIR", help="write event files for TensorBoard")
     parser.add_argument("--once", action="store_true", help="leave after one round")
     add_json_option(parser, "events as JSON lines")
     parser.set_defaults(run=run)
@@ -150,6 +162,10 @@ def run(arguments: argparse.Namespace) -> int:
     options, conditions = options_from(arguments), conditions_from(arguments)
     output = EventOutput(arguments.json)
     with ExitStack() as stack:
+        watch: Watch = output
+        if arguments.log_dir is not None:
+            watch = log = RoundLog(arguments.log_dir, output)
+            stack.callback(log.close)
         keep = WorkFolder(arguments.work_dir)
         stack.callback(keep.close)
         identity = keep.identity()
@@ -173,8 +189,12 @@ def run(arguments: argparse.Namespace) -> int:
         bundle = stack.enter_context(Bundle.open(assignment.bundle_path))
         engine = open_task_engine(bundle, arguments.engine, arguments.threads)
         stack.callback(engine.close)
-        private, tests = load_private(arguments, bundle)
+        known = known_classes(assignment.task, bundle)
+        private, tests = load_private(
+            arguments, bundle, known, lambda notice: output("notice", **notice.as_json())
+        )
         transfer = None if assignment.transfer_path is None else Transfer.load(assignment.transfer_path)
+        student = (assignment.bundle_path, keep.student_path(bundle))
         device = Device(
             name=identity["device"],
             coordinator=coordinator,
@@ -183,7 +203,7 @@ def run(arguments: argparse.Namespace) -> int:
             conditions=conditions,
             read_status=read_status,
             peak_rss_bytes=peak_rss_bytes,
-            watch=output,
+            watch=watch,
             bytes_down=assignment.bytes_down,
             needed_blobs=assignment.digests,
         )
@@ -204,18 +224,18 @@ def run(arguments: argparse.Namespace) -> int:
             try:
                 device.run(1 if arguments.once else None)
             except KeyboardInterrupt as error:
-                output.summary(device, device.participant.completed - before)
+                output.summary(device, device.participant.completed - before, *student)
                 raise Interrupted(
                     f"stopped; {arguments.work_dir} says where this device stands",
                     "run the same command again to go on",
                 ) from error
             except Interrupted:
-                output.summary(device, device.participant.completed - before)
+                output.summary(device, device.participant.completed - before, *student)
                 raise
             finally:
                 output.end_progress()
         uploaded = device.participant.completed - before
-        output.summary(device, uploaded)
+        output.summary(device, uploaded, *student)
     return 1 if arguments.once and not uploaded else 0
 
 
@@ -235,7 +255,12 @@ def options_from(arguments: argparse.Namespace) -> Options:
     if arguments.gamma is not None and arguments.share is None:
         raise UsageError("--gamma without --share", "give --share K/N, too")
     counts = arguments.share_class_counts
-    return Options(arguments.precision, privacy, privacy is None if counts is None else counts)
+    return Options(
+        arguments.precision,
+        privacy,
+        privacy is None if counts is None else counts,
+        compare_alone=arguments.compare_alone,
+    )
 
 
 def conditions_from(arguments: argparse.Namespace) -> Conditions | None:
@@ -252,15 +277,34 @@ def conditions_from(arguments: argparse.Namespace) -> Conditions | None:
     )
 
 
-def load_private(arguments: argparse.Namespace, bundle: Bundle) -> tuple[Dataset, dict[str, Dataset]]:
+def load_private(
+    arguments: argparse.Namespace, bundle: Bundle, known: KnownClasses | None, tell: Tell
+) -> tuple[Dataset, dict[str, Dataset]]:
     """This device's training samples, and its tests `t_priv` and `t_uni`. Errors: UsageError, DataError."""
-    how = (bundle.input, bundle.classes, arguments.resize, bundle.more_inputs)
-    splits = load_splits(arguments.data, *how)
+
+    def load(source: str, known: KnownClasses | None) -> Splits:
+        return load_splits(
+            source, bundle.input, bundle.classes, arguments.resize, bundle.more_inputs,
+            known=known, skip_broken=arguments.skip_broken, tell=tell,
+        )  # fmt: skip
+
+    splits = load(arguments.data, known)
     private = splits.train
-    if private.class_names and len(private.class_names) != bundle.classes:
-        raise UsageError(
-            f"{arguments.data} has {len(private.class_names)} classes, the task has {bundle.classes}",
-            "labels count the classes in order: make a folder for each of the task's, empty where you have none",
+    if not known and private.class_names:
+        if len(private.class_names) != bundle.classes:
+            raise UsageError(
+                f"{arguments.data} has {len(private.class_names)} classes, the task has {bundle.classes} without names",
+                "labels count the classes in order: make a folder for each of the task's, empty where you have none",
+            )
+        known = KnownClasses(private.class_names, arguments.data)
+        counted = ", ".join(f"{number} {name}" for number, name in enumerate(private.class_names[:12]))
+        tell(
+            Notice(
+                "classes",
+                f"the task does not name its classes; these are counted {counted}"
+                f"{', …' if bundle.classes > 12 else ''}, and must be the same on every device",
+                {"names": list(private.class_names)},
+            )
         )
     number = 1
     if arguments.share is not None:
@@ -269,7 +313,7 @@ def load_private(arguments: argparse.Namespace, bundle: Bundle) -> tuple[Dataset
         private = share_of(private, number, devices, gamma, arguments.seed)
     held_out = splits.test
     if arguments.test is not None:
-        held_out = load_splits(arguments.test, *how).choose(None)
+        held_out = load(arguments.test, known).choose(None)
     if held_out is not None:
         t_priv, t_uni = draw_tests(private.labels, held_out.labels, arguments.seed, device=number - 1)
         return private, {"t_priv": held_out.select(t_priv), "t_uni": held_out.select(t_uni)}
@@ -279,6 +323,11 @@ def load_private(arguments: argparse.Namespace, bundle: Bundle) -> tuple[Dataset
     except DataError:  # too few samples to hold any out
         return private, {}
     return own.train, {"t_priv": own.t_priv, "t_uni": own.t_uni}
+
+
+def known_classes(task: Mapping[str, Any], bundle: Bundle) -> KnownClasses | None:
+    """What the task's classes are: as it says, else as the student's bundle does."""
+    return first_known(KnownClasses(tuple(task.get("class_names") or ()), "the task"), classes_of(bundle))
 
 
 def open_task_engine(bundle: Bundle, name: str | None, threads: int) -> Engine:
@@ -342,6 +391,7 @@ def _address(arguments: argparse.Namespace, known: str | None, output: EventOutp
         # an announcement proves nothing, and whoever gets the token is this device from then on
         raise UsageError(
             f"{found.name} announced {found.url}; this device is enrolled at {known}",
-            f"if the coordinator has moved there, say so: edgestill join {found.url}",
+            f"if the coordinator has moved there, say so: `edgestill join {found.url} --data {quote(arguments.data)} "
+            f"--work-dir {quote(str(arguments.work_dir))}`",
         )
     return found.url

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import signal
 import statistics
 import sys
@@ -13,24 +14,41 @@ from pathlib import Path
 from typing import Any
 
 from edgestill.runtime.bundle.bundle import Bundle
-from edgestill.runtime.console import add_json_option
+from edgestill.runtime.console import add_image_options, add_json_option
 from edgestill.runtime.data.augmentation import AUGMENTATIONS
-from edgestill.runtime.data.dataset import Dataset, digest_of_arrays, load_splits, load_transfer_samples
+from edgestill.runtime.data.classes import KnownClasses
+from edgestill.runtime.data.dataset import (
+    Dataset,
+    Splits,
+    digest_of_arrays,
+    load_splits,
+    load_transfer_samples,
+)
+from edgestill.runtime.data.notice import Notice, Notices
+from edgestill.runtime.data.shares import hold_out
 from edgestill.runtime.engines.registry import ENGINES, Engine, open_engine
-from edgestill.runtime.errors import UsageError
+from edgestill.runtime.errors import TrainingError, UsageError
 from edgestill.runtime.machine import peak_rss_bytes
 from edgestill.runtime.training.batches import TransferSet
-from edgestill.runtime.training.checkpoint import load_state
+from edgestill.runtime.training.checkpoint import (
+    check_same_classes,
+    classes_of,
+    load_checkpoint,
+    load_named_state,
+    load_state,
+)
 from edgestill.runtime.training.evaluation import Evaluation, evaluate
+from edgestill.runtime.training.event_file import EventFile, figures_of
 from edgestill.runtime.training.hyperparameters import (
     CHECKPOINT_EVERY,
     EPOCHS,
+    HOLDOUT,
     HYPERPARAMETERS,
     TRANSFER_FRACTION,
 )
 from edgestill.runtime.training.plan import Run, TrainSettings, plan
 from edgestill.runtime.training.schedule import SCHEDULES, Schedule
-from edgestill.runtime.training.teacher import Teacher
+from edgestill.runtime.training.teacher import Teacher, in_order_of
 from edgestill.runtime.training.trainer import StepRecord, prepare, train
 
 _OPTIONS = {name: "lr" if name == "learning_rate" else name.replace("_", "-") for name in HYPERPARAMETERS}
@@ -62,7 +80,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--threads", type=int, default=0, metavar="N", help="default: the engine's own choice"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of order, augmentation, dropout and --limit (0)"
+        "--seed", type=int, default=0, metavar="N", help="of order, augmentation, dropout, --holdout and --limit (0)"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="train on N samples drawn by the seed")
     parser.add_argument(
@@ -90,6 +108,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--init", type=Path, metavar="FILE", help="start from this state instead of the bundle's"
     )
+    parser.add_argument(
+        "--new-classes",
+        action="store_true",
+        help="with --init: the data's classes are others than that state's",
+    )
     parser.add_argument("--restart", action="store_true", help="overwrite the run in --state")
     parser.add_argument(
         "--checkpoint-every",
@@ -98,30 +121,48 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="STEPS",
         help=CHECKPOINT_EVERY.help,
     )
-    parser.add_argument("--resize", action="store_true", help="scale images of another size")
+    parser.add_argument(
+        "--holdout",
+        type=float,
+        metavar="X",
+        help="share of every class that tests the run where the data have no test split, 0 for none (0.1)",
+    )
+    parser.add_argument("--log-dir", type=Path, metavar="DIR", help="write event files for TensorBoard")
+    add_image_options(parser)
     add_json_option(parser, "JSON lines")
     parser.set_defaults(run=run)  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Trains, goes on, or says that nothing is left to do; evaluates on the test split if there is one."""
+    """Trains, goes on, or says that nothing is left to do; evaluates on the test split or on what it held out."""
     settings = settings_from(arguments)
     with ExitStack() as stack:
         bundle = stack.enter_context(Bundle.open(arguments.bundle))
         state_path = _usable_state_path(arguments.state, bundle)
+        notices = Notices()
         splits = load_splits(
-            arguments.data, bundle.input, bundle.classes, arguments.resize, bundle.more_inputs
+            arguments.data,
+            bundle.input,
+            bundle.classes,
+            arguments.resize,
+            bundle.more_inputs,
+            known=_known_classes(arguments, bundle, state_path),
+            skip_broken=arguments.skip_broken,
+            tell=notices,
         )
-        dataset = (
-            splits.train if arguments.limit is None else splits.train.take(arguments.limit, arguments.seed)
-        )
-        planned = _plan(arguments, bundle, dataset, settings, state_path)
+        dataset, test = _with_test(arguments, splits, notices)
+        if arguments.limit is not None:
+            dataset = dataset.take(arguments.limit, arguments.seed)
+        planned = _plan(arguments, bundle, dataset, settings, state_path, notices)
         engine = open_engine(bundle, arguments.engine, arguments.threads)
         stack.callback(engine.close)
         first_step = prepare(engine, planned, state_path, arguments.restart)
         output = _Output(arguments.json, planned.total_steps)
+        log = None
+        if arguments.log_dir is not None:
+            log = stack.enter_context(EventFile(_outside(arguments.log_dir, bundle), first_step + 1))
         output.start(first_step, planned, engine, state_path)
-        steps_ms = []
+        records: list[StepRecord] = []
         with stop_requests() as requests:
             steps = train(
                 engine,
@@ -133,15 +174,23 @@ def run(arguments: argparse.Namespace) -> int:
             )
             try:
                 for record in steps:
-                    steps_ms.append(record.ms)
+                    records.append(record)
                     output.step(record)
+                    if log is not None:
+                        log.add(record.step, figures_of(record))
+            except TrainingError as error:
+                raise TrainingError(error.message, _remedy(arguments, planned)) from error
             finally:
                 output.end_progress()
         peak = peak_rss_bytes()
         result = None
-        if splits.test is not None:
-            result = evaluate(engine, splits.test, bundle.batch, bundle.classes)
-        output.summary(_summary(planned, engine, state_path, first_step, steps_ms, peak, result))
+        if test is not None:
+            result = evaluate(engine, test, bundle.batch, bundle.classes)
+            if log is not None:
+                log.add(planned.total_steps, {"test/accuracy": result.accuracy, "test/loss": result.loss})
+        summary = _summary(planned, engine, state_path, first_step, records, peak, result)
+        tested_on = None if test is None else "test split" if test is splits.test else "held out"
+        output.summary(summary | {"tested_on": tested_on, "notices": notices.as_json()})
     return 0
 
 
@@ -162,6 +211,44 @@ def settings_from(arguments: argparse.Namespace) -> TrainSettings:
         transfer_fraction=TRANSFER_FRACTION.default if fraction is None else fraction,
         alpha_end=arguments.alpha_end,
     )
+
+
+def _with_test(
+    arguments: argparse.Namespace, splits: Splits, notices: Notices
+) -> tuple[Dataset, Dataset | None]:
+    """What is trained on, and what tests the run: the test split, else a share of every class. Errors: UsageError."""
+    share, whole = arguments.holdout, splits.train
+    if splits.test is not None:
+        if share is not None:
+            raise UsageError(f"{arguments.data} has a test split, so nothing is held out", "leave --holdout out")
+        return whole, splits.test
+    if share == 0:
+        return whole, None
+    kept, held = hold_out(whole.labels, HOLDOUT if share is None else share, arguments.seed)
+    if len(held) == 0:
+        text = "too few samples of each class to hold any out, so nothing tests this run; --holdout 0.5 holds out half"
+        notices(Notice("holdout", text))
+        return whole, None
+    return whole.select(kept), whole.select(held)
+
+
+def _outside(folder: Path, bundle: Bundle) -> Path:
+    if bundle.contains(folder):
+        raise UsageError(f"--log-dir {folder} lies in the bundle, which holds only what its manifest lists",
+                         "write the event files elsewhere")  # fmt: skip
+    return folder
+
+
+def _remedy(arguments: argparse.Namespace, planned: Run) -> str:
+    """The same command anew at a tenth of the learning rate."""
+    words, given = [], iter(arguments.typed)
+    for word in given:
+        if word == "--lr":
+            next(given)
+        elif not word.startswith("--lr=") and word != "--restart":
+            words.append(word)
+    rate = planned.hyperparameters["learning_rate"] / 10
+    return shlex.join(["edgestill", *words, "--lr", f"{rate:g}", "--restart"])
 
 
 @contextmanager
@@ -186,8 +273,30 @@ def stop_requests() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def _known_classes(arguments: argparse.Namespace, bundle: Bundle, state_path: Path) -> KnownClasses | None:
+    """What the student's outputs mean already: as the bundle says, the run that goes on, or the state it starts from.
+
+    Errors: UsageError, StateError.
+    """
+    if arguments.new_classes and arguments.init is None:
+        raise UsageError("--new-classes without --init", "give the state to start from, too")
+    own = classes_of(bundle)
+    if arguments.init is not None and not arguments.new_classes:
+        initial = load_named_state(arguments.init, bundle)[1]
+        check_same_classes(arguments.init, initial.names, own.names)
+        own = own or initial
+    if own or arguments.restart or not state_path.exists():
+        return own
+    return KnownClasses(load_checkpoint(state_path, bundle).class_names, f"the state {state_path}")
+
+
 def _plan(
-    arguments: argparse.Namespace, bundle: Bundle, dataset: Dataset, settings: TrainSettings, state_path: Path
+    arguments: argparse.Namespace,
+    bundle: Bundle,
+    dataset: Dataset,
+    settings: TrainSettings,
+    state_path: Path,
+    notices: Notices,
 ) -> Run:
     initial_state = None if arguments.init is None else load_state(arguments.init, bundle)
     if arguments.teacher is None:
@@ -198,16 +307,24 @@ def _plan(
     try:
         cache = state_path.with_suffix(".teacher.safetensors")
         digest = digest_of_arrays(*dataset.samples)
+        names = dataset.class_names or bundle.class_names
         outputs = teacher.outputs(dataset.images, digest, cache, dataset.more)
+        outputs = in_order_of(outputs, teacher.classes, bundle, names)
         transfer, origins = None, {"teacher": teacher.digest, "transfer": None}
         if arguments.transfer is not None:
             images, *others = load_transfer_samples(
-                arguments.transfer, bundle.input, arguments.resize, bundle.more_inputs
+                arguments.transfer,
+                bundle.input,
+                arguments.resize,
+                bundle.more_inputs,
+                skip_broken=arguments.skip_broken,
+                tell=notices,
             )
             more = tuple(others)
             origins["transfer"] = digest_of_arrays(images, *more)
             cache = state_path.with_suffix(".teacher-transfer.safetensors")
-            transfer = TransferSet(images, teacher.outputs(images, origins["transfer"], cache, more), more)
+            on_transfer = teacher.outputs(images, origins["transfer"], cache, more)
+            transfer = TransferSet(images, in_order_of(on_transfer, teacher.classes, bundle, names), more)
     finally:
         teacher.close()
     return plan(
@@ -237,14 +354,19 @@ def _usable_state_path(path: Path, bundle: Bundle) -> Path:
 
 
 def _summary(
-    planned: Run, engine: Engine, state_path: Path, first_step: int, steps_ms: list[float],
+    planned: Run, engine: Engine, state_path: Path, first_step: int, records: list[StepRecord],
     peak_bytes: int | None, result: Evaluation | None,
 ) -> dict[str, Any]:  # fmt: skip
+    last = [record for record in records if record.epoch == planned.settings.epochs]
+    labelled = [record.accuracy for record in last if record.accuracy is not None]
     return {
         "accuracy": None if result is None else result.accuracy,
+        "loss": None if result is None else result.loss,
         "per_class": None if result is None else result.per_class,
         "samples": None if result is None else result.samples,
-        "ms_per_step_median": round(statistics.median(steps_ms), 3) if steps_ms else None,
+        "train_loss": statistics.fmean(record.loss for record in last) if last else None,
+        "train_accuracy": statistics.fmean(labelled) if labelled else None,
+        "ms_per_step_median": round(statistics.median(one.ms for one in records), 3) if records else None,
         "peak_rss_bytes": peak_bytes,
         "engine": engine.name,
         "state": str(state_path),
@@ -295,7 +417,13 @@ class _Output:
             print(json.dumps({"summary": summary}), flush=True)
             return
         if summary["accuracy"] is not None:
-            print(f"accuracy        {summary['accuracy']:.4f} on {summary['samples']} test samples")
+            kind = "held-out" if summary["tested_on"] == "held out" else "test"
+            print(f"accuracy        {summary['accuracy']:.4f} on {summary['samples']} {kind} samples")
+            print(f"loss            {summary['loss']:.4f}")
+        if summary["train_loss"] is not None:
+            seen = summary["train_accuracy"]
+            beside = "" if seen is None else f", accuracy {seen:.4f}"
+            print(f"training loss   {summary['train_loss']:.4f}{beside}, of the last epoch")
         if summary["ms_per_step_median"] is not None:
             print(f"median step     {summary['ms_per_step_median']:.1f} ms on {summary['engine']}")
         if summary["peak_rss_bytes"] is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,13 +14,30 @@ import numpy as np
 
 from edgestill.runtime.bundle.manifest import InputSpec
 from edgestill.runtime.data.cifar import find_cifar, read_cifar
+from edgestill.runtime.data.classes import KnownClasses, check_names, translate
 from edgestill.runtime.data.datasets import SHIPPED
-from edgestill.runtime.data.image_folder import is_image_folder, read_image_folder
+from edgestill.runtime.data.image_folder import (
+    class_folders,
+    find_splits,
+    is_image_folder,
+    read_image_folder,
+    read_unlabelled_folder,
+    walk,
+)
+from edgestill.runtime.data.notice import Tell, tell_on_stderr
 from edgestill.runtime.data.partition import dirichlet_partition
 from edgestill.runtime.errors import DataError, UsageError
 from edgestill.runtime.randomness import SUBSET, permutation
 
-__all__ = ["Dataset", "Splits", "dirichlet_partition", "load_splits", "load_transfer_samples"]
+__all__ = [
+    "Dataset",
+    "Splits",
+    "class_names_from",
+    "class_names_of",
+    "dirichlet_partition",
+    "load_splits",
+    "load_transfer_samples",
+]
 
 
 @dataclass(frozen=True)
@@ -66,18 +83,20 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Splits:
-    """The parts of a data source; one that has a single part has it as `train`."""
+    """The parts of a data source; one that has a single part has it as `train`, and of two the second is `test`."""
 
     train: Dataset
     test: Dataset | None
+    validation: Dataset | None = None
 
     def choose(self, name: str | None) -> Dataset:
         """The named split; with None the test split if there is one, else all there is. Errors: UsageError."""
-        if name == "test" and self.test is None:
-            raise UsageError("the data have no test split", "leave --split out, or give data with one")
-        if name == "train" or self.test is None:
-            return self.train
-        return self.test
+        if name is None:
+            return self.test or self.train
+        chosen: Dataset | None = getattr(self, name)
+        if chosen is None:
+            raise UsageError(f"the data have no {name} split", "leave --split out, or give data with one")
+        return chosen
 
 
 def load_splits(
@@ -86,19 +105,56 @@ def load_splits(
     classes: int,
     resize: bool = False,
     more: tuple[InputSpec, ...] = (),
+    *,
+    known: KnownClasses | None = None,
+    skip_broken: bool = False,
+    tell: Tell = tell_on_stderr,
 ) -> Splits:
     """Reads a data source in the form that a bundle takes; `more`: its `more_inputs`.
 
-    `resize` scales the images of a folder. Errors: DataError naming the file and what is wrong; UsageError.
+    `known`: what the student's outputs mean; data that name their classes are counted by these names, others as they
+    stand. `resize` scales images, `skip_broken` leaves out those that cannot be read. Errors: DataError naming the file
+    and what is wrong; UsageError.
     """
-    parts, names, users = _read(source, form, resize, more)
+    found = _read(source, form, resize, more, skip_broken, tell)
+    own = found["train"].names
+    reference = known or KnownClasses(own, "the training split")
     sets = {}
-    for name, (arrays, labels) in parts.items():
-        where = f"{source}: {name}"
-        found = fit_dataset(arrays, labels, (form, *more), classes, where)
-        of_users = None if name == "test" else _fit_users(users, len(found), where)
-        sets[name] = replace(found, class_names=names, users=of_users)
-    return Splits(sets["train"], sets.get("test"))
+    for name, part in found.items():
+        where, labels = f"{source}: {name}", part.labels
+        numbers = labels.dtype.kind in "iu" and labels.ndim == 1
+        if reference and part.names and part.names != reference.names and numbers:
+            labels = translate(labels, part.names, reference, where, tell)
+        fitted = fit_dataset(part.arrays, labels, (form, *more), classes, where)
+        users = None if name != "train" else _fit_users(part.users, len(fitted), where)
+        sets[name] = replace(fitted, class_names=reference.names[:classes], users=users)
+    return Splits(sets["train"], sets.get("test"), sets.get("validation"))
+
+
+def class_names_from(given: str | Sequence[str]) -> tuple[str, ...]:
+    """Class names as a person gives them: a list, with commas between them, or a data source that has them.
+
+    Errors: UsageError, DataError.
+    """
+    if isinstance(given, str):
+        if "," not in given or Path(given).exists():
+            return class_names_of(given)
+        given = [name.strip() for name in given.split(",")]
+    return check_names(given, "the class names")
+
+
+def class_names_of(source: str | Path) -> tuple[str, ...]:
+    """The names of a data source's classes, in its own order. Errors: UsageError, DataError where it has none."""
+    path = find_source(source)
+    if find_cifar(path):
+        names = read_cifar(path)[2]
+    elif is_image_folder(path):
+        names = class_folders(find_splits(walk(path))["train"])
+    else:
+        names = _names_in(_load_npz(path, ("classes", "class_names")))
+    if not names:
+        raise DataError(f"{source} does not name its classes", "name them, separated by commas")
+    return check_names(names, str(source))
 
 
 def fit_dataset(
@@ -110,21 +166,42 @@ def fit_dataset(
 
 
 def load_transfer_samples(
-    source: str | Path, form: InputSpec, resize: bool = False, more: tuple[InputSpec, ...] = ()
+    source: str | Path,
+    form: InputSpec,
+    resize: bool = False,
+    more: tuple[InputSpec, ...] = (),
+    *,
+    skip_broken: bool = False,
+    tell: Tell = tell_on_stderr,
 ) -> tuple[np.ndarray, ...]:
-    """The samples of a transfer set, whose labels nobody looks at: of all splits that are not for testing."""
-    parts, _, _ = _read(source, form, resize, more, labelled=False)
-    return fit_tensors(parts["train"][0], (form, *more), str(source))
+    """The samples of a transfer set, whose labels nobody looks at: of all splits that are not for testing.
+
+    The images of a folder may lie in it as they like.
+    """
+    part = _read(source, form, resize, more, skip_broken, tell, labelled=False)["train"]
+    return fit_tensors(part.arrays, (form, *more), str(source))
 
 
-_Parts = dict[str, tuple[list[np.ndarray], np.ndarray]]
-"""By split: the arrays of the samples' tensors, and the labels."""
+@dataclass(frozen=True)
+class _Part:
+    """A split as it was found: the arrays of the samples' tensors, labels that number `names`, users of `train`."""
+
+    arrays: list[np.ndarray]
+    labels: np.ndarray
+    names: tuple[str, ...]
+    users: np.ndarray | None = None
 
 
 def _read(
-    source: str | Path, form: InputSpec, resize: bool, more: tuple[InputSpec, ...], labelled: bool = True
-) -> tuple[_Parts, tuple[str, ...], np.ndarray | None]:
-    """Splits, class names and the users of `train`, as they are found."""
+    source: str | Path,
+    form: InputSpec,
+    resize: bool,
+    more: tuple[InputSpec, ...],
+    skip_broken: bool,
+    tell: Tell,
+    labelled: bool = True,
+) -> dict[str, _Part]:
+    """By split, `train` first."""
     path = find_source(source)
     if not (find_cifar(path) or is_image_folder(path)):
         return _read_npz(path, [spec.name for spec in more], labelled)
@@ -135,9 +212,15 @@ def _read(
         )
     if find_cifar(path):
         train, test, names = read_cifar(path)
-        return {"train": ([train.images], train.labels), "test": ([test.images], test.labels)}, names, None
-    found, names = read_image_folder(path, form, resize)
-    return {name: ([images], labels) for name, (images, labels) in found.items()}, names, None
+        return {
+            "train": _Part([train.images], train.labels, names),
+            "test": _Part([test.images], test.labels, names),
+        }
+    if not labelled:
+        images = read_unlabelled_folder(path, form, resize, skip_broken, tell)
+        return {"train": _Part([images], np.zeros(0, np.int64), ())}
+    found = read_image_folder(path, form, resize, skip_broken, tell)
+    return {name: _Part([split.images], split.labels, split.names) for name, split in found.items()}
 
 
 def fit_tensors(
@@ -248,30 +331,19 @@ def find_source(source: str | Path) -> Path:
     return path
 
 
-def _read_npz(
-    path: Path, more: list[str], labelled: bool
-) -> tuple[_Parts, tuple[str, ...], np.ndarray | None]:
-    """Splits, class names and the users of `train`; a file without splits counts as `train`.
+def _read_npz(path: Path, more: list[str], labelled: bool) -> dict[str, _Part]:
+    """Splits; a file without splits counts as `train`, and of two splits the second is `test`.
 
     `more`: names of the further tensors, which stand beside `x_train` as `x_train.NAME`. Labels may be absent when not
     `labelled`; they are empty then.
     """
-    if not zipfile.is_zipfile(path):
-        raise DataError(
-            f"{path}: not a readable .npz, which is a zip of arrays",
-            "save samples and labels with numpy.savez",
-        )
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files if name.partition(".")[0] in _NPZ_NAMES}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
-        raise DataError(
-            f"{path}: not a readable .npz: {error}", "give an .npz of plain arrays, without objects"
-        ) from error
+    arrays = _load_npz(path, _NPZ_NAMES)
     suffix = "_train" if "x_train" in arrays else ""
-    splits = {"train": suffix, **({"test": "_test"} if "x_test" in arrays else {})}
-    parts = {}
-    for split, ending in splits.items():
+    endings = {"train": suffix, "test": "_test"} if "x_test" in arrays else {"train": suffix}
+    if "x_val" in arrays:
+        endings["validation" if "test" in endings else "test"] = "_val"
+    names, parts = _names_in(arrays), {}
+    for split, ending in endings.items():
         tensors = [f"x{ending}", *(f"x{ending}.{name}" for name in more)]
         for key in (*tensors, *([f"y{ending}"] if labelled else [])):
             if key not in arrays:
@@ -281,12 +353,32 @@ def _read_npz(
                     + ("; beside each x the further tensors of its samples" if more else ""),
                 )
         labels = arrays.get(f"y{ending}", np.zeros(0, np.int64))
-        parts[split] = ([arrays[key] for key in tensors], labels)
+        parts[split] = _Part([arrays[key] for key in tensors], labels, names, arrays.get(f"users{suffix}"))
+    return parts
+
+
+def _load_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The arrays of a file with these names, also with a further name behind a point. Errors: DataError."""
+    if not zipfile.is_zipfile(path):
+        raise DataError(
+            f"{path}: not a readable .npz, which is a zip of arrays",
+            "save samples and labels with numpy.savez",
+        )
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files if name.partition(".")[0] in names}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+        raise DataError(
+            f"{path}: not a readable .npz: {error}", "give an .npz of plain arrays, without objects"
+        ) from error
+
+
+def _names_in(arrays: Mapping[str, np.ndarray]) -> tuple[str, ...]:
     named = arrays.get("classes", arrays.get("class_names", np.zeros(0)))
-    names = tuple(str(name) for name in named) if named.ndim == 1 else ()
-    return parts, names, arrays.get(f"users{suffix}")
+    return tuple(str(name) for name in named) if named.ndim == 1 else ()
 
 
 _NPZ_NAMES = (
-    "x_train", "y_train", "users_train", "x_test", "y_test", "x", "y", "users", "classes", "class_names",
+    "x_train", "y_train", "users_train", "x_test", "y_test", "x_val", "y_val", "x", "y", "users", "classes",
+    "class_names",
 )  # fmt: skip

@@ -1,17 +1,61 @@
-"""Reads a folder with one subfolder of image files a class, with or without train/ and test/ above them."""
+"""Reads a folder with one subfolder of images a class, however deep they lie in it, with or without splits above."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 
 from edgestill.runtime.bundle.manifest import InputSpec
+from edgestill.runtime.data.image_file import (
+    SUFFIXES,
+    BrokenImage,
+    check_form,
+    import_pillow,
+    is_of_the_system,
+    read_picture,
+    why_not_read,
+)
+from edgestill.runtime.data.notice import Notice, Tell
 from edgestill.runtime.errors import DataError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".webp", ".tif", ".tiff")
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+SPLITS = {
+    "train": "train", "training": "train", "test": "test", "testing": "test",
+    "val": "validation", "valid": "validation", "validation": "validation",
+}  # fmt: skip
+"""What folders of splits are called, in upper or lower case."""
+_NAMED = 3
+"""So many files of each kind are named."""
+_DIM = 4096
+"""16-bit images whose brightest pixel is below this are nearly black once they have eight bits."""
+
+
+@dataclass(frozen=True)
+class FolderSplit:
+    """Images uint8 [N, H, W, C], labels int64 [N] that number `names`, the sorted names of the class folders."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    names: tuple[str, ...]
+
+
+@dataclass
+class Tree:
+    """The files below a folder by their paths from it, as parts; `folders`: the visible ones directly in it."""
+
+    root: Path
+    pictures: list[tuple[str, ...]] = field(default_factory=list)
+    skipped: list[tuple[tuple[str, ...], str]] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
+
+    def below(self, name: str) -> list[tuple[str, ...]]:
+        return [parts for parts in self.pictures if parts[0] == name and len(parts) > 1]
+
+    def skip(self, pictures: Iterable[tuple[str, ...]], reason: str) -> None:
+        self.skipped += [(parts, reason) for parts in pictures]
 
 
 def is_image_folder(path: Path) -> bool:
@@ -20,77 +64,226 @@ def is_image_folder(path: Path) -> bool:
 
 
 def read_image_folder(
-    path: Path, form: InputSpec, resize: bool
-) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], tuple[str, ...]]:
-    """Splits as (images uint8 [N, H, W, C], labels) and the class names, which are the sorted folder names.
+    path: Path, form: InputSpec, resize: bool, skip_broken: bool, tell: Tell
+) -> dict[str, FolderSplit]:
+    """By split: `train` alone, or with `test`, `validation` or both.
 
-    Errors: DataError naming a file that is unreadable, or of another size when `resize` is off.
+    Errors: DataError naming a file that is unreadable, unless `skip_broken`, or of another size without `resize`.
     """
-    if form.dtype != "uint8" or not form.is_image or form.shape[0] not in _MODES:
-        raise DataError(
-            f"{path}: images cannot feed a bundle that takes {form}",
-            "give an .npz of the bundle's samples",
-        )
-    roots = {"train": path / "train", "test": path / "test"} if (path / "train").is_dir() else {"train": path}
-    roots = {name: root for name, root in roots.items() if root.is_dir()}
-    names = tuple(sorted(_class_folders(roots["train"])))
-    if not names:
-        raise DataError(
-            f"{roots['train']}: no subfolders", "put the images of each class into a folder of its own"
-        )
-    pillow = _import_pillow()
-    parts = {}
-    for split, root in roots.items():
-        strangers = _class_folders(root) - set(names)
-        if strangers:
-            raise DataError(f"{root}: class {min(strangers)!r} is not among the training classes")
-        files = [(file, label) for label, name in enumerate(names) for file in _image_files(root / name)]
-        if not files:
+    check_form(form, str(path))
+    tree = walk(path)
+    found = {}
+    for split, root in find_splits(tree).items():
+        names = class_folders(root)
+        if not names:
+            raise DataError(f"{root}: no subfolders", "put the images of each class into a folder of its own")
+        prefix = root.relative_to(path).parts
+        mine = [parts for parts in tree.pictures if parts[: len(prefix)] == prefix]
+        tree.skip((p for p in mine if len(p) == len(prefix) + 1), "images outside of a class's folder")
+        numbers = {name: number for number, name in enumerate(names)}
+        files = [(parts, numbers[parts[len(prefix)]]) for parts in mine if len(parts) > len(prefix) + 1]
+        found[split] = (root, files, names)
+    _skip_other_roots(tree, [root.relative_to(path).parts for root, _, _ in found.values()])
+    reader = _Reader(tree, form, resize, skip_broken)
+    splits = {}
+    for split, (root, files, names) in found.items():
+        images, read = reader.read([parts for parts, _ in files])
+        if not read:
+            tell_of_skipped(tree, tell)
             raise DataError(f"{root}: no images", f"known endings: {' '.join(SUFFIXES)}")
-        images = np.empty((len(files), *form.shape[1:], form.shape[0]), np.uint8)
-        for index, (file, _) in enumerate(files):
-            images[index] = _read_image(pillow, file, form, resize)
-        parts[split] = (images, np.array([label for _, label in files], np.int64))
-    return parts, names
+        splits[split] = FolderSplit(images, np.array([files[one][1] for one in read], np.int64), names)
+    reader.tell(tell)
+    return splits
 
 
-def _class_folders(root: Path) -> set[str]:
-    """Names of the subfolders, without those that systems and archives add (.git, __MACOSX)."""
-    return {
-        child.name for child in root.iterdir() if child.is_dir() and not child.name.startswith((".", "__"))
-    }
+def read_unlabelled_folder(
+    path: Path, form: InputSpec, resize: bool, skip_broken: bool, tell: Tell
+) -> np.ndarray:
+    """All images of a folder however they lie in it, uint8 [N, H, W, C]; of one with splits those of `train`."""
+    check_form(form, str(path))
+    tree = walk(path)
+    train = [name for name in tree.folders if SPLITS.get(name.casefold()) == "train"]
+    others = [name for name in tree.folders if SPLITS.get(name.casefold()) is None and tree.below(name)]
+    chosen = tree.pictures
+    if len(train) == 1 and not others and tree.below(train[0]):
+        chosen = tree.below(train[0])
+        tree.skip(sorted(set(tree.pictures) - set(chosen)), "images of other splits")
+    reader = _Reader(tree, form, resize, skip_broken)
+    images, read = reader.read(chosen)
+    reader.tell(tell)
+    if not read:
+        raise DataError(f"{path}: no images", f"known endings: {' '.join(SUFFIXES)}")
+    return images
 
 
-def _image_files(folder: Path) -> list[Path]:
-    return (
-        sorted(file for file in folder.glob("*") if file.suffix.lower() in SUFFIXES)
-        if folder.is_dir()
-        else []
+def class_folders(root: Path) -> tuple[str, ...]:
+    """The sorted names of the subfolders, without those that systems and archives add (.git, __MACOSX)."""
+    return tuple(
+        sorted(child.name for child in root.iterdir() if child.is_dir() and not is_of_the_system(child.name))
     )
 
 
-def _read_image(pillow: ModuleType, file: Path, form: InputSpec, resize: bool) -> np.ndarray:
-    channels, height, width = form.shape
-    try:
-        with pillow.open(file) as image:
-            image = image.convert(_MODES[channels])  # before scaling: a palette's numbers cannot be mixed
-            if image.size != (width, height):
-                if not resize:
-                    raise DataError(f"{file}: {image.size[0]}x{image.size[1]} pixels, the bundle takes "
-                                    f"{width}x{height}", "scale the images, or pass --resize")  # fmt: skip
-                image = image.resize((width, height), pillow.Resampling.BILINEAR)
-            return np.asarray(image).reshape(height, width, channels)
-    except DataError:
-        raise
-    except Exception as error:  # Pillow raises whatever its decoders raise
-        raise DataError(f"{file}: not a readable image: {error}", "remove the file or repair it") from error
+def find_splits(tree: Tree) -> dict[str, Path]:
+    """Where the classes' folders lie, by split; a class may be called `train`.
 
-
-def _import_pillow() -> ModuleType:
-    try:
-        from PIL import Image
-    except ImportError as error:
+    A folder `train` is a split if it holds folders of images, and there is nothing beside it but other splits.
+    Errors: DataError where it cannot be told.
+    """
+    root = tree.root
+    roles: dict[str, list[str]] = {}
+    for name in tree.folders:
+        if name.casefold() in SPLITS:
+            roles.setdefault(SPLITS[name.casefold()], []).append(name)
+    holding = [name for name in tree.folders if tree.below(name)]
+    classes = [name for name in holding if name.casefold() not in SPLITS]
+    deep = {name for name in tree.folders if any(len(parts) > 2 for parts in tree.below(name))}
+    flat = {name for name in tree.folders if any(len(parts) == 2 for parts in tree.below(name))}
+    named = [name for role in ("train", "test", "validation") for name in roles.get(role, ())]
+    layered = [name for name in named if name in deep - flat]
+    if classes:
+        inner = {name: {parts[1] for parts in tree.below(name) if len(parts) > 2} for name in layered}
+        doubtful = [name for name in layered if inner[name] & set(classes)]
+        if not doubtful and len(layered) > 1 and set(layered) & set(roles.get("train", ())):
+            doubtful = layered
+        if not doubtful:
+            return {"train": root}
         raise DataError(
-            "a folder of images needs Pillow", "pip install 'edgestill[images]', or give an .npz"
-        ) from error
-    return Image
+            f"{root}: {doubtful[0]}/ looks like a split, and {classes[0]}/ beside it like a class",
+            f"move {root / classes[0]} into a folder {root / 'train'}, or rename {doubtful[0]} if it is a class",
+        )
+    if not named:
+        return {"train": root}
+    for role, names in roles.items():
+        if len(names) > 1:
+            raise DataError(
+                f"{root}: {' and '.join(names)} are the same split", f"keep one folder for {role}"
+            )
+    if "train" not in roles:
+        raise DataError(
+            f"{root}: holds {' and '.join(f'{name}/' for name in named)}, and no train/",
+            f"give {root / named[0]}, or put the training images into {root / 'train'}",
+        )
+    splits = {role: root / names[0] for role, names in roles.items()}
+    if flat - deep:
+        shallow = min(flat - deep)
+        raise DataError(
+            f"{root / shallow}: holds images, and no folder for each class",
+            "put the images of each class into a folder of its own",
+        )
+    splits = {role: where for role, where in splits.items() if role == "train" or tree.below(where.name)}
+    if "test" not in splits and "validation" in splits:
+        splits["test"] = splits.pop("validation")
+    return {role: splits[role] for role in ("train", "test", "validation") if role in splits}
+
+
+def walk(root: Path) -> Tree:
+    """What lies below a folder, linked folders included, each once."""
+    tree, seen = Tree(root), {os.path.realpath(root)}
+    for parent, folders, names in os.walk(root, followlinks=True):
+        here = Path(parent).relative_to(root).parts
+        kept = []
+        for name in sorted(folders):
+            real = os.path.realpath(os.path.join(parent, name))
+            if is_of_the_system(name):
+                tree.skip([(*here, name)], "files that systems add")
+            elif real not in seen:
+                seen.add(real)
+                kept.append(name)
+        folders[:] = kept
+        if not here:
+            tree.folders = kept
+        for name in names:
+            reason = why_not_read(name)
+            if reason is None:
+                tree.pictures.append((*here, name))
+            else:
+                tree.skip([(*here, name)], reason)
+    tree.pictures.sort()
+    tree.skipped.sort()
+    return tree
+
+
+def _skip_other_roots(tree: Tree, roots: Sequence[tuple[str, ...]]) -> None:
+    """Pictures of no split: beside `train`, where there are splits."""
+    outside = [parts for parts in tree.pictures if not any(parts[: len(root)] == root for root in roots)]
+    tree.skip(outside, "images outside of a class's folder")
+
+
+class _Reader:
+    """Reads pictures and remembers what a person should hear of them."""
+
+    def __init__(self, tree: Tree, form: InputSpec, resize: bool, skip_broken: bool) -> None:
+        import_pillow()
+        self._tree, self._form, self._resize, self._skip_broken = tree, form, resize, skip_broken
+        self._framed: list[str] = []
+        self._deep: list[str] = []
+        self._brightest = 0
+
+    def read(self, files: Sequence[tuple[str, ...]]) -> tuple[np.ndarray, list[int]]:
+        """Images uint8 [N, H, W, C], and which of the files they are."""
+        channels, height, width = self._form.shape
+        images, read = np.empty((len(files), height, width, channels), np.uint8), []
+        for number, parts in enumerate(files):
+            try:
+                picture = read_picture(self._tree.root.joinpath(*parts), self._form, self._resize)
+            except BrokenImage:
+                if not self._skip_broken:
+                    raise
+                self._tree.skip([parts], "broken images")
+                continue
+            images[len(read)] = picture.pixels
+            read.append(number)
+            if picture.several_frames:
+                self._framed.append("/".join(parts))
+            if picture.brightest is not None:
+                self._deep.append("/".join(parts))
+                self._brightest = max(self._brightest, picture.brightest)
+        return images[: len(read)], read
+
+    def tell(self, tell: Tell) -> None:
+        tell_of_skipped(self._tree, tell)
+        root = self._tree.root
+        if self._framed:
+            tell(
+                Notice(
+                    "frames",
+                    f"{root}: of {_counted(len(self._framed), 'image')} with several frames the first is taken: "
+                    f"{_some(self._framed)}",
+                    {"count": len(self._framed), "files": self._framed[:_NAMED]},
+                )
+            )
+        if self._deep and self._brightest < _DIM:
+            tell(
+                Notice(
+                    "depth",
+                    f"{root}: {_counted(len(self._deep), '16-bit image')} no brighter than {self._brightest} of 65535 "
+                    f"are nearly black with eight bits ({_some(self._deep)}); scale them to the full range beforehand",
+                    {"count": len(self._deep), "brightest": self._brightest, "files": self._deep[:_NAMED]},
+                )
+            )
+
+
+def tell_of_skipped(tree: Tree, tell: Tell) -> None:
+    """Counts and names what was left out, by reason."""
+    if not tree.skipped:
+        return
+    reasons: dict[str, list[str]] = {}
+    for parts, reason in tree.skipped:
+        reasons.setdefault(reason, []).append("/".join(parts))
+    told = "; ".join(f"{len(files)} {reason} ({_some(files)})" for reason, files in reasons.items())
+    details = {reason: {"count": len(files), "files": files[:_NAMED]} for reason, files in reasons.items()}
+    count = len(tree.skipped)
+    tell(
+        Notice(
+            "skipped", f"{tree.root}: {_counted(count, 'file')} skipped: {told}",
+            {"source": str(tree.root), "count": count, "reasons": details},
+        )
+    )  # fmt: skip
+
+
+def _some(files: Sequence[str]) -> str:
+    return ", ".join(files[:_NAMED]) + (", …" if len(files) > _NAMED else "")
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("s" if count != 1 else "")

@@ -64,7 +64,7 @@ def deal(
     if held_out is not None:
         kept, tests, source = np.arange(len(dataset)), np.arange(len(held_out)), held_out
     else:
-        kept, tests = _hold_out(dataset.labels, test_share, seed)
+        kept, tests = hold_out(dataset.labels, test_share, seed)
         source = dataset
     if len(tests) == 0:
         raise DataError("no samples are held out for tests", "give a test split, or a larger share")
@@ -162,10 +162,10 @@ def _users_shares(dataset: Dataset, kept: np.ndarray, devices: int, seed: int) -
     return [shares[index] for index in np.sort(permutation(seed, USERS, 0, len(shares))[:devices])]
 
 
-def _hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(indices kept for training, indices held out), sorted; the share is of every class."""
+def hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(indices kept for training, indices held out), sorted; the share is of every class. Errors: UsageError."""
     if not 0 < share < 1:
-        raise UsageError(f"a test share of {share}", "give more than 0 and less than 1")
+        raise UsageError(f"a share of {share} held out", "give more than 0 and less than 1")
     held = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         of_class = np.flatnonzero(labels == label)

@@ -25,6 +25,8 @@ from edgestill.runtime.device.local_round import (
     expected_outputs,
     pack_round,
     read_published,
+    score_tests,
+    train_alone,
     train_round,
 )
 from edgestill.runtime.device.local_training import train_locally
@@ -298,6 +300,8 @@ class Device:
         return machine.Accepted()
 
     def _settle(self, work: Work, report: Mapping[str, Any]) -> machine.Event:
+        if self.equipment.options.compare_alone:
+            report = {**report, "alone": self._train_alone(work)}
         try:
             self.coordinator.report(work.round, self.name, report)
         except (Refused, Unreachable) as error:
@@ -309,6 +313,25 @@ class Device:
         self.last_report = report
         self.watch("settled", round=work.round, report=dict(report))
         return machine.Settled()
+
+    def _train_alone(self, work: Work) -> Mapping[str, float | None] | None:
+        """After the upload, so that no deadline can pass meanwhile; None where training failed."""
+        kit = self.equipment
+        done, state = self.keep.alone(kit.bundle)
+        if done == work.round:  # before the device was killed
+            kit.engine.load_state(state)
+            return score_tests(kit)
+        self.watch("training alone", round=work.round)
+        self.training = True
+        try:
+            state, scores = train_alone(kit, work, state, train=self.train, should_stop=self.stop_requested)
+        except TrainingError as error:
+            self.watch("warning", message=f"training alone failed: {error.message}")
+            return None
+        finally:
+            self.training = False
+        self.keep.keep_alone(work.round, kit.bundle, state)
+        return scores
 
     def _keep_trained(self, work: Work, reason: str) -> machine.Event:
         if self.equipment.exchange != "parameters":

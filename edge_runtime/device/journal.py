@@ -6,6 +6,7 @@
 | `journal.json` | where the device stands in which round (`participant.Participant`) |
 | `student-DIGEST.safetensors` | the student between rounds, of the bundle with this model digest |
 | `training-ROUND.safetensors` | checkpoint of a round's training, at its end the trained state |
+| `alone-DIGEST.safetensors` | the same student trained on the device's own data alone, with `--compare-alone` |
 | `upload-ROUND.bin` | the body, until the coordinator has it |
 | `blobs/` | downloads by SHA-256 |
 """
@@ -58,6 +59,12 @@ class Keep(Protocol):
     def settle(self, round_name: str, bundle: Bundle) -> None:
         """The trained state becomes the student's; repeating it does no harm."""
 
+    def alone(self, bundle: Bundle) -> tuple[str, dict[str, np.ndarray]]:
+        """The last round and the state of the student that is trained alone; before the first "" and its start."""
+
+    def keep_alone(self, round_name: str, bundle: Bundle, state: Mapping[str, np.ndarray]) -> None:
+        """Keeps that state after a round."""
+
     def clean(self, current_round: str | None) -> None:
         """Removes what belongs to other rounds."""
 
@@ -76,6 +83,7 @@ class WorkMemory:
         self._student = None if student is None else dict(student)
         self._trained: dict[str, dict[str, np.ndarray]] = {}
         self._bodies: dict[str, bytes] = {}
+        self._alone: tuple[str, dict[str, np.ndarray]] | None = None
 
     def read(self) -> Participant:
         return self._participant
@@ -103,6 +111,12 @@ class WorkMemory:
 
     def settle(self, round_name: str, bundle: Bundle) -> None:
         self._student = self._trained.pop(round_name, self._student)
+
+    def alone(self, bundle: Bundle) -> tuple[str, dict[str, np.ndarray]]:
+        return self._alone or ("", bundle.initial_state())
+
+    def keep_alone(self, round_name: str, bundle: Bundle, state: Mapping[str, np.ndarray]) -> None:
+        self._alone = (round_name, dict(state))
 
     def clean(self, current_round: str | None) -> None:
         for kept in (self._trained, self._bodies):
@@ -168,7 +182,7 @@ class WorkFolder:
         write_atomically(self.folder / "journal.json", [json.dumps(value, indent=1).encode()])
 
     def student(self, bundle: Bundle) -> dict[str, np.ndarray]:
-        path = self._student_path(bundle)
+        path = self.student_path(bundle)
         if not path.exists():
             return bundle.initial_state()
         return bundle.check_state(wire.load(path).arrays, source=str(path))
@@ -193,8 +207,18 @@ class WorkFolder:
     def settle(self, round_name: str, bundle: Bundle) -> None:
         trained = self.folder / f"training-{round_name}.safetensors"
         if trained.exists():  # else it happened before the device was killed
-            os.replace(trained, self._student_path(bundle))
+            os.replace(trained, self.student_path(bundle))
             sync(self.folder)
+
+    def alone(self, bundle: Bundle) -> tuple[str, dict[str, np.ndarray]]:
+        path = self._alone_path(bundle)
+        if not path.exists():
+            return "", bundle.initial_state()
+        found = wire.load(path)
+        return found.metadata.get("round", ""), bundle.check_state(found.arrays, source=str(path))
+
+    def keep_alone(self, round_name: str, bundle: Bundle, state: Mapping[str, np.ndarray]) -> None:
+        wire.save(self._alone_path(bundle), state, {"round": round_name})
 
     def clean(self, current_round: str | None) -> None:
         kept = {f"training-{current_round}.safetensors", f"upload-{current_round}.bin"}
@@ -211,8 +235,12 @@ class WorkFolder:
             if path.name.removesuffix(".partial") not in needed:
                 path.unlink(missing_ok=True)
 
-    def _student_path(self, bundle: Bundle) -> Path:
+    def student_path(self, bundle: Bundle) -> Path:
+        """Where the student lies once a round has been trained: a state file like any other."""
         return self.folder / f"student-{bundle.model_digest[:16]}.safetensors"
+
+    def _alone_path(self, bundle: Bundle) -> Path:
+        return self.folder / f"alone-{bundle.model_digest[:16]}.safetensors"
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -56,6 +56,8 @@ class Options:
     privacy: Privacy | None = None
     share_class_counts: bool = True
     compress: bool = True
+    compare_alone: bool = False
+    """Train the student alone, too, and report how well that does."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,28 @@ def train_round(
     if equipment.shares_class_counts:
         report["class_counts"] = class_counts(equipment)
     return result.state, report
+
+
+def train_alone(
+    equipment: Equipment,
+    work: Work,
+    student: Mapping[str, np.ndarray],
+    *,
+    train: TrainLocally = train_locally,
+    **how: Any,
+) -> tuple[dict[str, np.ndarray], dict[str, float | None]]:
+    """The same training as a round's without what others know: the trained state, and its accuracies.
+
+    `student`: the state that came of it in the rounds before. Errors: those of `train_locally`.
+    """
+    equipment.engine.load_state(student)
+    settings = LocalSettings.from_json(equipment.task.get("local", {}))
+    result = train(
+        equipment.engine, equipment.bundle, equipment.private, None, None, settings, work.seed, dict(student),
+        **{"state_path": None, **how},
+    )  # fmt: skip
+    equipment.engine.load_state(result.state)
+    return result.state, score_tests(equipment)
 
 
 def pack_round(

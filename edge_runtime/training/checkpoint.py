@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 
 from edgestill.runtime.bundle import wire
 from edgestill.runtime.bundle.bundle import Bundle
+from edgestill.runtime.data.classes import KnownClasses, listed, names_as_metadata, names_in_metadata
 from edgestill.runtime.errors import StateError, TrainingError, UsageError
 
 FORMAT = "edgestill-state"
@@ -25,6 +26,8 @@ class Checkpoint:
     step: int
     total_steps: int
     run: Mapping[str, Any]
+    class_names: tuple[str, ...] = ()
+    """What the outputs mean, in their order; empty where nobody said."""
 
     @property
     def finished(self) -> bool:
@@ -39,7 +42,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     for name, array in checkpoint.state.items():
         if not np.isfinite(array).all():
             raise TrainingError(
-                f"after step {checkpoint.step} {name!r} is not finite; {path} keeps the last good state",
+                f"after step {checkpoint.step} {name!r} is not finite; {path} is left as it was",
                 "train with a smaller --lr, or with --warmup-steps",
             )
     progress = {"step": checkpoint.step, "total_steps": checkpoint.total_steps}
@@ -47,6 +50,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "format": FORMAT,
         "progress": json.dumps(progress),
         "run": json.dumps(checkpoint.run, sort_keys=True),
+        **names_as_metadata(checkpoint.class_names),
     }
     wire.save(path, checkpoint.state, metadata)
 
@@ -68,14 +72,27 @@ def load_checkpoint(path: Path, bundle: Bundle) -> Checkpoint:
             f"{path} exists and is not the state of a training run",
             "pass --restart to overwrite it, or --init to start from it and another --state",
         ) from error
-    return Checkpoint(bundle.check_state(file.arrays, source=str(path)), step, total_steps, run)
+    state = bundle.check_state(file.arrays, source=str(path))
+    return Checkpoint(state, step, total_steps, run, names_in_metadata(file.metadata))
 
 
 def load_state(path: Path, bundle: Bundle) -> dict[str, np.ndarray]:
     """The tensors of any state file that fits the bundle. Errors: UsageError for no file, StateError, WireError."""
+    return load_named_state(path, bundle)[0]
+
+
+def load_named_state(path: Path, bundle: Bundle) -> tuple[dict[str, np.ndarray], KnownClasses]:
+    """`load_state`, and what the outputs mean: as the file says, else as the bundle does, or nothing."""
     if not path.exists():
         raise UsageError(f"{path}: no such state", "give a file that `edgestill train` wrote with --state")
-    return bundle.check_state(wire.load(path).arrays, source=str(path))
+    file = wire.load(path)
+    named = KnownClasses(names_in_metadata(file.metadata), f"the state {path}")
+    return bundle.check_state(file.arrays, source=str(path)), named or classes_of(bundle)
+
+
+def classes_of(bundle: Bundle) -> KnownClasses:
+    """What the outputs of a bundle's student mean, as far as it says."""
+    return KnownClasses(bundle.class_names, f"the bundle {bundle.source}")
 
 
 def check_same_run(path: Path, saved: Checkpoint, run: Mapping[str, Any]) -> None:
@@ -90,6 +107,16 @@ def check_same_run(path: Path, saved: Checkpoint, run: Mapping[str, Any]) -> Non
         raise StateError(
             f"{path} holds {word} with other settings: {changes}{more}",
             "pass --restart to start anew, or another --state (with --init to go on from this one)",
+        )
+
+
+def check_same_classes(path: Path, saved: Sequence[str], wanted: Sequence[str]) -> None:
+    """Errors: StateError where both name what the outputs mean, and not alike."""
+    if saved and wanted and tuple(saved) != tuple(wanted):
+        raise StateError(
+            f"{path}: its outputs mean {listed(saved)}; here they would mean {listed(wanted)}",
+            "give data and a bundle with the classes of that state; or, to train its outputs for other classes, start "
+            "a new --state from it with --init and --new-classes",
         )
 
 

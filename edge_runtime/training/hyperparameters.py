@@ -75,6 +75,10 @@ HYPERPARAMETERS: dict[str, Hyperparameter] = {
     "beta1": Hyperparameter(0.9, 0, 1, "1", "for adamw", below=True),
     "beta2": Hyperparameter(0.999, 0, 1, "1", "for adamw", below=True),
     "epsilon": Hyperparameter(1e-8, 0, 1, "1", "for adamw"),
+    "clip_norm": Hyperparameter(
+        1, 0, 1e6, "norm", "for bundles exported with --clip-gradients: largest norm of all gradients together",
+        above=True,
+    ),
     "alpha": Hyperparameter(0.5, 0, 1, "share of the loss", "share of the distillation term"),
     "logit_share": Hyperparameter(
         0.5, 0, 1, "share of the distillation term", "share of the logits in the distillation term, for both"
@@ -97,6 +101,8 @@ EPOCHS = Hyperparameter(1, 1, 1_000_000, "passes over the data", "passes over th
 TRANSFER_FRACTION = Hyperparameter(
     0.5, 0, 1, "share of a batch", "share of transfer samples in a batch", above=True, below=True
 )
+HOLDOUT = 0.1
+"""Share of every class that tests a run on data without a test split."""
 CHECKPOINT_EVERY = Hyperparameter(50, 1, 1_000_000, "steps", "how often the state is written", whole=True)
 """The same for what a run takes with every bundle."""
 
@@ -156,7 +162,9 @@ def resolve(bundle: Bundle, given: Mapping[str, float]) -> dict[str, float]:
             kind = f"objective {bundle.objective.name} and optimizer {bundle.optimizer.name}"
             raise UsageError(
                 f"{bundle.source}: a step with {kind} takes no {name.replace('_', ' ')}",
-                f"it takes {', '.join(defaults).replace('_', ' ')}",
+                "export the student again with --clip-gradients"
+                if name == "clip_norm"
+                else f"it takes {', '.join(defaults).replace('_', ' ')}",
             )
         HYPERPARAMETERS[name].check(name.replace("_", " "), value)
     return {name: float(given.get(name, value)) for name, value in defaults.items()}

@@ -13,6 +13,7 @@ import numpy as np
 
 from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.data.augmentation import check_augmentation
+from edgestill.runtime.data.classes import listed
 from edgestill.runtime.data.dataset import Dataset, digest_of_arrays
 from edgestill.runtime.errors import DataError, UsageError
 from edgestill.runtime.randomness import noise
@@ -52,6 +53,11 @@ class Run:
     @property
     def total_steps(self) -> int:
         return self.settings.epochs * self.plan.steps_per_epoch
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """What the outputs mean, in their order; empty where nobody says."""
+        return self.plan.dataset.class_names or self.bundle.class_names
 
     def description(self) -> dict[str, Any]:
         """The run as JSON values, by which a state file knows the run that it belongs to."""
@@ -117,6 +123,12 @@ def plan(
     check_augmentation(settings.augmentations, *(spec.shape for spec in bundle.samples))
     if len(dataset) == 0:
         raise DataError("no samples to train on", "give some data")
+    named = dataset.class_names
+    if named and bundle.class_names and named != bundle.class_names:
+        raise DataError(
+            f"{bundle.source}: its outputs mean {listed(bundle.class_names)}; the data's labels mean {listed(named)}",
+            "read the data with `known=classes_of(bundle)`, or leave their class_names out",
+        )
     objective = bundle.objective
     given = dict(settings.hyperparameters)
     if objective.needs_teacher and teacher is None and transfer is None and given.get("alpha") != 0:

@@ -9,8 +9,10 @@ import numpy as np
 
 from edgestill.runtime.bundle import wire
 from edgestill.runtime.bundle.bundle import Bundle
+from edgestill.runtime.data.classes import KnownClasses, listed, places
 from edgestill.runtime.engines.registry import Engine, open_engine
 from edgestill.runtime.errors import BundleError, UsageError, WireError
+from edgestill.runtime.training.checkpoint import classes_of, load_named_state
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,25 @@ def encode_all(
     return TeacherOutputs(np.concatenate(latents)[: len(images)], np.concatenate(logits)[: len(images)])
 
 
+def in_order_of(
+    outputs: TeacherOutputs, teacher: KnownClasses, student: Bundle, names: tuple[str, ...]
+) -> TeacherOutputs:
+    """Outputs whose logits stand in the order of the student's classes, which `names` name; as they are where nobody
+    says, or where the student learns from no logits. Errors: UsageError with both lists."""
+    if outputs.logits is None or not student.objective.takes_logits or not (teacher and names):
+        return outputs
+    if teacher.names == names:
+        return outputs
+    found = places(names, teacher.names)
+    columns = [place for place in found if place is not None]
+    if len(columns) != outputs.logits.shape[1]:
+        raise UsageError(
+            f"{teacher.whose} has classes {listed(teacher.names)}; the student's are {listed(names)}",
+            "use a teacher of the same classes, or one whose latents alone are learnt from (--objective lkd)",
+        )
+    return TeacherOutputs(outputs.latents, np.ascontiguousarray(outputs.logits[:, columns]))
+
+
 class Teacher:
     """An opened teacher bundle with its state; engines start only when something is not in the cache."""
 
@@ -69,9 +90,9 @@ class Teacher:
         try:
             _check_fits(self._bundle, student)
             if checkpoint is None:
-                self._state = self._bundle.initial_state()
+                self._state, self.classes = self._bundle.initial_state(), classes_of(self._bundle)
             else:
-                self._state = self._bundle.check_state(wire.load(checkpoint).arrays, source=str(checkpoint))
+                self._state, self.classes = load_named_state(checkpoint, self._bundle)
         except BaseException:
             self._bundle.close()
             raise

@@ -12,7 +12,14 @@ import numpy as np
 
 from edgestill.runtime.engines.registry import Engine
 from edgestill.runtime.errors import Interrupted, TrainingError
-from edgestill.runtime.training.checkpoint import Checkpoint, check_same_run, load_checkpoint, save_checkpoint
+from edgestill.runtime.training.checkpoint import (
+    Checkpoint,
+    check_same_classes,
+    check_same_run,
+    load_checkpoint,
+    save_checkpoint,
+)
+from edgestill.runtime.training.divergence import Growth
 from edgestill.runtime.training.hyperparameters import CHECKPOINT_EVERY
 from edgestill.runtime.training.plan import Run
 
@@ -47,6 +54,7 @@ def prepare(engine: Engine, run: Run, state_path: Path | None, restart: bool = F
     if state_path is not None and state_path.exists() and not restart:
         saved = load_checkpoint(state_path, run.bundle)
         check_same_run(state_path, saved, run.description())
+        check_same_classes(state_path, saved.class_names, run.class_names)
         engine.load_state(saved.state)
         return saved.step
     engine.load_state(run.bundle.initial_state() if run.initial_state is None else run.initial_state)
@@ -65,10 +73,13 @@ def train(
     """Makes the steps from `first_step` on and yields a record of each; checkpoints on the way, none without a path.
 
     `should_stop` is asked after every step. Errors: Interrupted after a last checkpoint when it says so;
-    TrainingError for a loss that is not finite, with the last checkpoint untouched.
+    TrainingError for a loss that is not finite and for a run that has diverged (divergence.py), with the last
+    checkpoint untouched.
     """
     CHECKPOINT_EVERY.check("--checkpoint-every", checkpoint_every)
     description, total = {} if state_path is None else run.description(), run.total_steps
+    initial_state = run.bundle.initial_state() if run.initial_state is None else run.initial_state
+    growth, kept = Growth(run.bundle, initial_state), first_step
     for step in range(first_step, total):
         inputs = run.inputs(step)
         started = time.perf_counter()
@@ -76,15 +87,18 @@ def train(
         elapsed_ms = (time.perf_counter() - started) * 1e3
         record = _record(run, step, inputs, metrics, elapsed_ms)
         if not np.isfinite(record.loss):
-            raise TrainingError(
-                f"the loss of step {record.step} is {record.loss}"
-                + ("" if state_path is None else f"; {state_path} keeps the last checkpoint"),
-                "train with a smaller --lr, or with --warmup-steps",
-            )
+            raise _diverged(f"the loss of step {record.step} is {record.loss}", state_path, kept)
+        growth.add(record.loss)
         stopping = should_stop()
         due = stopping or record.step == total or record.step % checkpoint_every == 0
-        if due and state_path is not None:
-            save_checkpoint(state_path, Checkpoint(engine.state(), record.step, total, description))
+        if due and (state_path is not None or record.step == total):
+            state = engine.state()
+            if (how := growth.judge(state, record.step == total)) is not None:
+                raise _diverged(f"the run has diverged by step {record.step}: {how}", state_path, kept)
+            if state_path is not None:
+                checkpoint = Checkpoint(state, record.step, total, description, run.class_names)
+                save_checkpoint(state_path, checkpoint)
+                kept = record.step
         yield record
         if stopping and record.step < total:
             raise Interrupted(
@@ -92,6 +106,12 @@ def train(
                 + ("" if state_path is None else f"; {state_path} holds the state"),
                 None if state_path is None else "run the same command again to go on",
             )
+
+
+def _diverged(what: str, state_path: Path | None, kept: int) -> TrainingError:
+    """`kept`: the step whose state the file holds; 0 where this run has written none."""
+    where = f"; {state_path} keeps the state of step {kept}" if state_path is not None and kept else ""
+    return TrainingError(what + where, "train with a smaller learning rate, or with warm-up steps")
 
 
 def _record(

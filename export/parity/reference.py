@@ -177,6 +177,9 @@ class ReferenceStep:
             for slots, _, _ in self._slots():
                 slots["step"] = torch.tensor(float(count))
             self.corrections = [torch.tensor([1 - b ** (count + 1)], dtype=self.dtype) for b in betas]
+        if self.bundle.optimizer.clips:
+            trained = [p for p in self.parameters.values() if p.requires_grad]
+            torch.nn.utils.clip_grad_norm_(trained, numbers["clip_norm"])
         self.optimizer.step()
 
     def _slots(self) -> list[tuple[dict, str, str]]:

@@ -207,10 +207,11 @@ def _samples(
 
 
 def draw_batches(bundle: Bundle, tensors, labels, random: np.random.Generator) -> Iterator[dict[str, np.ndarray]]:
-    """With uneven sample weights and some weight decay, so that a step that ignored them would be found out."""
+    """With uneven sample weights, some weight decay and a norm that clips much, so that a step that ignored them would
+    be found out."""
     kinds = (bundle.objective.name, bundle.optimizer.name)
     numbers = {name: default(name, *kinds) for name in HYPERPARAMETERS}
-    numbers |= {"logit_share": 0.4, "weight_decay": 1e-2}
+    numbers |= {"logit_share": 0.4, "weight_decay": 1e-2, "clip_norm": 0.1}
     while True:
         drawn = random.choice(len(labels), bundle.batch, replace=len(labels) < bundle.batch)
         batch = {spec.name: tensor[drawn] for spec, tensor in zip(bundle.samples, tensors, strict=True)}

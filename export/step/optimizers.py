@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any
 
 from edgestill.export.lowering.graph import Graph, Value
 from edgestill.runtime.bundle.manifest import Optimizer, TensorSpec
 
 _JOINT = "joint vector"
+CLIP_UNIT = "largest norm of all gradients together"
+
 
 @dataclass(frozen=True)
 class Method:
@@ -25,7 +30,7 @@ class Method:
 
 def hyperparameters(optimizer: Optimizer) -> list[TensorSpec]:
     """What the optimizer takes at every step, in order."""
-    given = METHODS[optimizer.name].hyperparameters
+    given = METHODS[optimizer.name].hyperparameters | ({"clip_norm": CLIP_UNIT} if optimizer.clips else {})
     return [TensorSpec(name, (1,), "float32", unit) for name, unit in given.items()]
 
 
@@ -48,7 +53,12 @@ def update(
 
     Parameters of at most `joint_size` elements are updated together, end to end in one vector.
     """
-    rule = METHODS[optimizer.name].rule
+    method = METHODS[optimizer.name].rule
+
+    def rule(*given: Any) -> dict[str, Value]:
+        *others, gradients, inputs = given
+        return method(*others, _clipped(gradients, inputs["clip_norm"]) if optimizer.clips else gradients, inputs)
+
     joined = [name for name, gradient in gradients.items() if gradient.size <= joint_size]
     if len(joined) < 2:
         return rule(optimizer, graph, state, gradients, inputs)
@@ -71,6 +81,17 @@ def update(
             new[name] = vector.narrow(0, start, stop).reshape(*state[name].shape)
             start = stop
     return new
+
+
+def _clipped(gradients: dict[str, Value], norm: Value) -> dict[str, Value]:
+    """All gradients times one factor of at most 1, so that their global norm is at most `norm` [1].
+
+    As torch.nn.utils.clip_grad_norm_ has it. Source: Pascanu, Mikolov and Bengio 2013.
+    """
+    rows = [(g * g).reshape(g.shape[0] if g.rank > 1 else 1, -1).sum(1) for g in gradients.values()]
+    root = reduce(add, (squares.sum(0).reshape(1) for squares in rows)).apply("sqrt")
+    factor = (norm / (root + 1e-6)).apply("minimum", 1.0)
+    return {name: gradient * _of_rank(factor, gradient) for name, gradient in gradients.items()}
 
 
 def _sgd(optimizer, graph, state, gradients, inputs):

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from edgestill.benchmarks import cli, machine
-from edgestill.benchmarks.bundles import (
+from edgestill.benchmarks.plot import plot_results
+from edgestill.benchmarks.report import format_table
+from edgestill.runtime.errors import UsageError
+from edgestill.simulation.bundles import (
     BundleRequest,
     ExportFailed,
     code_digest,
@@ -17,9 +20,6 @@ from edgestill.benchmarks.bundles import (
     read_complaint,
     run_export,
 )
-from edgestill.benchmarks.plot import plot_results
-from edgestill.benchmarks.report import format_table
-from edgestill.runtime.errors import UsageError
 from tests.support.handmade_bundle import write_handmade_bundle
 
 QUICK, SLOW, ABSENT = (f"tests.support.bench_fakes:{name}" for name in ("quick", "slow", "absent"))
@@ -172,7 +172,7 @@ class FakeExporter:
 
 def test_bundles_are_exported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exporter = FakeExporter(set())
-    monkeypatch.setattr("edgestill.benchmarks.bundles.run_export", exporter)
+    monkeypatch.setattr("edgestill.simulation.bundles.run_export", exporter)
     first = prepare_bundle(BundleRequest("cnn3", 32), ["onnxruntime"], tmp_path, lambda text: None)
     again = prepare_bundle(BundleRequest("cnn3", 32), ["onnxruntime"], tmp_path, lambda text: None)
     other = prepare_bundle(BundleRequest("cnn3", 64), ["onnxruntime"], tmp_path, lambda text: None)
@@ -183,7 +183,7 @@ def test_bundles_are_exported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_student_of_ones_own_is_exported_again_when_its_file_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgestill.benchmarks.bundles.run_export", FakeExporter(set()))
+    monkeypatch.setattr("edgestill.simulation.bundles.run_export", FakeExporter(set()))
     monkeypatch.chdir(tmp_path)
     found = []
     Path("nets").mkdir()
@@ -198,7 +198,7 @@ def test_a_student_of_ones_own_is_exported_again_when_its_file_changes(
 def test_an_engine_that_cannot_be_exported_leaves_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgestill.benchmarks.bundles.run_export", FakeExporter({"executorch"}))
+    monkeypatch.setattr("edgestill.simulation.bundles.run_export", FakeExporter({"executorch"}))
     request, engines = BundleRequest("cnn3", 32), ["onnxruntime", "executorch"]
     folder, failed = prepare_bundle(request, engines, tmp_path, lambda text: None)
     assert json.loads((folder / "manifest.json").read_text()) == {"engines": "onnxruntime"}

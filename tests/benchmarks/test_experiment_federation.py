@@ -15,10 +15,10 @@ from edgestill.benchmarks.experiments import common_head, federation, poisoning
 from edgestill.benchmarks.experiments.federation import CANDIDATES, RATES
 from edgestill.benchmarks.experiments.grid import Cell, Context, Options
 from edgestill.benchmarks.experiments.simulated import WIDTH_DIVISOR, take_apart
-from edgestill.benchmarks.simulation.settings import SimulationSettings
-from edgestill.benchmarks.simulation.students import narrow
 from edgestill.runtime.data.dataset import Dataset, Splits
 from edgestill.runtime.errors import DataError, EdgestillError
+from edgestill.simulation.settings import SimulationSettings
+from edgestill.simulation.students import narrow
 
 CHOSEN = {of: dict(zip(RATES, grid[0], strict=True)) for of, (_, grid) in CANDIDATES.items()}
 SMALL = {"train_samples": 128, "transfer_samples": 32, "validation_samples": 64, "test_samples": 32, "rounds": 2,

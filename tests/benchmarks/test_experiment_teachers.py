@@ -112,7 +112,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
              x_test=images_of(TEST), y_test=LABELS[len(TRAIN) :])  # fmt: skip
     np.savez(folder / "transfer.npz", x=images_of(TRANSFER))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("edgestill.benchmarks.bundles.run_export", lambda words: main(list(words)))
+        patch.setattr("edgestill.simulation.bundles.run_export", lambda words: main(list(words)))
         yield folder
 
 

@@ -16,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgestill.benchmarks import processes
-from edgestill.benchmarks.bundles import BundleRequest, run_export
 from edgestill.benchmarks.processes import CpuUse, WorkerFailed, WorkerProcess
 from edgestill.benchmarks.step import (
     Case,
@@ -30,6 +29,7 @@ from edgestill.benchmarks.step import (
 )
 from edgestill.benchmarks.worker import WorkerSpec
 from edgestill.benchmarks.workload import make_batches
+from edgestill.simulation.bundles import BundleRequest, run_export
 from tests.support import bench_fakes
 from tests.support.bench_fakes import QUICK_S, SLOW_S
 

@@ -68,11 +68,32 @@ def test_gaps_and_values_that_are_not_finite_break_the_line_and_are_bridged():
     assert [row[1] for row in chart.rows] == ["1", "2", "–", "–", "4", "5", "–", "3"]
 
 
-def test_limits_widen_the_axis_and_never_cut_values():
-    svg = parse(line_chart("Accuracy", (1, 2), [Series("a", (0.4, 0.6))], limits=(0.0, 1.0)))
-    assert [v for _, v in axis(svg)][:: len(axis(svg)) - 1] == [0.0, 1.0]
-    svg = parse(line_chart("Accuracy", (1, 2), [Series("a", (0.4, 1.6))], limits=(0.0, 1.0)))
-    assert axis(svg)[-1][1] >= 1.6
+def test_an_axis_fits_the_values_and_stays_within_its_bounds():
+    def ends(*values):
+        found = [v for _, v in axis(parse(line_chart("Accuracy", (1, 2), [Series("a", values)], bounds=(0.0, 1.0))))]
+        return found[0], found[-1]
+
+    assert ends(0.42, 0.58) == (0.4, 0.6)
+    assert ends(0.999, 1.0) == (0.999, 1.0)
+    assert ends(1.0, 1.0)[1] == 1.0 and ends(0.0, 0.0)[0] == 0.0
+
+
+def test_slanted_names_stay_inside_the_drawing():
+    names = [f"a class with a long name {k}" for k in range(10)]
+    for chart in (
+        heat_map("Classes", ("a",), [(5,) * 10], class_names=names),
+        bar_chart("Samples", names, [Series("samples", (5.0,) * 10)], legend=False),
+    ):
+        svg = parse(chart)
+        _, _, width, height = map(float, svg.get("viewBox").split())
+        slanted = svg.findall("s:text[@class='tick slanted']", NS)
+        assert len(slanted) == 10
+        for text in slanted:
+            angle, x, y = map(float, re.findall(r"-?[\d.]+", text.get("transform")))
+            length = 7.5 * len(text.text)  # a wide letter at 12 pixels
+            begin_x = x - length * math.cos(math.radians(angle))
+            begin_y = y - length * math.sin(math.radians(angle))
+            assert 0 <= begin_x and x <= width and 0 <= begin_y <= height and y <= height
 
 
 def test_bars_are_as_high_as_their_values():

@@ -47,6 +47,7 @@ def test_from_a_task_to_a_code(place: Path, capsys: pytest.CaptureFixture[str]) 
         LATENT,
         CLASSES,
     )
+    assert "--class-names would say it" in task.pop("notices")[0]["text"] and task["class_names"] == []
     assert task["transfer"]["samples"] == 8 and not task["transfer"]["labelled"] and task["test"]["labelled"]
     assert task["local"]["alpha"] == 0.25 and task["aggregation"]["rule"] == "median"
     assert len(task["students"]) == 2 and task["mode"] == "consensus"
@@ -133,7 +134,7 @@ def test_names_that_are_not_there(place: Path, capsys: pytest.CaptureFixture[str
     assert main(CREATE) == 0
     assert main(CREATE) == 2 and "already" in capsys.readouterr().err
     assert main(["task", "show", "crows", "--data-dir", "fed"]) == 2
-    assert "edgestill task list" in capsys.readouterr().err
+    assert "there are: birds" in capsys.readouterr().err
     assert main(["enrol", "--task", "crows", "--data-dir", "fed"]) == 2
     assert "crows" in (error := capsys.readouterr().err) and "hint:" in error
     for words in (["--count", "0"], ["--hours", "nan"], ["--hours", "0"]):

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import re
+import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from edgestill.coordinator.commands.serve import say
+from edgestill.coordinator.http import address
+from edgestill.coordinator.http.address import risks_of, url_of
+from edgestill.coordinator.settings import Settings, place_words
+from edgestill.coordinator.store.database import Store
 from edgestill.coordinator.task.creation import make_task
 from edgestill.runtime.cli import main
 from edgestill.runtime.errors import UsageError
@@ -151,7 +159,7 @@ def test_a_task_in_words_and_how_it_stands(place: Path, capsys: pytest.CaptureFi
 def test_serve_says_that_there_are_no_tasks_yet(place: Path) -> None:
     with serving() as (_, process):
         process.terminate()
-        assert "no tasks here yet; edgestill task create --data-dir fed …" in process.communicate()[1]
+        assert "--transfer NAME_OR_PATH --data-dir fed`" in process.communicate()[1]
     assert main(CREATE) == 0
     with serving() as (_, process):
         process.terminate()
@@ -179,3 +187,89 @@ def test_a_key_that_is_none_or_another_certificate_s_is_named(
         error = said(capsys, "serve", "--port", "0", "--data-dir", "fed", "--tls-cert", certificate, "--tls-key", key,
                      code=2)  # fmt: skip
         assert complaint in error and "hint:" in error
+
+
+def commands_in(text: str) -> list[list[str]]:
+    """The words of every command in backticks, without the name of the program."""
+    return [shlex.split(found)[1:] for found in re.findall(r"`(edgestill [^`]*)`", text)]
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        ["--data-dir", "a folder"],
+        ["--database", "sqlite:///other place.db", "--blobs", "its blobs"],
+        ["--config", "settings.toml"],
+        ["--data-dir", "fed", "--blobs", "elsewhere"],
+    ],
+)
+def test_the_next_step_works_as_it_is_suggested(
+    place: Path, capsys: pytest.CaptureFixture[str], where: list[str]
+) -> None:
+    (place / "settings.toml").write_text('database = "sqlite:///c.db"\nblobs = "c"\n')
+    create = ["task", "create", "--name", "birds", "--bundle", "one", "--transfer", "data.npz", *where]
+    enrolment, serve = commands_in(said(capsys, *create))
+    assert enrolment[0] == "enrol" and serve == ["serve", *where]
+    (on_device, serve_again) = commands_in(said(capsys, *enrolment))
+    assert serve_again == ["serve", *where] and on_device[0] == "join"
+    assert run_json(capsys, "task", "list", *where)["tasks"][0]["name"] == "birds"
+    assert not (place / "edgestill-data").exists()
+    error = said(capsys, "enrol", "--task", "crows", *where, code=2)
+    assert "there are: birds" in error
+
+
+def test_where_there_is_no_task_the_hint_makes_one(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for index, words in enumerate((["task", "list"], ["task", "show", "x"], ["enrol", "--task", "x"])):
+        Store(f"sqlite:///{index}.db").close()
+        where = ["--database", f"sqlite:///{index}.db", "--blobs", "b"]
+        code = 0 if words[-1] == "list" else 2
+        (creation,) = commands_in(said(capsys, *words, *where, code=code))
+        assert creation[-4:] == where
+        typed = [{"TASK": "t", "BUNDLE": "one", "NAME_OR_PATH": "data.npz"}.get(word, word) for word in creation]
+        assert main(typed) == 0, typed
+
+
+def test_a_password_in_a_url_is_not_repeated() -> None:
+    given = {"database": "postgresql://me:s3cr3t@db/edgestill", "blobs": "s3://bucket/blobs", "data_dir": None}
+    assert place_words(given) == " --database 'postgresql://me:***@db/edgestill' --blobs s3://bucket/blobs"
+
+
+def test_what_the_whole_network_can_do_is_warned_of(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_certificate(place / "c.pem", place / "k.pem")
+    pair = {"tls_cert": place / "c.pem", "tls_key": place / "k.pem"}
+    assert risks_of(Settings(), "http://127.0.0.1:8000") == []
+    clear, tls = Settings(host="0.0.0.0"), Settings(host="0.0.0.0", dashboard_token="t", **pair)
+    said = risks_of(clear, url_of(clear, 8000))
+    assert len(said) == 2 and "EDGESTILL_DASHBOARD_TOKEN" in said[0] and "--tls-cert" in said[1]
+    assert risks_of(Settings(host="0.0.0.0", dashboard_token="t", public_url="https://e.example"), "") == []
+    assert risks_of(tls, "https://127.0.0.1:8000") == []
+    (said,) = risks_of(tls, "https://192.0.2.7:8000")
+    assert "not for 192.0.2.7" in said and "--public-url" in said
+
+
+def test_the_address_is_one_that_others_reach_and_that_the_certificate_is_for(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(address, "lan_addresses", lambda host: ["192.0.2.7"])
+    assert url_of(Settings(host="0.0.0.0"), 8000) == "http://192.0.2.7:8000"
+    assert url_of(Settings(host="0.0.0.0", public_url="https://e.example/"), 8000) == "https://e.example"
+    assert url_of(Settings(host="::1"), 80) == "http://[::1]:80"
+    write_certificate(place / "c.pem", place / "k.pem")  # for 127.0.0.1 alone
+    tls = Settings(host="0.0.0.0", tls_cert=place / "c.pem", tls_key=place / "k.pem")
+    assert url_of(tls, 8000) == "https://192.0.2.7:8000", "none fits: the first, with a warning"
+    monkeypatch.setattr(address, "lan_addresses", lambda host: ["192.0.2.7", "127.0.0.1"])
+    assert url_of(tls, 8000) == "https://127.0.0.1:8000"
+
+
+def test_a_terminal_gets_a_code_for_the_camera(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As segno draws it; another program's camera has read it by hand."""
+    say("http://192.0.2.7:8000", False, True)
+    assert "camera" not in capsys.readouterr().err, "no terminal"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    say("http://192.0.2.7:8000", False, True)
+    drawn = capsys.readouterr().err
+    assert drawn.count("█") > 100
+    say("http://127.0.0.1:8000", False, False)
+    assert "camera" not in capsys.readouterr().err, "a phone does not reach loopback"

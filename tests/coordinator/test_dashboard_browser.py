@@ -16,7 +16,7 @@ from edgestill.coordinator.dashboard import routes
 from edgestill.coordinator.dashboard.routes import make_dashboard_router
 from edgestill.coordinator.settings import Settings
 from tests.support.chromium import EXECUTABLE, chromium
-from tests.support.dashboard_service import DashboardService
+from tests.support.dashboard_service import DashboardService, device_name
 
 
 @contextlib.contextmanager
@@ -106,13 +106,14 @@ def test_in_a_browser_pages_fit_read_well_and_follow_changes(tmp_path):
         browser.messages.clear()  # that the form came with 401 is as it should be
         for width, height in ((360, 800), (1280, 900)):
             for dark in (False, True):
-                for path in ("/", "/tasks/birds"):
+                for path in ("/", "/tasks/birds", f"/tasks/birds/devices/{device_name(1)}"):
                     browser.open(url + path, width, height, dark)
                     assert browser.evaluate("document.documentElement.scrollWidth") <= width
                     assert browser.evaluate(CUT_TABLES) == 0, "a table runs off its card"
                     assert browser.evaluate(TEXT_CONTRASTS) >= 4.5, (width, dark, path)
                     browser.screenshot(tmp_path / "page.png")
                     assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
+        browser.open(f"{url}/tasks/birds", 1280, 900)
         browser.wait_for("document.getElementById('connection').dataset.state === 'live'")
         browser.evaluate("document.querySelector('#curves details').open = true")
         service.advance()
@@ -121,7 +122,8 @@ def test_in_a_browser_pages_fit_read_well_and_follow_changes(tmp_path):
         assert browser.evaluate("document.querySelector('#curves details').open")
         assert browser.evaluate("document.querySelectorAll('#rounds tbody tr').length") == 6
         assert browser.evaluate("document.querySelector('[data-deadline]').textContent").endswith("left")
-        seen = browser.evaluate("[...document.querySelectorAll('#devices time')].map((e) => e.textContent)")
+        last_seen = "#devices td[data-label='Last seen'] time"
+        seen = browser.evaluate(f'[...document.querySelectorAll("{last_seen}")].map((e) => e.textContent)')
         assert seen[2:] == ["11 min ago", "2 h ago", "2 d ago"]  # the script's words are the server's
         assert browser.messages == []
 

@@ -9,11 +9,11 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgestill.benchmarks.simulation.attack import spoil
-from edgestill.benchmarks.simulation.settings import ATTACKS
 from edgestill.coordinator.distillation.aggregation import Upload, aggregate, left_out
 from edgestill.coordinator.distillation.screening import FEWEST, agreement, odd_ones
 from edgestill.coordinator.task.task import RULES, Aggregation
+from edgestill.simulation.attack import spoil
+from edgestill.simulation.settings import ATTACKS
 
 SCREEN = Aggregation("median", clip="median", screen=True)
 

@@ -242,7 +242,7 @@ def test_export_prints_one_object_or_what_to_do_next(
     assert "lowering the training step for onnxruntime" in err
     assert main([*COMMAND, "--engines", "onnxruntime", "--output", str(output), "--overwrite"]) == 0
     out, err = capsys.readouterr()
-    assert out == "" and f"next: edgestill verify {output}" in err
+    assert out == "" and f"next: `edgestill verify {output}`" in err
 
 
 @pytest.mark.parametrize(
@@ -294,3 +294,13 @@ def test_a_student_that_cannot_be_lowered_is_a_failure(
     err = capsys.readouterr().err
     assert "representation.0 (Sorted): the operator aten.sort" in err
     assert "hint: use max, argmax, or comparisons" in err and not output.exists()
+
+
+def test_a_bundle_names_its_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["export", "--student", "cnn3", "--widths", "4,6,8", "--latent-size", "6", "--batch", "4",
+             "--input-shape", "3,16,16", "--engines", "native", "--class-names", "apple,Banana, cherry"]  # fmt: skip
+    assert main([*words, "--output", str(tmp_path / "b")]) == 0
+    with Bundle.open(tmp_path / "b") as bundle:
+        assert bundle.classes == 3 and bundle.class_names == ("apple", "Banana", "cherry")
+    assert main([*words, "--classes", "4", "--output", str(tmp_path / "c")]) == 2
+    assert "--class-names gives 3 names, --classes 4" in capsys.readouterr().err

@@ -75,7 +75,11 @@ def by_hand(
         losses.append(loss.item())
         rate, decay = h["learning_rate"], h["weight_decay"]
         with torch.no_grad():
-            for n, g in zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True):
+            gradients = torch.autograd.grad(loss, list(parameters.values()))
+            if options.optimizer.clips:
+                norm = torch.cat([g.flatten() for g in gradients]).norm()
+                gradients = [g * min(1.0, h["clip_norm"] / (norm + 1e-6)) for g in gradients]
+            for n, g in zip(parameters, gradients, strict=True):
                 p, m, v = parameters[n], first[n], second[n]
                 if options.optimizer.name == "sgd":
                     g = g + decay * p
@@ -92,6 +96,7 @@ def by_hand(
 OPTIONS = {
     "ce": {"objective": Objective("ce")},
     "lkd-nesterov": {"optimizer": Optimizer("sgd", True)},
+    "lkd-clipped": {"optimizer": Optimizer("sgd", clips=True)},
     "kl-adamw": {"objective": Objective("kd", "kl"), "optimizer": Optimizer("adamw")},
     "crd-adamw": {
         "objective": Objective("crd", negatives=7, features=6, teacher_latent_size=3),

@@ -135,6 +135,7 @@ VARIANTS = {
     "kl-adamw-frozen": {
         "objective": Objective("kd", "kl"), "optimizer": Optimizer("adamw"), "freeze": ("perception:1",)
     },
+    "ce-adamw-clipped": {"objective": Objective("ce"), "optimizer": Optimizer("adamw", clips=True)},
     "mse-nesterov-group": {
         "objective": Objective("kd", "mse"), "optimizer": Optimizer("sgd", True), "normalization": "group"
     },

@@ -95,7 +95,7 @@ def test_inspect_says_what_no_delegate_runs_and_how_near_the_engine_is(
 def test_hints_name_extras_that_there_are() -> None:
     sources = [
         path
-        for part in ("edge_runtime", "export", "coordinator", "benchmarks")
+        for part in ("edge_runtime", "export", "coordinator", "simulation", "benchmarks")
         for path in (ROOT / part).rglob("*.py")
     ]
     named = {name for path in sources for name in re.findall(r"edgestill\[([a-z]+)\]", path.read_text())}

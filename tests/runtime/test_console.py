@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from edgestill.runtime.console import Progress
+from edgestill.runtime.console import Progress, about
 
 
 @pytest.mark.tiny
@@ -35,3 +35,20 @@ def test_on_a_terminal_a_line_is_written_over(
         raise ValueError("broken")
     first, last, rest = capsys.readouterr().err.split("\n")
     assert rest == "" and first.startswith("tracing\rtracing (0 s so far)\033[K") and last == "lowering"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.2, "about 10 s"),
+        (44, "about 40 s"),
+        (84, "about 80 s"),
+        (91, "about 2 min"),
+        (3500, "about 58 min"),
+        (3599, "about 1 h"),
+        (7700, "about 2 h 10 min"),
+        (100_000, "about 1.2 days"),
+    ],
+)
+def test_a_time_to_come_is_no_more_exact_than_an_estimate(seconds: float, text: str) -> None:
+    assert about(seconds) == text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ from edgestill.runtime.device import outputs
 from edgestill.runtime.device.client import Refused
 from edgestill.runtime.device.conditions import Conditions
 from edgestill.runtime.device.journal import WorkFolder, WorkMemory
-from edgestill.runtime.device.local_round import Equipment, Options, Privacy
-from edgestill.runtime.device.participant import Participant
+from edgestill.runtime.device.local_round import Equipment, Options, Privacy, score_tests
+from edgestill.runtime.device.local_settings import LocalSettings
+from edgestill.runtime.device.local_training import LocalResult, train_locally
+from edgestill.runtime.device.participant import Participant, Work
 from edgestill.runtime.errors import EdgestillError, StateError, TrainingError, UsageError
 from tests.support.device_bench import Bench, open_bench, upload_undisturbed  # noqa: F401  fixtures
 from tests.support.device_fakes import EXPECTED
@@ -234,3 +237,40 @@ def test_noise_is_for_outputs_only(bench: Bench) -> None:
             {**bench.task, "exchange": "parameters"}, bench.bundle, bench.engine, bench.private, None, {},
             Options(privacy=Privacy(1.0, 1.0)),
         )  # fmt: skip
+
+
+def test_a_device_can_compare_itself_with_training_alone(bench: Bench, tmp_path: Path) -> None:
+    """The oracle is the local training itself, called without any teacher; what is uploaded stays the same."""
+    fake, plain = bench.coordinator(), bench.coordinator()
+    bench.device(plain, WorkMemory(bench.folder / "blobs")).run()
+    with closing(WorkFolder(tmp_path / "w")) as keep:
+        device = bench.device(fake, keep, Options(compare_alone=True))
+        device.run()
+    assert fake.uploads == plain.uploads and "alone" not in plain.reports["birds.2"]
+    kit, settings = device.equipment, LocalSettings.from_json(fake.task["local"])
+    state = kit.bundle.initial_state()
+    for number in (1, 2):
+        how = (kit.engine, kit.bundle, kit.private, None, None, settings, 100 + number, state)
+        state = train_locally(*how, state_path=None).state
+        kit.engine.load_state(state)
+        assert fake.reports[f"birds.{number}"]["alone"] == score_tests(kit)
+    with closing(WorkFolder(tmp_path / "w")) as again:
+        done, kept = again.alone(kit.bundle)
+        assert done == "birds.2" and all((kept[name] == state[name]).all() for name in state)
+
+
+def test_killed_after_training_alone_a_device_does_not_train_so_again(bench: Bench, tmp_path: Path) -> None:
+    fake = bench.coordinator()
+    work = Work.from_json(fake.work({}, 0.0), 0.0)
+    trained: list[int] = []
+
+    def train(*arguments: object, **how: object) -> LocalResult:
+        trained.append(1)
+        return train_locally(*arguments, **how)
+
+    scores = []
+    for _ in range(2):
+        with closing(WorkFolder(tmp_path / "w")) as keep:
+            device = bench.device(fake, keep, Options(compare_alone=True), train=train)
+            scores.append(device._train_alone(work))
+    assert trained == [1] and scores[0] == scores[1]

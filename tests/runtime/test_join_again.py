@@ -6,7 +6,9 @@ import math
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from edgestill.runtime.cli import main
@@ -165,3 +167,32 @@ def test_a_device_waits_for_the_end_of_a_round_that_it_gave_up(
     assert (
         "edgestill: round birds.1 given up here; waiting for its end" in capsys.readouterr().err.splitlines()
     )
+
+
+def test_event_files_of_a_device_that_was_stopped(
+    work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A curve over the steps of all rounds, whole though the first round was made in two starts."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    fake, said = FakeCoordinator(work / "c"), []
+
+    def hear(output: EventOutput, event: str, /, **details: Any) -> None:
+        said.append({"event": event, **details})
+        if event == "step" and len(said) < 12 and details["step"] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(EventOutput, "__call__", hear)
+    with served(fake) as (url, _):
+        for code in (1, 0):
+            assert main(arguments(work, url, "--log-dir", str(work / "logs"))) == code
+    steps, trained = ([e for e in said if e["event"] == kind] for kind in ("step", "trained"))
+    read = accumulator.EventAccumulator(str(work / "logs"), size_guidance={"scalars": 0}).Reload()
+    found = read.Scalars("train/loss")
+    # the second round has a teacher, so batches of both kinds of samples, and more steps
+    counts = [next(e["steps"] for e in steps), steps[-1]["steps"]]
+    last = 2 * counts[1] + 1
+    assert [one.step for one in found] == [*range(1, counts[0] + 1), *range(last - counts[1], last)]
+    assert [one.value for one in found] == [float(np.float32(step["loss"])) for step in steps]
+    for when, test in (("before", "t_priv"), ("after", "t_uni")):
+        values = [(one.step, one.value) for one in read.Scalars(f"round/{test}_{when}")]
+        assert values == [(n, float(np.float32(e[when][test]))) for n, e in enumerate(trained, 1)]

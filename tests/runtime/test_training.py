@@ -141,7 +141,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(work: Path) ->
     run = run_of(work, TrainSettings(epochs=50, hyperparameters={"learning_rate": 1000}))
     path, engine = work / "state.safetensors", open_engine(run.bundle, threads=1)
     prepare(engine, run, path)
-    with pytest.raises(TrainingError, match="keeps the last"):
+    with pytest.raises(TrainingError, match="keeps the state of step"):
         for _ in train(engine, run, path, checkpoint_every=1):
             pass
     kept = load_checkpoint(path, run.bundle)

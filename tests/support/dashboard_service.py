@@ -99,6 +99,7 @@ class DashboardService:
                 "class_counts": [max(0, int(90 * math.cos(k - 2 * i) + 40)) for k in range(10)],
                 "before": {"t_priv": 0.3 + 0.45 * grown, "t_uni": 0.15 + 0.3 * grown, "loss": 2.3 - 1.2 * grown},
                 "after": {"t_priv": 0.38 + 0.47 * grown, "t_uni": 0.17 + 0.36 * grown, "loss": 2.0 - 1.3 * grown},
+                **({"alone": {"t_priv": 0.36 + 0.46 * grown, "t_uni": 0.16 + 0.28 * grown}} if i < 2 else {}),
             }
             for i, name in enumerate(names)
         }  # fmt: skip

@@ -21,6 +21,7 @@ NUMBERS = {
     "learning_rate": 0.05,
     "momentum": 0.9,
     "weight_decay": 0.01,
+    "clip_norm": 0.3,
     "beta1": 0.9,
     "beta2": 0.99,
     "epsilon": 1e-8,

@@ -13,7 +13,7 @@ FOLDERS = {
     "export": "edgestill/export",
     "edge_runtime": "edgestill/runtime",
     "coordinator": "edgestill/coordinator",
-    "benchmarks": "edgestill/benchmarks",
+    "simulation": "edgestill/simulation",
 }
 """Each folder of this tree that is installed, and where a wheel has it."""
 LIBRARIES = {f"edgestill/runtime/native/libedgestill-{name}.so" for name in ("x86_64", "aarch64")}
@@ -28,7 +28,7 @@ def copy_sources(folder: Path) -> Path:
     if not source.exists():
         for name in FOLDERS:
             shutil.copytree(ROOT / name, source / name, ignore=NOT_SHIPPED)
-        for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md"):
+        for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, source / name)
     return source
 

@@ -90,4 +90,5 @@
   document.addEventListener("visibilitychange", listen);
   listen();
   setInterval(tell_times, 1000);
+  setInterval(() => { if (!document.hidden) refresh(); }, 60000); // that a device has fallen silent is no event
 })();

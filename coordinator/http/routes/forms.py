@@ -113,3 +113,5 @@ class Report(Form):
     class_counts: Annotated[list[Bytes], Field(max_length=10_000)] | None = None
     before: Figures | None = None
     after: Figures | None = None
+    alone: Figures | None = None
+    """Of the same student trained on the device's own data alone, for as long, where the device compares."""

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from edgestill.benchmarks.demo_commands import Background, Commands, DemoFailed
-from edgestill.benchmarks.demo_page import DeviceResult, Results, summary_table, write_page
+from edgestill.simulation.demo_commands import Background, Commands, DemoFailed
+from edgestill.simulation.demo_page import DeviceResult, Results, summary_table, write_page
 
 DATA, TRANSFER, TASK = "cifar10-mini", "cifar100-transfer-mini", "demo"
 START_TIMEOUT_S = 60.0
@@ -266,9 +266,9 @@ def train_alone(
     settings: DemoSettings, data_dir: Path, task: dict[str, Any], board: Board
 ) -> list[dict[str, float | None]]:
     """Accuracies of every device's student after as many epochs on its own data alone."""
-    from edgestill.benchmarks.simulation.pool import LocalFile, open_pool
-    from edgestill.benchmarks.simulation.virtual_device import AloneJob, Setup, train_alone
     from edgestill.coordinator.store.blobs import FileBlobs
+    from edgestill.simulation.pool import LocalFile, open_pool
+    from edgestill.simulation.virtual_device import AloneJob, Setup, train_alone
 
     setup, stored = Setup(DATA, len(DEVICES), settings.gamma, settings.seed), FileBlobs(data_dir / "blobs")
     bundles = {device["name"]: device["bundle"] for device in task["devices"]}
@@ -326,7 +326,7 @@ def collect(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code of the demo: 0 when every command worked."""
     default = DemoSettings()
-    parser = argparse.ArgumentParser(prog="python -m edgestill.benchmarks.demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m edgestill.simulation.demo", description=__doc__)
     for name in (
         "output",
         "gamma",

@@ -1,4 +1,4 @@
-"""Bundles for a benchmark: exported on demand by `edgestill export` in its own process, kept by digest."""
+"""Bundles for a simulation or a benchmark, by `edgestill export` in its own process when needed, kept by digest."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
 
-from edgestill.benchmarks.machine import installed_versions
 from edgestill.runtime.errors import EdgestillError, UsageError
 
 EXPORT_TIMEOUT_S = 900
+PACKAGES = ("edgestill", "torch", "onnxruntime", "executorch", "onnx", "numpy")
 _RUN_CLI = "import sys; from edgestill.runtime.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
@@ -57,6 +58,17 @@ class BundleRequest:
             "--output",
             str(output),
         ]
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that matter here, by name, without importing any."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            pass
+    return versions
 
 
 def code_digest(folders: Sequence[Path] | None = None) -> str:

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from edgestill.benchmarks.simulation.attack import SCALE, spoil
-from edgestill.benchmarks.simulation.pool import JOBS_A_WORKER, open_pool
-from edgestill.benchmarks.simulation.population import poisoners, turns, uniform
-from edgestill.benchmarks.simulation.settings import ATTACKS, Poison, SimulationSettings
-from edgestill.benchmarks.simulation.students import WIDTHS, narrow
-from edgestill.benchmarks.simulation.virtual import SeededEntropy, VirtualClock
 from edgestill.runtime.errors import UsageError
+from edgestill.simulation.attack import SCALE, spoil
+from edgestill.simulation.pool import JOBS_A_WORKER, open_pool
+from edgestill.simulation.population import poisoners, turns, uniform
+from edgestill.simulation.settings import ATTACKS, Poison, SimulationSettings
+from edgestill.simulation.students import WIDTHS, narrow
+from edgestill.simulation.virtual import SeededEntropy, VirtualClock
 
 SETTINGS = SimulationSettings(devices=4000, availability=0.7, dropout=0.1, seed=5)
 

@@ -6,8 +6,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from edgestill.benchmarks.bundles import BundleRequest, prepare_bundle
-from edgestill.benchmarks.simulation.settings import SimulationSettings
+from edgestill.simulation.bundles import BundleRequest, prepare_bundle
+from edgestill.simulation.settings import SimulationSettings
 
 # Channels of the built-in students' stages, as in export/students/registry.py, which needs torch; a test compares them.
 WIDTHS = {

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from edgestill.benchmarks.simulation.federation import Federation, mean_accuracies
-from edgestill.benchmarks.simulation.pool import open_pool
-from edgestill.benchmarks.simulation.settings import SimulationSettings
-from edgestill.benchmarks.simulation.students import prepare_students
+from edgestill.simulation.federation import Federation, mean_accuracies
+from edgestill.simulation.pool import open_pool
+from edgestill.simulation.settings import SimulationSettings
+from edgestill.simulation.students import prepare_students
 
 
 def simulate(

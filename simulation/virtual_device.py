@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from edgestill.benchmarks.simulation.attack import spoil
-from edgestill.benchmarks.simulation.pool import SharedFile
 from edgestill.runtime.bundle import wire
 from edgestill.runtime.bundle.bundle import Bundle, InputSpec
+from edgestill.runtime.data.classes import KnownClasses, names_as_metadata
 from edgestill.runtime.data.dataset import load_splits
 from edgestill.runtime.data.shares import TEST_SAMPLES, DeviceData, deal
 from edgestill.runtime.device.assignment import Assignment, fetch_assignment
@@ -30,6 +29,8 @@ from edgestill.runtime.device.local_settings import LocalSettings
 from edgestill.runtime.device.local_training import Transfer, train_locally
 from edgestill.runtime.device.outputs import pack, unpack
 from edgestill.runtime.engines.registry import Engine, open_engine
+from edgestill.simulation.attack import spoil
+from edgestill.simulation.pool import SharedFile
 
 
 @dataclass(frozen=True)
@@ -162,12 +163,16 @@ def run_round(job: RoundJob) -> Outcome:
     return Outcome(
         str(job.work["round"]),
         None if report is None else coordinator.body,
-        None if report is None else b"".join(wire.encode(keep.student(equipment.bundle))),
+        None if report is None else _encoded(keep.student(equipment.bundle), equipment.private.class_names),
         coordinator.content_encoding,
         coordinator.report_sent,
         coordinator.bytes_down - setup_bytes,
         setup_bytes if job.student is None else 0,
     )
+
+
+def _encoded(state: Mapping[str, np.ndarray], class_names: tuple[str, ...]) -> bytes:
+    return b"".join(wire.encode(state, names_as_metadata(class_names)))
 
 
 def train_alone(job: AloneJob) -> dict[str, float | None]:
@@ -188,7 +193,8 @@ def train_alone(job: AloneJob) -> dict[str, float | None]:
 def _equip(setup: Setup, index: int, assignment: Assignment, engine_name: str | None) -> Equipment:
     bundle, engine = _opened(str(assignment.bundle_path), engine_name)
     form = replace(bundle.input, mean=(), std=())  # which students normalise by, each its own way
-    data = _dealt(setup, form, bundle.classes)[index]
+    named = tuple(assignment.task.get("class_names") or ()) or bundle.class_names
+    data = _dealt(setup, form, bundle.classes, KnownClasses(named, "the task"))[index]
     transfer = None if assignment.transfer_path is None else _transfer(str(assignment.transfer_path))
     tests = {"t_priv": data.t_priv, "t_uni": data.t_uni}
     return Equipment(assignment.task, bundle, engine, data.train, transfer, tests)
@@ -201,9 +207,9 @@ def _opened(path: str, engine_name: str | None) -> tuple[Bundle, Engine]:
 
 
 @lru_cache(maxsize=1)
-def _dealt(setup: Setup, form: InputSpec, classes: int) -> list[DeviceData]:
+def _dealt(setup: Setup, form: InputSpec, classes: int, known: KnownClasses) -> list[DeviceData]:
     source = setup.data if isinstance(setup.data, str) else setup.data.path(_folder())
-    splits = load_splits(source, form, classes)
+    splits = load_splits(source, form, classes, known=known, tell=lambda _: None)
     return deal(
         splits.train, setup.devices, setup.gamma, setup.seed,
         held_out=splits.test, test_samples=setup.test_samples,

@@ -6,17 +6,20 @@ import argparse
 import json
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from edgestill.benchmarks.simulation.settings import Poison, SimulationSettings
 from edgestill.coordinator.task.task import EXCHANGES, MODES, RULES, clip_value
 from edgestill.runtime.bundle.manifest import OBJECTIVES
-from edgestill.runtime.console import add_json_option
+from edgestill.runtime.console import about, add_json_option
 from edgestill.runtime.errors import UsageError
 from edgestill.runtime.training.hyperparameters import HYPERPARAMETERS
+from edgestill.simulation.settings import Poison, SimulationSettings
 
 
 def add_parser(subparsers: Any) -> None:
@@ -106,8 +109,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Simulates and reports; 0 when at least one round was completed, else 1. Errors: EdgestillError."""
-    from edgestill.benchmarks.simulation.run import simulate
-    from edgestill.benchmarks.simulation.students import default_cache
+    from edgestill.simulation.run import simulate
+    from edgestill.simulation.students import default_cache
 
     settings = settings_from(arguments)
     plot = _plot_path(arguments)
@@ -123,19 +126,24 @@ def run(arguments: argparse.Namespace) -> int:
             output = stack.enter_context(
                 (arguments.output / "results.jsonl").open("w", encoding="utf-8", buffering=1)
             )
+        clock = time.monotonic
+        since_s, rounds_s = clock(), []
         for line in simulate(settings, work, cache, _tell):
             lines.append(line)
+            rounds_s.append(clock() - since_s)
+            since_s = clock()
             if output is not None:
                 output.write(json.dumps(line) + "\n")
             if arguments.json:
                 print(json.dumps(line), flush=True)
             elif "round" in line:
-                _tell(describe_round(line))
+                left_s = seconds_left(rounds_s, settings.rounds, settings.local_only)
+                _tell(f"{describe_round(line)}; {about(left_s)} left" if left_s else describe_round(line))
     summary = lines[-1]["summary"]
     if not arguments.json:
         print(describe_summary(summary))
     if plot is not None:
-        from edgestill.benchmarks.simulation.plots import plot_simulation
+        from edgestill.simulation.plots import plot_simulation
 
         plot_simulation(lines, plot)
         _tell(f"wrote {plot}")
@@ -147,6 +155,12 @@ def settings_from(arguments: argparse.Namespace) -> SimulationSettings:
     given = {field.name: getattr(arguments, field.name, None) for field in fields(SimulationSettings)}
     given |= {"bundles": tuple(arguments.bundle or ()), "local_only": not arguments.no_local_only}
     return SimulationSettings(**given)
+
+
+def seconds_left(rounds_s: Sequence[float], rounds: int, alone: bool) -> float:
+    """What is left by the rounds so far, of which the first also exports; `alone` takes about as long once more."""
+    mean_s = fmean(rounds_s[1:] or rounds_s)
+    return mean_s * (rounds - len(rounds_s) + rounds * alone)
 
 
 def describe_round(line: dict[str, Any]) -> str:
@@ -162,7 +176,7 @@ def describe_round(line: dict[str, Any]) -> str:
 
 def describe_summary(summary: dict[str, Any]) -> str:
     """The summary as a small table for people."""
-    from edgestill.benchmarks.report import align
+    from edgestill.runtime.console import align
 
     def share(value: float | None) -> str:
         return "–" if value is None else f"{value:.1%}"

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgestill.benchmarks.simulation.federation import Federation
-from edgestill.benchmarks.simulation.pool import open_pool
-from edgestill.benchmarks.simulation.settings import SimulationSettings
 from edgestill.export.exporter import ExportOptions, export_bundle
 from edgestill.runtime.bundle import wire
 from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.bundle.manifest import InputSpec, Objective
+from edgestill.simulation.federation import Federation
+from edgestill.simulation.pool import open_pool
+from edgestill.simulation.settings import SimulationSettings
 
 pytestmark = pytest.mark.simulation
 CLASSES, SIZE, LATENT = 3, 8, 5

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgestill.benchmarks.report import align
+from edgestill.runtime.console import align
 
 # Okabe and Ito's palette, told apart with any colour vision
 PRIVATE, UNIFORM, GLOBAL, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"

@@ -12,8 +12,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-from edgestill.benchmarks.simulation.settings import SimulationSettings
 from edgestill.runtime.randomness import permutation, raw_numbers
+from edgestill.simulation.settings import SimulationSettings
 
 # Streams of one seed; those of edgestill.runtime.randomness end far below.
 AVAILABLE, DROPPED, ORDER_OF_ASKING, DURATION, POISONER, ATTACK = range(100, 106)

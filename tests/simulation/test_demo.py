@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -14,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgestill.benchmarks import demo_commands, processes
-from edgestill.benchmarks.demo import (
+from edgestill.simulation import demo_commands
+from edgestill.simulation.demo import (
     DEVICES,
     STUDENTS,
     DemoSettings,
@@ -25,8 +26,8 @@ from edgestill.benchmarks.demo import (
     start_coordinator,
     task_words,
 )
-from edgestill.benchmarks.demo_commands import Commands, DemoFailed
-from edgestill.benchmarks.demo_page import (
+from edgestill.simulation.demo_commands import Commands, DemoFailed
+from edgestill.simulation.demo_page import (
     _STYLE,
     DeviceResult,
     Results,
@@ -36,6 +37,7 @@ from edgestill.benchmarks.demo_page import (
     summary_table,
     write_page,
 )
+from edgestill.simulation.pool import ONE_THREAD
 
 # Stands for `edgestill`: says its words on stderr, more than a pipe holds, and answers as the real one does.
 FAKE = """
@@ -228,8 +230,8 @@ def test_the_whole_demo(tmp_path: Path) -> None:
         "1",
     ]
     ran = subprocess.run(
-        [sys.executable, "-m", "edgestill.benchmarks.demo", *words, "--transfer-count", "64"],
-        env=processes.worker_environment(2),
+        [sys.executable, "-m", "edgestill.simulation.demo", *words, "--transfer-count", "64"],
+        env={**os.environ, **ONE_THREAD},
         capture_output=True,
         text=True,
         timeout=1200,

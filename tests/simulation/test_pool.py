@@ -9,11 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-from edgestill.benchmarks.simulation.pool import ONE_THREAD, worker_processes
+from edgestill.simulation.pool import ONE_THREAD, worker_processes
 
 PARENT = """
 import os, time
-from edgestill.benchmarks.simulation.pool import worker_processes
+from edgestill.simulation.pool import worker_processes
 if __name__ == "__main__":
     with worker_processes(1) as executor:
         print(executor.submit(os.getpid).result(), flush=True)

@@ -14,18 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from edgestill.benchmarks.simulation.pool import Pool, SharedFile
-from edgestill.benchmarks.simulation.population import Turn, poisoners, turns
-from edgestill.benchmarks.simulation.settings import SimulationSettings
-from edgestill.benchmarks.simulation.virtual import SeededEntropy, VirtualClock
-from edgestill.benchmarks.simulation.virtual_device import (
-    AloneJob,
-    Outcome,
-    RoundJob,
-    Setup,
-    run_round,
-    train_alone,
-)
 from edgestill.coordinator.problems import Problem
 from edgestill.coordinator.service import Service
 from edgestill.coordinator.store.blobs import FileBlobs
@@ -34,6 +22,18 @@ from edgestill.coordinator.store.overview import RoundOverview
 from edgestill.coordinator.store.records import DeviceRecord
 from edgestill.coordinator.task.creation import make_task
 from edgestill.coordinator.task.task import Task
+from edgestill.simulation.pool import Pool, SharedFile
+from edgestill.simulation.population import Turn, poisoners, turns
+from edgestill.simulation.settings import SimulationSettings
+from edgestill.simulation.virtual import SeededEntropy, VirtualClock
+from edgestill.simulation.virtual_device import (
+    AloneJob,
+    Outcome,
+    RoundJob,
+    Setup,
+    run_round,
+    train_alone,
+)
 
 TASK = "simulation"
 STATUS: dict[str, Any] = {

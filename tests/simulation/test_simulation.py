@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgestill.benchmarks.simulation.federation import Federation
-from edgestill.benchmarks.simulation.pool import LocalFile, _Here
-from edgestill.benchmarks.simulation.settings import SimulationSettings
 from edgestill.coordinator.problems import Problem
 from edgestill.coordinator.service import Service
 from edgestill.coordinator.store.blobs import FileBlobs
 from edgestill.runtime.cli import main
 from edgestill.runtime.device.outputs import unpack
+from edgestill.simulation.federation import Federation
+from edgestill.simulation.pool import LocalFile, _Here
+from edgestill.simulation.settings import SimulationSettings
+from edgestill.simulation.simulate import seconds_left
 from tests.support.handmade_bundle import CHANNELS, CLASSES, LATENT, SIZE, write_handmade_bundle
 
 pytestmark = pytest.mark.simulation
@@ -267,3 +269,16 @@ def test_students_are_exported_for_what_is_exchanged(
     assert manifest["objective"]["name"] == "both" and manifest["latent_size"] == 8
     again = simulate(words, capsys)
     assert without_times(lines) == without_times(again) and len(list(tmp_path.iterdir())) == 1
+
+
+def test_every_round_says_about_how_long_the_rest_takes(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([word for word in words if word != "--json"]) == 0
+    rounds = [line for line in capsys.readouterr().err.splitlines() if line.startswith("simulate: round ")]
+    assert rounds and all(re.search("; about .* left$", line) for line in rounds)
+    # the first round also exports, so it counts only while it is all there is
+    assert seconds_left([30.0], 4, False) == 90.0
+    assert seconds_left([30.0, 2.0, 4.0], 4, False) == 3.0
+    assert seconds_left([30.0, 2.0, 4.0], 4, True) == 15.0
+    assert seconds_left([30.0, 2.0, 4.0, 3.0], 4, False) == 0.0

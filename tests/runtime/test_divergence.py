@@ -1,0 +1,111 @@
+"""A run that diverges is told from one that learns, before its state replaces a good one."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgestill.runtime.bundle.bundle import Bundle
+from edgestill.runtime.cli import main
+from edgestill.runtime.training.checkpoint import load_checkpoint
+from edgestill.runtime.training.divergence import WINDOW_STEPS, Growth
+from tests.support.handmade_bundle import CLASSES, SIZE, write_handmade_bundle
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a linear student `c` and data whose classes differ by their brightness."""
+    write_handmade_bundle(tmp_path / "c", objective="ce", scale=0.05)
+    draw = np.random.default_rng(0)
+    y = np.arange(80) % CLASSES
+    x = (draw.integers(0, 120, (80, SIZE, SIZE, 3)) + 40 * y[:, None, None, None]).astype(np.uint8)
+    np.savez(tmp_path / "d.npz", x=x, y=y)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def command(*more: str) -> list[str]:
+    return [*"train c --data d.npz --state s.safetensors --threads 1 --epochs 4".split(), *more]
+
+
+@pytest.fixture
+def growth(work: Path) -> Growth:
+    bundle = Bundle.open(work / "c")
+    return Growth(bundle, bundle.initial_state())
+
+
+def test_losses_that_leap_and_come_back_are_no_divergence(work: Path, growth: Growth) -> None:
+    state = Bundle.open(work / "c").initial_state()
+    for loss in [1.4, 900.0, 500.0, 90.0, *[20.0] * 7, *[5.0] * 9]:
+        growth.add(loss)
+    assert growth.judge(state, last=True) is None
+    for _ in range(WINDOW_STEPS):
+        growth.add(15.0)
+    assert growth.judge(state, last=False) == "its loss went from 1.4 to 15"
+
+
+def test_the_first_steps_are_judged_only_where_they_are_all(work: Path, growth: Growth) -> None:
+    state = Bundle.open(work / "c").initial_state()
+    for _ in range(WINDOW_STEPS - 1):
+        growth.add(100.0 if _ else 2.0)
+    assert growth.judge(state, last=False) is None
+    assert growth.judge(state, last=True) is not None
+
+
+def test_a_run_that_starts_from_a_good_state_may_get_worse_than_it(work: Path, growth: Growth) -> None:
+    """A loss of a thousandth of guessing's is no measure."""
+    for loss in [1e-3, *[0.9] * 30]:
+        growth.add(loss)
+    assert growth.judge(Bundle.open(work / "c").initial_state(), last=True) is None
+
+
+def test_weights_that_grow_though_the_loss_does_not(work: Path, growth: Growth) -> None:
+    """As of a student whose units have all died: it guesses, with weights of thousands."""
+    state = Bundle.open(work / "c").initial_state()
+    for _ in range(30):
+        growth.add(1.4)
+    for factor, found in ((0.5, False), (3000, True), (np.inf, True), (np.nan, True)):
+        how = growth.judge({name: array + np.float32(factor) for name, array in state.items()}, last=True)
+        assert (how is not None and "weights" in how) is found, factor
+
+
+@pytest.mark.parametrize("rate", ["0.3", "2"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_the_command_fails_with_a_command_that_works(
+    rate: str, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At a rate of 0.3 the loss stays finite, at 2 it does not."""
+    assert main(command("--lr", rate, "--momentum=0.9")) == 1
+    said = capsys.readouterr().err
+    assert ("diverged" in said) if rate == "0.3" else ("inf" in said or "nan" in said)
+    assert "keeps the state" not in said and not (work / "s.safetensors").exists()
+    remedy = said.rpartition("hint: ")[2].strip()
+    words = shlex.split(remedy.partition("edgestill ")[2])
+    assert words[: len(command())] == command() and "--momentum=0.9" in words
+    assert float(words[words.index("--lr") + 1]) == float(rate) / 10
+    # again and again, it leads to a run that ends well
+    for _ in range(6):
+        if main(words) == 0:
+            break
+        words = shlex.split(capsys.readouterr().err.rpartition("edgestill train")[2])
+        words = ["train", *words]
+    else:
+        pytest.fail("no rate was small enough")
+    assert load_checkpoint(work / "s.safetensors", Bundle.open(work / "c")).finished
+
+
+def test_a_checkpoint_that_was_good_stays(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A warm-up keeps the first steps right, and what it wrote is named and whole."""
+    more = ["--lr", "30", "--warmup-steps", "20000", "--checkpoint-every", "30", "--epochs", "100"]
+    assert main(command(*more, "--json")) == 1
+    output = capsys.readouterr()
+    lines = [json.loads(line) for line in output.out.splitlines()]
+    kept = load_checkpoint(work / "s.safetensors", Bundle.open(work / "c"))
+    assert f"s.safetensors keeps the state of step {kept.step}" in output.err
+    assert 0 < kept.step < lines[-1]["step"] + 1 and "summary" not in lines[-1]
