@@ -168,6 +168,12 @@ def _depends(value: Value, on: Value, place: dict[str, int]) -> bool:
     return False
 
 
+def _narrowed(x: Value, axis: int, start: int, stop: int) -> Value:
+    """A part along an axis, counted from the last one, of what may be repeated along it."""
+    axis += x.rank
+    return x if axis < 0 or x.shape[axis] == 1 else x.narrow(axis, start, stop)
+
+
 # --- parts of a whole ------------------------------------------------------------------------------------------------
 def move_parts(graph: Graph) -> Graph:
     """Splits, turns and parts of what is joined as what is joined of splits, turns and parts, which are free: so what
@@ -222,13 +228,18 @@ class _Moves:
             self.made += 1
             order = x.node.attributes["permutation"]
             return x.node.inputs[0].narrow(order[axis], start, stop).transpose(*order)
+        sizes = [r.outputs[0].size if r.operator == "slice" else x.size for r in self._readers(node)]
+        once = sizes and sum(sizes) <= x.size
+        if is_mapped(x.node) and once:
+            self.made += 1
+            inputs = [_narrowed(value, axis - x.rank, start, stop) for value in x.node.inputs]
+            return x.graph.apply(x.operator, *inputs, **x.node.attributes)
         if x.operator != "concat":
             return None
         parts, joined = x.node.inputs, x.node.attributes["axis"]
         if joined != axis:
-            sizes = [r.outputs[0].size if r.operator == "slice" else x.size for r in self._readers(node)]
-            if not sizes or len(sizes) * max(sizes) > x.size:
-                return None  # it would be moved twice
+            if not once:
+                return None
             self.made += 1
             return x.graph.apply("concat", *(part.narrow(axis, start, stop) for part in parts), axis=joined)
         begin = 0

@@ -121,6 +121,8 @@ class Plan:
         self.fusion = Fusion(graph)
         self.loose: set[str] = set()  # what others than programs read
         self.direct: dict[str, View] = {}  # where a value is wanted outside
+        self.parts = self.fusion.parts()
+        self.wholes: dict[str, View] = {}  # what has such parts, by name
         self.unpooled: dict[str, Unpooled] = {}
         self.winners: dict[str, View] = {}  # of each pooling, by its result
 
@@ -155,11 +157,29 @@ class Plan:
         self.sizes[name] = max(math.prod(shape), 1) * ITEM_BYTES[dtype]
         return View(name, dtype, tuple(shape), dense_strides(shape))
 
-    def result(self, value: Value) -> View:
-        """Memory for a value: the output's that it is, or the arena's."""
-        view = self.direct.get(value.name) or self.new(value.shape, value.dtype)
+    def result(self, value: Value, runs: bool = False) -> View:
+        """Memory for a value: the output's that it is, a part of what is joined of it, or the arena's. End to end, or,
+        where the kernel can write so, in `runs` of elements that are equally far apart."""
+        view = self.direct.get(value.name) or self._part(value)
+        if view is None or not (view.dense or (runs and runs_of(view))):
+            view = self.new(value.shape, value.dtype)
         self.views[value.name] = view
         return view
+
+    def _part(self, value: Value) -> View | None:
+        if value.name not in self.parts:
+            return None
+        part, start, axis, whole = self.parts[value.name]
+        to = self.whole(whole)
+        strides = reshaped(part.shape, to.strides, value.shape)
+        return strides and View(to.base, to.dtype, value.shape, strides, to.offset + start * to.strides[axis])
+
+    def whole(self, value: Value) -> View:
+        """Where what is joined lies; its parts may be there before."""
+        if value.name not in self.wholes:
+            part = self._part(value)
+            self.wholes[value.name] = self.direct.get(value.name) or part or self.new(value.shape, value.dtype)
+        return self.wholes[value.name]
 
     def call(
         self, kernel: str, what: str, reads: Iterable[View], writes: Iterable[View], arguments: list,
@@ -320,6 +340,35 @@ def _at(view: View, axis: int, index: int) -> View:
     """What lies at an index of an axis, which stays."""
     shape = (*view.shape[:axis], 1, *view.shape[axis + 1 :])
     return View(view.base, view.dtype, shape, view.strides, view.offset + index * view.strides[axis])
+
+
+def runs_of(view: View) -> tuple[int, int, int] | None:
+    """Elements of a run, from one run to the next, and from one element to the next; None where a place is not of
+    runs that follow one another."""
+    axes = joint_axes(view.shape, view.strides) or [(1, 1)]
+    (size, step), (runs, pitch) = axes[-1], axes[0] if len(axes) == 2 else (1, 0)
+    fits = len(axes) <= 2 and step > 0 and (runs == 1 or pitch > (size - 1) * step)
+    return (size, pitch, step) if fits else None
+
+
+def reshaped(shape: Sequence[int], strides: Sequence[int], new: Sequence[int]) -> tuple[int, ...] | None:
+    """The strides of the same memory in another shape; None where that cannot be said."""
+    axes = joint_axes(shape, strides)
+    result: list[int] = []
+    rest = axes.pop() if axes else (1, 1)
+    for size in reversed(new):
+        if size == 1:
+            result.append(0)
+            continue
+        if rest[0] == 1:
+            if not axes:
+                return None
+            rest = axes.pop()
+        if rest[0] % size:
+            return None
+        result.append(rest[1])
+        rest = (rest[0] // size, rest[1] * size)
+    return tuple(result[::-1])
 
 
 def _as_copied(axes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:

@@ -22,6 +22,7 @@ from edgestill.export.targets.native_plan import (
     broadcast,
     dense_strides,
     joint_axes,
+    runs_of,
 )
 
 STEPS = (
@@ -90,7 +91,8 @@ class Program:
             register[to] = free.pop()
             code += [STEPS.index(operator), register[to], *(used + [0, 0, 0])[:3], bits_of(number)]
             count += 1
-        stores = [(value, plan.result(value)) for node in nodes for value in node.outputs if value.name in self.stored]
+        stored = [value for node in nodes for value in node.outputs if value.name in self.stored]
+        stores = [(value, plan.result(value, runs=True)) for value in stored]
         views = [self._placed(view, shape) for view in views]
         axes = _axes(shape, views)
         if len(axes) > 4:  # broadcast along more axes than a program goes through: then end to end
@@ -111,7 +113,7 @@ class Program:
                 reads.append(view)
         words += code
         for value, view in stores:
-            words += [view, register[value.name]]
+            words += [view, register[value.name], *runs_of(view)]
         written = [view for _, view in stores]
         parts = -(-math.prod(shape) // (columns * max(1, min(MAP_TASK // columns, SUM_ROWS))))
         partials = []
@@ -122,7 +124,8 @@ class Program:
             words += [register[name], int(squares is not None), *results, partial]
             written += [partial, *(view for view in results if view)]
         plan.scratch = max(plan.scratch, REGISTERS * BLOCK * 4)
-        over = [(view, to) for view in views for _, to in stores if _is_plain(view) and view.dtype == "float32"]
+        alone = [to for _, to in stores if to.dense and plan.sizes.get(to.base) == 4 * to.size]
+        over = [(view, to) for view in views for to in alone if _is_plain(view) and view.dtype == "float32"]
         plan.call("map", "map", reads, written, words, over)
         whole = [view.base for view in views if _is_plain(view) and view.dtype == "float32"]
         plan.calls[-1].program = MappedOver(math.prod(shape), columns if totals else 0, whole, partials)

@@ -124,7 +124,7 @@ static void copy_task(const struct call *c, int phase, word task) {
 
 /* --- elementwise program: elements, sizes of 4 axes, loads, instructions, stores, sums, columns, chained?; then each load (base,
    offset, kind, 4 strides in elements, 2 words of no use), instruction (operator, to, a, b, c, number's bits), store (base,
-   offset, register) and sum of the rows of a register (register, kind, [2,3] sum, [4,5] squares, [6,7] partial results).
+   offset, register, elements of a run, from one run to the next, from one element to the next) and sum of the rows of a register (register, kind, [2,3] sum, [4,5] squares, [6,7] partial results).
    An unpooled load is the gradient of a largest of windows that lie side by side: dy (base, offset), kind, channels, width,
    height and width of a window, the winners (base, offset). A sum of squares is of what is left of each number without
    its column's mean; partial results are then sums and squares, the latter around the part's own mean. --------------- */
@@ -333,7 +333,7 @@ static void map_task(const struct call *c, int phase, word task) {
     for (word i = 0; i < a[MAP_STORES]; i++) {
       const word *s = stores + i * STORE_WORDS;
       float *to = (float *)(c->bases[s[0]] + s[1]) + start;
-      int alone = n == whole && s[2] >= a[MAP_LOADS];
+      int alone = n == whole && s[2] >= a[MAP_LOADS] && s[3] == a[MAP_COUNT] && s[5] == 1;
       for (word j = 0; j < a[MAP_LOADS]; j++) alone &= registers[j] != to;
       if (alone) result[s[2]] = to;
     }
@@ -349,8 +349,12 @@ static void map_task(const struct call *c, int phase, word task) {
     }
     for (word i = 0; i < a[MAP_STORES]; i++) {
       const word *s = stores + i * STORE_WORDS;
-      char *to = c->bases[s[0]] + s[1] + 4 * start;
-      if (to != (const char *)registers[s[2]]) copy_items(to, (const char *)registers[s[2]], n, 4, 4, 4);
+      float *to = (float *)(c->bases[s[0]] + s[1]);
+      for (word done = 0, at = start % s[3], run = start / s[3], some; done < n; done += some, at = 0, run++) {
+        some = least(s[3] - at, n - done);
+        float *there = to + run * s[4] + at * s[5];
+        if (there != registers[s[2]] + done) copy_items((char *)there, (const char *)(registers[s[2]] + done), some, 4 * s[5], 4, 4);
+      }
     }
   }
   for (word i = 0; i < a[MAP_SUMS]; i++)
