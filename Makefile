@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
 ORT_VENV := .venv-ort-training
-EXTRAS := onnxruntime,executorch,export,plots,images,heic,device,discovery,coordinator,completion,postgresql,dev
+EXTRAS := onnxruntime,executorch,export,plots,images,heic,device,discovery,coordinator,completion,uvloop,s3,postgresql,dev
 WORKERS ?= 2
 PYTEST := $(PY) -m pytest -n $(WORKERS)
 BENCH_OPTIONS ?= --students cnn3 --batches 32 --threads 1 --steps 40
@@ -88,7 +88,7 @@ $(ORT_VENV)/.stamp: constraints-ort-training.txt | check-machine
 	touch $@
 
 demo: setup
-	$(PY) -m edgestill.simulation.demo
+	$(VENV)/bin/edgestill demo --export
 
 lint: $(STAMPS)/packages
 	$(PY) -m ruff check .
@@ -115,6 +115,7 @@ networks: setup
 # The library has no libc, so one wheel would do; the tags say what it was made for. `pip wheel .` makes one without.
 wheels: $(STAMPS)/packages
 	rm -rf build/lib build/bdist.*
+	$(PY) -m edgestill.simulation.demo_bundles
 	for platform in $(PLATFORMS); do \
 	  $(PIP) wheel -q --no-deps --no-build-isolation -w dist \
 	    --config-settings=--build-option=--plat-name=$$platform . || exit 1; \

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from edgestill.coordinator.service import Service
-from edgestill.coordinator.settings import Settings, place_words
+from edgestill.coordinator.settings import STORE_SETTINGS, Settings, place_words
 from edgestill.coordinator.store.blobs import open_blobs
 from edgestill.coordinator.store.database import Store
 from edgestill.runtime.errors import UsageError
@@ -35,21 +35,24 @@ def open_service(settings: Settings) -> Service:
 def open_existing(settings: Settings) -> Service:
     """`open_service` for a command that works on what is there: a mistyped place must not become an empty one.
 
-    Errors: UsageError where no coordinator has kept anything; those of `open_service`.
+    Errors: those of `check_existing` and `open_service`.
     """
+    check_existing(settings)
+    return open_service(settings)
+
+
+def check_existing(settings: Settings) -> None:
+    """Errors: UsageError where no coordinator has kept anything, or where the store is in memory."""
     check_shared(settings)
     url = settings.database_url
     file = url.removeprefix("sqlite:///").partition("?")[0]
     if file != url and not Path(file).exists():
         flag, where = ("--database", url) if settings.database else ("--data-dir", settings.data_dir)
-        place = place_words(
-            {"data_dir": settings.data_dir, "database": settings.database, "blobs": settings.blobs}
-        )
+        place = place_words({name: getattr(settings, name) for name in STORE_SETTINGS})
         raise UsageError(
             f"no coordinator's data in {where}",
             f"check {flag}; `edgestill serve{place}` makes a place that is new",
         )
-    return open_service(settings)
 
 
 def task_creation(place: str) -> str:

@@ -194,7 +194,7 @@ class Service:
             transaction.note(device.task, "device", self.clock(), device=device.name)
 
     def assignment(self, device: DeviceRecord) -> dict[str, Any]:
-        """The device's task and student, which stays the same. Errors: Problem `no_fitting_student`."""
+        """The device's task and student: the same as long as its INFO is. Errors: Problem `no_fitting_student`."""
         with self.store.read() as transaction:
             task = self._progress.task(transaction, device.task)
         student = student_of(task, device)

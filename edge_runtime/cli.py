@@ -13,9 +13,11 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import metadata
 
 from edgestill.runtime.commands.examples import show_examples
+from edgestill.runtime.console import printable
 from edgestill.runtime.errors import EdgestillError
 
 COMMANDS = {
@@ -23,12 +25,17 @@ COMMANDS = {
     "verify": ("edgestill.export.cli", "compare a bundle's engines with eager PyTorch", "export"),
     "train": ("edgestill.runtime.commands.train", "train a bundle on this machine", "onnxruntime"),
     "evaluate": ("edgestill.runtime.commands.evaluate", "accuracy and confusion matrix of a state", "onnxruntime"),
+    "predict": ("edgestill.runtime.commands.predict", "classes of pictures or samples", "onnxruntime"),
     "inspect": ("edgestill.runtime.commands.inspect", "what is in a bundle", "onnxruntime"),
     "doctor": ("edgestill.runtime.commands.doctor", "which engines work here, and what to install", "onnxruntime"),
     "serve": ("edgestill.coordinator.commands.serve", "run the coordinator", "coordinator"),
     "task": ("edgestill.coordinator.commands.task", "create, list and show tasks", "coordinator"),
     "enrol": ("edgestill.coordinator.commands.enrol", "print codes for devices to join a task", "coordinator"),
+    "backup": ("edgestill.coordinator.commands.backup", "copy a coordinator while it serves", "coordinator"),
+    "restore": ("edgestill.coordinator.commands.backup", "make a coordinator of a backup", "coordinator"),
+    "downgrade": ("edgestill.coordinator.commands.downgrade", "take a database to an older version", "coordinator"),
     "join": ("edgestill.runtime.commands.join", "take part in a task as a device", "device"),
+    "demo": ("edgestill.simulation.demo", "a federation on this machine, with a result page", "coordinator"),
     "simulate": ("edgestill.simulation.simulate", "a federation of virtual devices", "coordinator"),
     "reproduce": ("edgestill.benchmarks.reproduce", "repeat the experiments (in a checkout)", "coordinator"),
     "bench": ("edgestill.benchmarks.cli", "measure engines side by side (in a checkout)", "export"),
@@ -116,7 +123,7 @@ def _missing_package(command: str, error: ModuleNotFoundError) -> EdgestillError
     if f"{error.name}.".startswith("edgestill.benchmarks."):
         return EdgestillError(
             f"`edgestill {command}` is not in the installed package: it runs in a checkout of edgestill",
-            f"in the checkout: make setup && .venv/bin/edgestill {command} --help",
+            f"in the checkout: make setup && .venv/bin/edgestill {command} ...",
         )
     return EdgestillError(
         f"`edgestill {command}` needs the Python package {error.name!r}, which is not installed here",
@@ -141,15 +148,12 @@ def _extra_with(package: str, likely: str) -> str:
 
 
 def _complain(error: EdgestillError) -> int:
-    # a message may quote names from a damaged file; they must not steer the terminal
-    print(f"edgestill: error: {_printable(error.message)}", file=sys.stderr)
-    if error.hint:
-        print(f"hint: {_printable(error.hint)}", file=sys.stderr)
+    with suppress(OSError):  # of a terminal that is closed
+        # a message may quote names from a damaged file; they must not steer the terminal
+        print(f"edgestill: error: {printable(error.message)}", file=sys.stderr)
+        if error.hint:
+            print(f"hint: {printable(error.hint)}", file=sys.stderr)
     return error.exit_code
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def _version() -> str:

@@ -3,14 +3,41 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
 LINE_S = 30.0
 """Between two lines about the same work where no terminal shows every second."""
+
+
+def show_in_place(text: str) -> None:
+    """Puts a line in the place of the one that the terminal of stderr shows last, cut to its width: one that is broken
+    in two could not be taken back. Errors: OSError where the terminal is gone."""
+    print(f"\r{cut(text, terminal_columns() - 1)}\033[K", end="", file=sys.stderr, flush=True)
+
+
+def terminal_columns() -> int:
+    """Of the terminal of stderr; 80 where it does not say."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
+
+
+def cut(text: str, columns: int) -> str:
+    """The text, or its beginning and an ellipsis where it is wider than so many columns."""
+    ends, width = [], 0
+    for letter in text:
+        width += 0 if unicodedata.combining(letter) else 2 if unicodedata.east_asian_width(letter) in "WF" else 1
+        ends.append(width)
+    if width <= columns:
+        return text
+    return text[: sum(end < columns for end in ends)] + "…" * (columns > 0)
 
 
 class Progress:
@@ -27,7 +54,10 @@ class Progress:
     def __call__(self, line: str) -> None:
         with self._lock:
             self._end_line()
-            print(line, end="" if self._live else "\n", file=sys.stderr, flush=True)
+            if self._live:
+                show_in_place(line)
+            else:
+                print(line, file=sys.stderr, flush=True)
             self._line, self._since_s = line, self._clock()
 
     def _end_line(self) -> None:
@@ -38,9 +68,12 @@ class Progress:
         while not self._ended.wait(self._every_s):
             with self._lock:
                 text = f"{self._line} ({self._clock() - self._since_s:.0f} s so far)"
-                if self._line:
-                    print(f"\r{text}\033[K" if self._live else text, end="" if self._live else "\n",
-                          file=sys.stderr, flush=True)  # fmt: skip
+                if not self._line:
+                    continue
+                if self._live:
+                    show_in_place(text)
+                else:
+                    print(text, file=sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:
         self._thread.start()
@@ -54,7 +87,7 @@ class Progress:
         self._end_line()
 
 
-def add_json_option(parser: argparse.ArgumentParser, form: str) -> None:
+def add_json_option(parser: argparse._ActionsContainer, form: str) -> None:
     """Adds `--json`; `form` says what is printed with it, such as "one JSON object"."""
     parser.add_argument("--json", action="store_true", help=f"{form} on stdout instead of words")
 
@@ -81,6 +114,11 @@ def add_image_options(parser: argparse._ActionsContainer) -> None:
         action="store_true",
         help="leave out images that cannot be read; they are counted and named",
     )
+
+
+def printable(text: str) -> str:
+    """What of names and messages may not steer a terminal, or not be encoded, is written out."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def count(text: str) -> int:

@@ -8,14 +8,37 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
+from edgestill.runtime.limits import cpu_limits, memory_limits
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+PROCESS_BYTES = 100 * 10**6
+"""What Python, NumPy, an engine and some data take beside a training's state and plan: measured were 60 to 110 MB."""
 
 
-def memory_bytes() -> int | None:
-    """Physical memory; None where the system does not say."""
+def cores(root: Path = Path("/")) -> int:
+    """Cores that this process may use at the same time: as many as it is bound to, and as its quotas let run."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([bound, *(int(limit.amount) for limit in cpu_limits(root))]))
+
+
+def threads_or_cores(threads: int) -> int:
+    """`threads`, where 0 stands for as many as there are cores to use."""
+    return threads or cores()
+
+
+def memory_bytes(root: Path = Path("/")) -> int | None:
+    """Memory that this process may have, with all that shares its limits; None where the system does not say."""
+    known = [physical] if (physical := physical_memory_bytes()) is not None else []
+    return min([*known, *(int(limit.amount) for limit in memory_limits(root))], default=None)
+
+
+def training_memory_bytes() -> int | None:
+    """What is left of it for a training's state and plan; 0 where nothing is."""
+    limit = memory_bytes()
+    return None if limit is None else max(0, limit - PROCESS_BYTES)
+
+
+def physical_memory_bytes() -> int | None:
+    """Of the whole machine; None where the system does not say."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):

@@ -1,4 +1,4 @@
-"""`make demo`: a coordinator, its global student, and four devices with three students on two engines, on this machine.
+"""`edgestill demo`: a coordinator, its global student, and four devices with three students, on this machine.
 
 Every step is an `edgestill` command, printed as one would type it. Coordinator and devices are processes of their
 own that talk HTTP; figures are read from what they report.
@@ -7,16 +7,19 @@ own that talk HTTP; figures are read from what they report.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TextIO
 
+from edgestill.runtime.console import add_json_option
+from edgestill.simulation import demo_bundles
 from edgestill.simulation.demo_commands import Background, Commands, DemoFailed
 from edgestill.simulation.demo_page import DeviceResult, Results, summary_table, write_page
 
@@ -36,7 +39,7 @@ class DemoStudent:
 
 STUDENTS = (
     DemoStudent("cnn3", "16,32,64", ("native",)),
-    DemoStudent("cnn4", "16,32,64,64", ("native", "executorch")),
+    DemoStudent("cnn4", "16,32,64,64", ("native",)),
     DemoStudent("cnn5", "16,32,64,64,128", ("native",)),
 )
 GLOBAL_STUDENT = "cnn5"
@@ -51,11 +54,11 @@ class DemoDevice:
     memory_mb: int | None = None
 
 
-# The coordinator gives each the largest student that fits its engine and memory: cnn5, cnn4, cnn3 and cnn5.
-SMALL_MB = 10
+# The coordinator gives each the largest student that fits its memory: cnn5, cnn4, cnn3 and cnn5.
+SMALL_MB, MEDIUM_MB = 10, 12
 DEVICES = (
     DemoDevice("phone", "native"),
-    DemoDevice("tablet", "executorch"),
+    DemoDevice("tablet", "native", MEDIUM_MB),
     DemoDevice("camera", "native", SMALL_MB),
     DemoDevice("watch", "native"),
 )
@@ -73,11 +76,12 @@ class DemoSettings:
     transfer_count: int = 500
     seed: int = 0
     port: int = 0
+    export: bool = False
     keep: bool = False
 
 
-def run_demo(settings: DemoSettings, screen: TextIO) -> None:
-    """Runs all commands, prints the table and writes the page. Errors: DemoFailed."""
+def run_demo(settings: DemoSettings, screen: TextIO, tell: Callable[[Results], None]) -> None:
+    """Runs all commands, writes the page and tells what it shows. Errors: DemoFailed."""
     started_s = time.monotonic()
     show = Commands(screen)
     folder = settings.output
@@ -85,8 +89,7 @@ def run_demo(settings: DemoSettings, screen: TextIO) -> None:
         shutil.rmtree(folder / stale, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
 
-    show.heading(f"1. Three students of different architecture, exported for their engines in {folder}/")
-    show.run_beside([export_words(student, settings) for student in STUDENTS])
+    lay_bundles(show, settings)
 
     show.heading("2. A coordinator, a task with a global student, and a code for each device")
     data_dir = folder / "coordinator"
@@ -113,8 +116,10 @@ def run_demo(settings: DemoSettings, screen: TextIO) -> None:
         task = json.loads(show.run("task", "show", TASK, "--data-dir", data_dir, "--json"))
         results = collect(settings, task, board, train_alone(settings, data_dir, task, board))
         page = write_page(results, folder)
-        print(summary_table(results), flush=True)
+        tell(results)
         show.heading(f"Done in {time.monotonic() - started_s:.0f} s; the page is {page}")
+        for words, what in next_commands(settings):
+            show.say(f"  {what}:\n    {show.typed(*words)}")
         if settings.keep:
             show.say(f"the coordinator goes on at {url} until Ctrl-C")
             while server.poll() is None:
@@ -124,12 +129,48 @@ def run_demo(settings: DemoSettings, screen: TextIO) -> None:
             process.stop()
 
 
-def export_words(student: DemoStudent, settings: DemoSettings) -> list[object]:
+def lay_bundles(show: Commands, settings: DemoSettings) -> None:
+    """Puts the students' bundles into the output folder: the package's, or exported. Errors: DemoFailed."""
+    names, folder = [student.name for student in STUDENTS], settings.output
+    if not settings.export and demo_bundles.carried(names):
+        show.heading(f"1. Three students of different architecture, exported before, laid in {folder}/")
+        demo_bundles.unpack(names, folder)
+        return
+    if not _is_installed("torch"):
+        raise DemoFailed(
+            "the students must be exported, and PyTorch is not installed here",
+            "pip install 'edgestill[export]', or install a wheel that `make wheels` made: it carries their bundles",
+        )
+    show.heading(f"1. Three students of different architecture, exported in {folder}/")
+    show.run_beside([export_words(student, settings) for student in STUDENTS])
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # imported, or kept from being so, by hand
+        return False
+
+
+def next_commands(settings: DemoSettings) -> list[tuple[list[object], str]]:
+    """Three commands to go on with, and what each is for."""
+    folder = settings.output
+    return [
+        (["serve", "--data-dir", folder / "coordinator"], "the dashboard of what just ran"),
+        (["train", folder / GLOBAL_STUDENT, "--data", DATA, "--epochs", 2, "--state", folder / "own.safetensors"],
+         "train one of the students by itself; --data takes your own images, a folder a class"),
+        (["simulate", "--bundle", folder / "cnn3", "--bundle", folder / "cnn4",
+          "--global-bundle", folder / GLOBAL_STUDENT, "--exchange", "both", "--devices", 20, "--rounds", 3],
+         "a larger federation, without processes and sockets"),
+    ]  # fmt: skip
+
+
+def export_words(student: DemoStudent, settings: DemoSettings, packed: bool = False) -> list[object]:
     """The command that exports one student."""
     return [
         "export", "--student", student.name, "--widths", student.widths, "--latent-size", LATENT_SIZE,
         "--objective", "both", "--seed", settings.seed, "--engines", ",".join(student.engines),
-        "--output", settings.output / student.name, "--overwrite",
+        "--output", settings.output / f"{student.name}{'.zip' if packed else ''}", "--overwrite",
     ]  # fmt: skip
 
 
@@ -323,35 +364,46 @@ def collect(
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code of the demo: 0 when every command worked."""
+def add_parser(subparsers: Any) -> None:
+    """Adds `demo`; it sets `run`, a function of the parsed arguments that returns the exit code."""
     default = DemoSettings()
-    parser = argparse.ArgumentParser(prog="python -m edgestill.simulation.demo", description=__doc__)
-    for name in (
-        "output",
-        "gamma",
-        "rounds",
-        "local_epochs",
-        "distil_epochs",
-        "transfer_count",
-        "seed",
-        "port",
+    parser = subparsers.add_parser(
+        "demo",
+        help="a federation on this machine: coordinator, four devices, result page",
+        description="A coordinator and four devices as processes of this machine, from the bundles that the package "
+        "carries, or exported where there are none; at the end a table and a page. Every step is an edgestill "
+        "command that is shown. Method: docs/simulation.md.",
+    )
+    for name, help_text in (
+        ("output", "folder for everything that the demo writes"),
+        ("gamma", "Dirichlet concentration of the devices' classes"),
+        ("rounds", "rounds of the federation"),
+        ("local_epochs", "epochs of local training a round"),
+        ("distil_epochs", "epochs of the global student a round"),
+        ("transfer_count", "images of the transfer set"),
+        ("seed", "decides every draw"),
+        ("port", "of the coordinator on this machine, 0 for any that is free"),
     ):
         value = getattr(default, name)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value) if name != "output" else Path,
-                            default=value, help="default: %(default)s")  # fmt: skip
+        parser.add_argument(f"--{name.replace('_', '-')}", type=Path if name == "output" else type(value),
+                            default=value, metavar="DIR" if name == "output" else "N",
+                            help=f"{help_text} (default {value})")  # fmt: skip
+    parser.add_argument(
+        "--export",
+        action="store_true",
+        help="export the students here, with PyTorch, instead of taking the package's bundles",
+    )
     parser.add_argument("--keep", action="store_true", help="leave the coordinator and its dashboard running")
-    settings = replace(default, **vars(parser.parse_args(arguments)))
-    try:
-        run_demo(settings, sys.stderr)
-        return 0
-    except DemoFailed as error:
-        print(f"demo: error: {error}", file=sys.stderr)
-        print("hint: `edgestill doctor` says what works on this machine", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("demo: interrupted", file=sys.stderr)
-    return 1
+    add_json_option(parser, "one JSON object")
+    parser.set_defaults(run=run)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def run(arguments: argparse.Namespace) -> int:
+    """0 when every command worked. Errors: DemoFailed."""
+    settings = DemoSettings(**{one.name: getattr(arguments, one.name) for one in fields(DemoSettings)})
+
+    def tell(results: Results) -> None:
+        print(json.dumps(asdict(results)) if arguments.json else summary_table(results), flush=True)
+
+    run_demo(settings, sys.stderr, tell)
+    return 0

@@ -13,10 +13,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from edgestill.runtime.errors import EdgestillError
+from edgestill.runtime.machine import cores
+
 END_TIMEOUT_S = 15.0
+DOCTOR = "`edgestill doctor` says what works on this machine"
 
 
-class DemoFailed(Exception):
+class DemoFailed(EdgestillError):
     """A command failed; it has already said why."""
 
 
@@ -39,12 +43,16 @@ class Commands:
     def heading(self, text: str) -> None:
         self.say(f"\n{text}")
 
+    def typed(self, *words: object) -> str:
+        """The command as one would type it here."""
+        return shlex.join([*self._program, *map(str, words)])
+
     def run(
         self, *words: object, on_line: Callable[[str], None] | None = None, may_fail: bool = False
     ) -> str:
         """Standard output of one command; its standard error is shown if it fails. Errors: DemoFailed."""
         texts = [str(word) for word in words]
-        self.say("$ " + shlex.join([*self._program, *texts]))
+        self.say("$ " + self.typed(*words))
         started_s = time.monotonic()
         process = subprocess.Popen([*self._program, *texts], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                    stdin=subprocess.DEVNULL, text=True)  # fmt: skip
@@ -71,7 +79,7 @@ class Commands:
         self._clear()
         if code and not may_fail:
             self.say("".join(complaints[-12:]).rstrip())
-            raise DemoFailed(f"`edgestill {texts[0]}` ended with exit code {code}")
+            raise DemoFailed(f"`edgestill {texts[0]}` ended with exit code {code}", DOCTOR)
         self.say(f"  {time.monotonic() - started_s:.1f} s")
         return "".join(lines)
 
@@ -81,7 +89,7 @@ class Commands:
         started_s = time.monotonic()
         try:
             while waiting or running:
-                while waiting and len(running) < (os.cpu_count() or 1):
+                while waiting and len(running) < cores():
                     running.append(self.start(*waiting.pop(0)))
                 for process in [one for one in running if one.poll() is not None]:
                     running.remove(process)
@@ -95,7 +103,7 @@ class Commands:
     def start(self, *words: object, on_line: Callable[[str], None] | None = None) -> Background:
         """Starts a command that runs beside the others; `on_line` gets its lines of stdout, in a thread."""
         texts = [str(word) for word in words]
-        self.say("$ " + shlex.join([*self._program, *texts]) + " &")
+        self.say("$ " + self.typed(*words) + " &")
         return Background([*self._program, *texts], texts[0], self, on_line)
 
     def progress(self, text: str) -> None:
@@ -146,7 +154,9 @@ class Background:
             reader.join(END_TIMEOUT_S)
         if self._process.returncode:
             self._show.say("".join(self._complaints[-12:]).rstrip())
-            raise DemoFailed(f"`edgestill {self._name}` ended with exit code {self._process.returncode}")
+            raise DemoFailed(
+                f"`edgestill {self._name}` ended with exit code {self._process.returncode}", DOCTOR
+            )
 
     def stop(self) -> None:
         """Asks it to end, and ends it when it does not."""

@@ -152,8 +152,8 @@ def page_html(results: Results, pictures: Sequence[Picture]) -> str:
     )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>edgestill demo</title><style>{_STYLE}</style></head><body><main>
-<h1>Four devices, three students, two engines</h1>
+<title>Four devices and a coordinator on this machine</title><style>{_STYLE}</style></head><body><main>
+<h1>Four devices, three students</h1>
 <p>Each device trained {results.local_epochs} epochs a round on its own share (Dirichlet, gamma {results.gamma:g})
 and exchanged nothing but its latents and logits on {results.transfer_samples} transfer images.</p>
 <p class="gain">Together against alone: <strong>T_priv {100 * gain["t_priv"]:+.1f}</strong> points,

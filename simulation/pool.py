@@ -179,7 +179,8 @@ def _run(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
 
 def _end_with_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its workers
-    signal.signal(signal.SIGTERM, _end)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _end)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -193,7 +194,8 @@ def _end_with_parent() -> None:
 def _end(signum: int, frame: Any) -> None:
     """Leaves the job, which closes and removes what it has opened, or the process if that takes long."""
     global _ending
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     _ending = True
     timer = threading.Timer(SECONDS_TO_END, os._exit, (1,))
     timer.daemon = True

@@ -21,7 +21,10 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "SECURITY.md", "CHANGELOG.md", "benchmarks/README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-OTHER_PROGRAMS_OPTIONS = {"--no-deps", "--wheel-dir", "--logdir"}  # pip's, TensorBoard's
+# pip's, TensorBoard's, podman's
+OTHER_PROGRAMS_OPTIONS = {
+    "--no-deps", "--wheel-dir", "--logdir", "--read-only", "--tmpfs", "--cap-drop", "--log-opt",
+}  # fmt: skip
 CALL = re.compile(r"^(?:\S*/)?edgestill (?=[a-z])")
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

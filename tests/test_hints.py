@@ -43,6 +43,8 @@ def _filled(part: ast.expr) -> str:
         return ast.literal_eval(part.value.body) if isinstance(part.value.body, ast.Constant) else "1"
     if "place" in source:  # ` --data-dir DIR`, or nothing
         return ""
+    if "newest" in source:  # a version of the database
+        return "0001"
     return "methods" if "experiment" in source else "1"
 
 

@@ -16,6 +16,7 @@ import anyio.to_thread
 from fastapi import Request
 
 from edgestill.coordinator.http.metrics import Metrics
+from edgestill.coordinator.liveness import Liveness, silent_after_s
 from edgestill.coordinator.problems import Problem
 from edgestill.coordinator.service import Service
 from edgestill.coordinator.settings import Settings
@@ -94,6 +95,11 @@ class Context:
     def __post_init__(self) -> None:
         self.upload_memory = UploadMemory(self.settings.upload_memory_bytes)
         self._limiter: anyio.CapacityLimiter | None = None
+
+    def liveness(self) -> Liveness:
+        """How devices stand now."""
+        silent_s = silent_after_s(self.settings.long_poll_s)
+        return Liveness(self.service.clock(), silent_s, self.upload_memory.devices())
 
     async def call(self, function: Callable[..., Result], *arguments: Any, **named: Any) -> Result:
         """Runs a blocking call of the service in a thread; at most `settings.threads` at once."""

@@ -1,9 +1,9 @@
-"""Figures for Prometheus: requests, uploads, refusals, long-polls and bytes; rounds are counted from the store."""
+"""Figures for Prometheus: requests, uploads, refusals, long-polls and bytes of this replica, and what the store holds
+(`figures.py`) when it is asked for."""
 
 from __future__ import annotations
 
 import time
-from collections import Counter as Count
 from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -42,22 +42,19 @@ class Metrics:
             registry=self.registry,
         )
 
-    def render(self, rounds: Iterable[tuple[str, str]] = ()) -> bytes:
-        """The text format; `rounds` are (task, phase) of every round there is."""
+    def render(self, families: Iterable[GaugeMetricFamily] = ()) -> bytes:
+        """The text format of these figures, and of families that were read just now."""
         once = CollectorRegistry()
-        once.register(_Rounds(Count(rounds)))
+        once.register(_Read(tuple(families)))
         return generate_latest(self.registry) + generate_latest(once)
 
 
-class _Rounds:
-    def __init__(self, counts: Count[tuple[str, str]]) -> None:
-        self._counts = counts
+class _Read:
+    def __init__(self, families: tuple[GaugeMetricFamily, ...]) -> None:
+        self._families = families
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
-        family = GaugeMetricFamily("edgestill_rounds", "rounds by phase or outcome", labels=["task", "phase"])
-        for labels, count in sorted(self._counts.items()):
-            family.add_metric(list(labels), count)
-        yield family
+        return self._families
 
 
 class Measured:

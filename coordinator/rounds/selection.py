@@ -46,10 +46,8 @@ def check_unfinished(transaction: Transaction, task: str) -> None:
 
 
 def student_of(task: Task, device: DeviceRecord) -> StudentEntry:
-    """The student that the device has, or the largest that fits it. Errors: Problem `no_fitting_student`."""
-    for entry in task.students:
-        if entry.bundle == device.bundle:
-            return entry
+    """The largest student that fits what the device said last of its engines and memory, so that one that is moved into
+    a smaller container does not keep what it cannot train. Errors: Problem `no_fitting_student`."""
     engines, memory_bytes = device.info.get("engines", ()), device.info.get("memory_bytes")
     student = task.fitting_student(engines, memory_bytes)
     if student is None:

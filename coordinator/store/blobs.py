@@ -179,7 +179,7 @@ class ObjectBlobs:
         try:
             import obstore
         except ImportError as error:
-            raise BlobError(f"{url} needs obstore", "pip install 'edgestill[coordinator]'") from error
+            raise BlobError(f"{url} needs obstore", "pip install 'edgestill[s3]'") from error
         self._obstore = obstore
         if url.startswith("s3://") and os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):
             options.setdefault("client_options", {"allow_http": True})

@@ -10,13 +10,14 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
+from edgestill.coordinator.settings import place_words
 from edgestill.coordinator.store import migrations
 from edgestill.coordinator.store.schema import metadata
 from edgestill.coordinator.store.transaction import Transaction
@@ -31,13 +32,14 @@ class StoreError(EdgestillError):
 
 
 class Store:
-    """Opens the database and brings it to the present schema.
+    """Opens the database and brings it to the newest schema; a `checked` one must be of it already, and with `any`
+    there is nothing to do but `downgrade`.
 
     `url` as in SQLAlchemy: `sqlite:///FILE`, `sqlite://` (memory), `postgresql://USER@HOST/NAME`.
-    Errors: StoreError.
+    Errors: StoreError, also for a database of a newer program.
     """
 
-    def __init__(self, url: str = "sqlite://") -> None:
+    def __init__(self, url: str = "sqlite://", schema: Literal["newest", "checked", "any"] = "newest") -> None:
         self.url = _parse_url(url)
         self._sqlite = self.url.get_backend_name() == "sqlite"
         self.in_memory = self._sqlite and self.url.database in (None, "", ":memory:")
@@ -45,9 +47,14 @@ class Store:
         self._lock = threading.RLock()
         try:
             self.engine = self._open()
-            self._migrate()
+            if schema == "newest":
+                self._migrate()
+            elif schema == "checked":
+                self._check_version()
         except SQLAlchemyError as error:
             raise StoreError(f"{self.url!r}: {_first_line(error)}", "check --database") from error
+        except migrations.UnknownVersion as error:
+            raise self._unknown(str(error)) from error
 
     @contextmanager
     def write(self) -> Iterator[Transaction]:
@@ -80,6 +87,22 @@ class Store:
             finally:
                 connection.rollback()
 
+    def downgrade(self, version: str) -> list[str]:
+        """Takes a database that nobody serves back to an older version; what is undone, a line each.
+
+        Errors: StoreError.
+        """
+        try:
+            with self._errors():
+                return migrations.downgrade(self.engine, version)
+        except migrations.UnknownVersion as error:
+            if str(error) != version:
+                raise self._unknown(str(error)) from error
+            raise StoreError(
+                f"{self.url!r}: the database is of an older version than {version} already",
+                "serve it with the older edgestill",
+            ) from error
+
     def close(self) -> None:
         """Gives all connections back."""
         self.engine.dispose()
@@ -107,6 +130,26 @@ class Store:
         else:
             with self._exclusive(self._sqlite):
                 migrations.upgrade(self.engine)
+
+    def _check_version(self) -> None:
+        found, newest = migrations.version_of(self.engine), migrations.versions()[-1]
+        if found is not None and found not in migrations.versions():
+            raise migrations.UnknownVersion(found)
+        if found != newest:
+            raise StoreError(
+                f"{self.url!r}: the database is of version {found}, this edgestill's is {newest}",
+                "use the edgestill that serves it; or let this one bring it to its version, by serving it",
+            )
+
+    def _unknown(self, version: str) -> StoreError:
+        """The error for a database whose version is not known here, with the way back to one that is."""
+        newest = migrations.versions()[-1]
+        place = place_words({"database": self.url.render_as_string(hide_password=False)})
+        return StoreError(
+            f"{self.url!r}: the database is of version {version}, this edgestill knows versions up to {newest}",
+            f"use the newer edgestill that made it so; or with that one run `edgestill downgrade --to {newest}{place}` "
+            "and then this one",
+        )
 
     @contextmanager
     def _exclusive(self, needed: bool) -> Iterator[None]:

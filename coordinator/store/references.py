@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
-from sqlalchemy import Connection, and_, delete, select
+from sqlalchemy import Connection, Select, and_, delete, select
 
 from edgestill.coordinator.rounds.round import FINAL_PHASES
 from edgestill.coordinator.store import schema as s
@@ -18,16 +19,23 @@ class References:
 
     def referred(self, digests: Collection[str]) -> set[str]:
         """Those of the digests that an upload of an open round, global outputs or a global student has."""
+        queries = (query.where(query.selected_columns[0].in_(digests)) for query in self._referring())
+        return {digest for query in queries for digest in self._connection.scalars(query)}
+
+    def all_referred(self) -> set[str]:
+        """Every digest that is referred to."""
+        queries = (query.where(query.selected_columns[0].is_not(None)) for query in self._referring())
+        return {digest for query in queries for digest in self._connection.scalars(query)}
+
+    def _referring(self) -> tuple[Select[Any], ...]:
+        """A query of one column for each place where a digest stands that is still needed."""
         uploads, rounds = s.uploads.c, s.rounds.c
         of_round = and_(rounds.task == uploads.task, rounds.number == uploads.number)
-        queries = (
-            select(uploads.digest)
-            .join(s.rounds, of_round)
-            .where(uploads.digest.in_(digests), rounds.phase.not_in(FINAL_PHASES)),
-            select(rounds.published).where(rounds.published.in_(digests)),
-            select(s.tasks.c.student_state).where(s.tasks.c.student_state.in_(digests)),
+        return (
+            select(uploads.digest).join(s.rounds, of_round).where(rounds.phase.not_in(FINAL_PHASES)),
+            select(rounds.published),
+            select(s.tasks.c.student_state),
         )
-        return {digest for query in queries for digest in self._connection.scalars(query)}
 
     def perhaps_deleted(self, digests: Collection[str]) -> set[str]:
         """Those of the digests whose bytes may have been deleted: an accepted upload of any round has them, or nothing

@@ -102,10 +102,11 @@ class Sweep:
 
     def _kept(self, transaction: Transaction, digests: list[str]) -> set[str]:
         tasks = (record.task for record in transaction.tasks())
-        return transaction.references.referred(digests).union(*(_blobs_of(task) for task in tasks))
+        return transaction.references.referred(digests).union(*(blobs_of(task) for task in tasks))
 
 
-def _blobs_of(task: Task) -> set[str]:
+def blobs_of(task: Task) -> set[str]:
+    """The digests that a task's definition names."""
     entries = [*task.students, *([task.global_student] if task.global_student else [])]
     samples = [one for one in (task.transfer, task.test) if one is not None]
     return {entry.bundle for entry in entries} | {one.blob for one in samples}

@@ -26,6 +26,7 @@ from edgestill.coordinator.task.task import Task
 
 CHANGES_KEPT = 10_000
 _ROUND_0 = 0
+_ROWS_AT_ONCE = 1000
 
 
 class Transaction:
@@ -76,6 +77,14 @@ class Transaction:
 
     def set_task(self, name: str, **values: Any) -> None:
         self._connection.execute(update(s.tasks).where(s.tasks.c.name == name).values(**values))
+
+    # everything
+
+    def copy_from(self, other: Transaction) -> None:
+        """Adds all rows of another store, which has this one's schema."""
+        for table in s.metadata.sorted_tables:
+            for rows in other._connection.execute(select(table)).partitions(_ROWS_AT_ONCE):
+                self._connection.execute(insert(table), [dict(row._mapping) for row in rows])
 
     # codes and devices
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
 from edgestill.runtime.console import add_json_option
 from edgestill.runtime.engines.registry import available_engines
-from edgestill.runtime.machine import cores, memory_bytes, processor
+from edgestill.runtime.limits import cpu_limits, memory_limits
+from edgestill.runtime.machine import cores, memory_bytes, physical_memory_bytes, processor
 
 OPTIONAL_PACKAGES = {
     "numpy": ("needed by everything", None),
     "httpx2": ("talks to a coordinator: `edgestill join`", "device"),
-    "zstandard": ("compresses uploads: `edgestill join`, `edgestill serve`", "device"),
+    "backports.zstd": ("compresses uploads: `edgestill join`, `edgestill serve`", "device"),
     "zeroconf": ("finds a coordinator and announces it: --discover, --mdns", "discovery"),
     "pillow": ("reads folders of images", "images"),
     "pillow-heif": ("reads HEIC images in them", "heic"),
@@ -25,7 +28,7 @@ OPTIONAL_PACKAGES = {
     "onnx": ("exports bundles", "export"),
     "fastapi": ("serves the coordinator: `edgestill serve`", "coordinator"),
     "sqlalchemy": ("the coordinator's database: `edgestill serve`, `task`, `enrol`", "coordinator"),
-    "obstore": ("the coordinator's blobs in S3", "coordinator"),
+    "obstore": ("the coordinator's blobs in S3", "s3"),
     "psycopg": ("the coordinator's database in PostgreSQL", "postgresql"),
     "dp-accounting": ("says epsilon with --noise-multiplier", None),
 }
@@ -58,15 +61,24 @@ def examine() -> dict[str, Any]:
         "processor": processor(),
         "cores": cores(),
         "memory_bytes": memory_bytes(),
+        "machine_cores": os.cpu_count(),
+        "machine_memory_bytes": physical_memory_bytes(),
+        "limits": [
+            *({"of": "cores", "amount": limit.amount, "by": limit.by} for limit in cpu_limits()),
+            *({"of": "bytes", "amount": limit.amount, "by": limit.by} for limit in memory_limits()),
+        ],
     }
 
 
 def describe(report: dict[str, Any]) -> str:
     """The report as lines for a person."""
-    memory = report["memory_bytes"]
+    memory, whole = report["memory_bytes"], report["machine_memory_bytes"]
+    of_cores = "" if report["cores"] == report["machine_cores"] else f" of {report['machine_cores']}"
+    of_memory = f" of {whole / 2**30:.1f} GiB" if memory and whole and memory < whole else " GiB"
     lines = [
-        f"machine   {report['processor']}, {report['cores']} cores, "
-        + (f"{memory / 2**30:.1f} GiB" if memory else "memory unknown"),
+        f"machine   {report['processor']}, {report['cores']}{of_cores} cores, "
+        + (f"{memory / 2**30:.1f}{of_memory}" if memory else "memory unknown"),
+        *(f"limit     {_amount(limit)} by {limit['by']}" for limit in report["limits"]),
         f"system    {report['system']}, {report['architecture']}, Python {report['python']}",
         "",
         "engines",
@@ -85,6 +97,11 @@ def describe(report: dict[str, Any]) -> str:
         if version is None:
             lines.append(f"  {'':<22} to install: pip install '{f'edgestill[{extra}]' if extra else name}'")
     return "\n".join(lines)
+
+
+def _amount(limit: Mapping[str, Any]) -> str:
+    amount = limit["amount"]
+    return f"{amount:g} cores" if limit["of"] == "cores" else f"{amount / 1e6:.0f} MB of memory"
 
 
 def _package_version(name: str) -> str | None:

@@ -6,9 +6,11 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from edgestill.runtime.console import show_in_place
 from edgestill.runtime.device.device import Device
 
 _STEP_LINE_S = 30.0
@@ -26,15 +28,23 @@ class EventOutput:
         self._told_s = clock()
         self._live = sys.stderr.isatty() and not as_json
         self._in_progress = False
+        self.lost = False
+        """Whether whoever looked on has left, as a closed terminal or the end of a pipe does."""
 
     def __call__(self, event: str, /, **details: Any) -> None:
+        try:
+            self._tell(event, details)
+        except OSError:
+            self.lost = True
+
+    def _tell(self, event: str, details: Mapping[str, Any]) -> None:
         if self._as_json:
             print(json.dumps({"event": event, **details}), flush=True)
             return
         if event == "step":
             text = "step {step} of {steps}  epoch {epoch}  loss {loss:.4f}  {ms:.0f} ms".format(**details)
             if self._live:
-                print(f"\r{text}\033[K", end="", file=sys.stderr, flush=True)
+                show_in_place(text)
                 self._in_progress = True
             elif self._clock() - self._told_s >= _STEP_LINE_S:
                 self._told_s = self._clock()
@@ -49,8 +59,9 @@ class EventOutput:
     def end_progress(self) -> None:
         """Leaves the progress line, so that what follows starts on a line of its own."""
         if self._in_progress:
-            print(file=sys.stderr)
             self._in_progress = False
+            with suppress(OSError):
+                print(file=sys.stderr)
 
     def summary(self, device: Device, uploaded: int, bundle: Path, student: Path) -> None:
         """What this start has done, what the device has spent of its privacy ever since it is enrolled, and where its

@@ -18,6 +18,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "edgestill evaluate leaf-bundle --data photos --resize --state leaf.safetensors",
         "edgestill evaluate leaf-bundle --data cifar10-mini --state leaf.safetensors --json",
     ),
+    "predict": (
+        "edgestill predict leaf-bundle --state leaf.safetensors --resize holiday.jpg photos",
+        "edgestill predict leaf-bundle --state leaf.safetensors --data cifar10-mini --csv > classes.csv",
+    ),
     "inspect": ("edgestill inspect leaf-bundle",),
     "doctor": ("edgestill doctor",),
     "serve": (
@@ -34,10 +38,14 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "task show": ("edgestill task show --data-dir federation birds",),
     "task stop": ("edgestill task stop --data-dir federation birds",),
     "enrol": ("edgestill enrol --data-dir federation --task birds --count 5",),
+    "backup": ("edgestill backup --data-dir federation --output /var/backups/federation",),
+    "restore": ("edgestill restore /var/backups/federation --data-dir federation-again",),
+    "downgrade": ("edgestill downgrade --data-dir federation --to 0004",),
     "join": (
         "edgestill join http://192.0.2.10:8000 --code AAAAA-BBBBB-CCCCC-DDDDD --data photos --resize",
         "edgestill join --data photos --resize --once",
     ),
+    "demo": ("edgestill demo", "edgestill demo --output first-look --seed 1 --keep"),
     "simulate": (
         "edgestill simulate --devices 4 --rounds 2",
         "edgestill simulate --gamma 0.25 --output results",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -36,6 +35,7 @@ from edgestill.runtime.engines.registry import (
 )
 from edgestill.runtime.errors import DataError, EngineError, Interrupted, UsageError
 from edgestill.runtime.machine import peak_rss_bytes
+from edgestill.runtime.stopping import handling
 from edgestill.runtime.training.checkpoint import classes_of
 
 _MEGABYTE = 10**6
@@ -187,6 +187,14 @@ def run(arguments: argparse.Namespace) -> int:
                 coordinator.inform(device_info(arguments, identity.get("name")))
         assignment = fetch_assignment(coordinator, keep)
         bundle = stack.enter_context(Bundle.open(assignment.bundle_path))
+        for path in keep.other_students(bundle):
+            notice = Notice(
+                "student",
+                f"this device gets {bundle.student.name} for its engines and memory; what it trained before stays in "
+                f"{path}",
+                {"student": bundle.student.name, "before": str(path)},
+            )
+            output("notice", **notice.as_json())
         engine = open_task_engine(bundle, arguments.engine, arguments.threads)
         stack.callback(engine.close)
         known = known_classes(assignment.task, bundle)
@@ -220,7 +228,7 @@ def run(arguments: argparse.Namespace) -> int:
             output("warning", message=warning)
         before = device.participant.completed
         with stop_requests(lambda: device.training) as requests:
-            device.stop_requested = lambda: bool(requests)
+            device.stop_requested = lambda: bool(requests) or output.lost
             try:
                 device.run(1 if arguments.once else None)
             except KeyboardInterrupt as error:
@@ -355,7 +363,7 @@ def open_task_engine(bundle: Bundle, name: str | None, threads: int) -> Engine:
 
 @contextmanager
 def stop_requests(is_training: Callable[[], bool]) -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM add themselves to, so that a training step ends and leaves a checkpoint.
+    """A list that signals to end add themselves to, so that a training step ends and leaves a checkpoint.
 
     Outside of training, and at a second signal, they interrupt at once: the journal holds at any moment.
     """
@@ -366,12 +374,8 @@ def stop_requests(is_training: Callable[[], bool]) -> Iterator[list[int]]:
         if len(received) > 1 or not is_training():
             raise KeyboardInterrupt
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handling(note):
         yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _address(arguments: argparse.Namespace, known: str | None, output: EventOutput) -> str:

@@ -9,12 +9,12 @@ import signal
 import statistics
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from edgestill.runtime.bundle.bundle import Bundle
-from edgestill.runtime.console import add_image_options, add_json_option
+from edgestill.runtime.console import add_image_options, add_json_option, show_in_place
 from edgestill.runtime.data.augmentation import AUGMENTATIONS
 from edgestill.runtime.data.classes import KnownClasses
 from edgestill.runtime.data.dataset import (
@@ -29,6 +29,7 @@ from edgestill.runtime.data.shares import hold_out
 from edgestill.runtime.engines.registry import ENGINES, Engine, open_engine
 from edgestill.runtime.errors import TrainingError, UsageError
 from edgestill.runtime.machine import peak_rss_bytes
+from edgestill.runtime.stopping import handling
 from edgestill.runtime.training.batches import TransferSet
 from edgestill.runtime.training.checkpoint import (
     check_same_classes,
@@ -175,7 +176,8 @@ def run(arguments: argparse.Namespace) -> int:
             try:
                 for record in steps:
                     records.append(record)
-                    output.step(record)
+                    if not output.step(record):  # whoever looked on has left, as a closed terminal does
+                        requests.append(signal.SIGPIPE)
                     if log is not None:
                         log.add(record.step, figures_of(record))
             except TrainingError as error:
@@ -253,24 +255,18 @@ def _remedy(arguments: argparse.Namespace, planned: Run) -> str:
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM add themselves to, so that a step in progress ends first.
+    """A list that signals to end add themselves to, so that a step in progress ends first.
 
-    A second signal acts as it always did: who presses Ctrl-C twice does not want to wait.
+    A second one acts as it always did: who presses Ctrl-C twice does not want to wait.
     """
     received: list[int] = []
-    previous = {}
 
     def note(number: int, _: object) -> None:
         received.append(number)
-        signal.signal(number, previous[number])
+        signal.signal(number, before[number])
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, note)
-    try:
+    with handling(note) as before:
         yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _known_classes(arguments: argparse.Namespace, bundle: Bundle, state_path: Path) -> KnownClasses | None:
@@ -397,20 +393,25 @@ class _Output:
                 file=sys.stderr,
             )
 
-    def step(self, record: StepRecord) -> None:
-        if self._as_json:
-            print(json.dumps(record.as_json()), flush=True)
-        elif self._live:
-            line = (
-                f"\rstep {record.step}/{self._total_steps}  epoch {record.epoch}  loss {record.loss:.4f}  "
-                f"accuracy {record.accuracy:.2f}  {record.ms:.0f} ms\033[K"
-            )
-            print(line, end="", file=sys.stderr, flush=True)
+    def step(self, record: StepRecord) -> bool:
+        """False where nobody can be told any more."""
+        try:
+            if self._as_json:
+                print(json.dumps(record.as_json()), flush=True)
+            elif self._live:
+                show_in_place(
+                    f"step {record.step}/{self._total_steps}  epoch {record.epoch}  loss {record.loss:.4f}  "
+                    f"accuracy {record.accuracy:.2f}  {record.ms:.0f} ms"
+                )
+        except OSError:
+            return False
+        return True
 
     def end_progress(self) -> None:
         """Leaves the progress line, so that an error or the summary starts on a line of its own."""
         if self._live:
-            print(file=sys.stderr)
+            with suppress(OSError):
+                print(file=sys.stderr)
 
     def summary(self, summary: dict[str, Any]) -> None:
         if self._as_json:

@@ -182,6 +182,19 @@ def load_transfer_samples(
     return fit_tensors(part.arrays, (form, *more), str(source))
 
 
+def read_unlabelled(
+    source: str, forms: tuple[InputSpec, ...], split: str | None, tell: Tell
+) -> list[np.ndarray]:
+    """The tensors of a split's samples as they are found, labelled or not; None: the test split if there is one, else
+    all there is. Errors: DataError, UsageError."""
+    first, *more = forms
+    parts = _read(source, first, False, tuple(more), False, tell, labelled=False)
+    name = split or ("test" if "test" in parts else "train")
+    if name not in parts:
+        raise UsageError(f"{source} has no {name} split", f"it has {' and '.join(parts)}; or leave --split out")
+    return parts[name].arrays
+
+
 @dataclass(frozen=True)
 class _Part:
     """A split as it was found: the arrays of the samples' tensors, labels that number `names`, users of `train`."""

@@ -84,7 +84,7 @@ def read_image_folder(
         files = [(parts, numbers[parts[len(prefix)]]) for parts in mine if len(parts) > len(prefix) + 1]
         found[split] = (root, files, names)
     _skip_other_roots(tree, [root.relative_to(path).parts for root, _, _ in found.values()])
-    reader = _Reader(tree, form, resize, skip_broken)
+    reader = Reader(tree, form, resize, skip_broken)
     splits = {}
     for split, (root, files, names) in found.items():
         images, read = reader.read([parts for parts, _ in files])
@@ -108,7 +108,7 @@ def read_unlabelled_folder(
     if len(train) == 1 and not others and tree.below(train[0]):
         chosen = tree.below(train[0])
         tree.skip(sorted(set(tree.pictures) - set(chosen)), "images of other splits")
-    reader = _Reader(tree, form, resize, skip_broken)
+    reader = Reader(tree, form, resize, skip_broken)
     images, read = reader.read(chosen)
     reader.tell(tell)
     if not read:
@@ -209,7 +209,7 @@ def _skip_other_roots(tree: Tree, roots: Sequence[tuple[str, ...]]) -> None:
     tree.skip(outside, "images outside of a class's folder")
 
 
-class _Reader:
+class Reader:
     """Reads pictures and remembers what a person should hear of them."""
 
     def __init__(self, tree: Tree, form: InputSpec, resize: bool, skip_broken: bool) -> None:

@@ -110,6 +110,7 @@ class HttpCoordinator:
     ) -> None:
         self._httpx = _import_httpx2()
         self.url = check_url(url)
+        self._ca_cert = ca_cert
         self._timeout_s, self._attempts, self._pause_s = timeout_s, attempts, pause_s
         self._sleep, self._random_share = sleep, random_share
         self._client = self._httpx.Client(
@@ -294,7 +295,7 @@ class HttpCoordinator:
     def _unreachable(self, error: Exception) -> Unreachable:
         return Unreachable(
             f"{self.url} does not answer: {str(error) or type(error).__name__}",
-            hint_unreachable(self.url, str(error)),
+            hint_unreachable(self.url, str(error), self._ca_cert),
         )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgestill.runtime.errors import UsageError
+from edgestill.runtime.limits import memory_limits
 
 _COMMAND_TIMEOUT_S = 5.0
 _PLAUSIBLE_C = (-40.0, 150.0)  # drivers report sentinels such as -273 for a sensor that is switched off
@@ -105,7 +106,7 @@ def read_status(root: Path = Path("/"), run_command: RunCommand | None = None) -
         "charging": _is_charging(supplies, batteries),
         "temperature_c": max(device_c, default=None),
         "battery_temperature_c": max(battery_c, default=None),
-        "memory_free_bytes": _read_free_memory(root / "proc/meminfo"),
+        "memory_free_bytes": _read_free_memory(root),
         "metered": _read_metered(run_command),
     }
     # Android hides the battery's files from programs; Termux has a command for them.
@@ -152,12 +153,14 @@ def _read_temperatures(root: Path) -> tuple[list[float], list[float]]:
     return battery_c, device_c
 
 
-def _read_free_memory(path: Path) -> int | None:
-    for line in (_read_text(path) or "").splitlines():
+def _read_free_memory(root: Path) -> int | None:
+    """What the machine has, or what the limits of this process and of its control groups leave, if that is less."""
+    free = [int(max(0, limit.amount - limit.used)) for limit in memory_limits(root)]
+    for line in (_read_text(root / "proc/meminfo") or "").splitlines():
         if line.startswith("MemAvailable:"):
             kibibytes = _scaled(line.split(":", 1)[1].removesuffix("kB").strip(), 1)
-            return None if kibibytes is None else int(kibibytes) * 1024
-    return None
+            free += [] if kibibytes is None else [int(kibibytes) * 1024]
+    return min(free, default=None)
 
 
 def _read_metered(run_command: RunCommand) -> bool | None:

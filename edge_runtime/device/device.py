@@ -32,7 +32,7 @@ from edgestill.runtime.device.local_round import (
 from edgestill.runtime.device.local_training import train_locally
 from edgestill.runtime.device.participant import Participant, Work
 from edgestill.runtime.device.privacy import epsilon_of_spent
-from edgestill.runtime.errors import EdgestillError, Interrupted, TrainingError, WireError
+from edgestill.runtime.errors import EdgestillError, Interrupted, StateError, TrainingError, WireError
 from edgestill.runtime.training.trainer import StepRecord
 
 LONG_POLL_S = 25.0
@@ -280,7 +280,7 @@ class Device:
             state = self.keep.trained(work.round, kit.bundle)
             spent = kit.spend_privacy(self.participant.privacy_spent)
             packed, report = pack_round(kit, state, self.random, spent)
-        except (WireError, TrainingError) as error:
+        except (WireError, TrainingError, StateError) as error:  # StateError: trained with another student
             return machine.RoundGone(error.message)
         self.keep.put_body(work.round, packed.body)
         self.watch("packed", round=work.round, **report)

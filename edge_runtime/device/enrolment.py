@@ -16,7 +16,7 @@ from edgestill.runtime.device.client import Coordinator
 from edgestill.runtime.device.journal import WorkFolder
 from edgestill.runtime.engines.registry import EngineStatus, available_engines
 from edgestill.runtime.errors import EngineError, UsageError
-from edgestill.runtime.machine import memory_bytes, processor
+from edgestill.runtime.machine import processor, training_memory_bytes
 
 LONGEST_NAME = 80
 _MEGABYTE = 10**6
@@ -95,7 +95,7 @@ def device_info(arguments: argparse.Namespace, name: str | None = None) -> dict[
     return {
         "name": device_name(arguments.name) if name is None else name,
         "engines": usable,
-        "memory_bytes": memory_bytes() if arguments.memory is None else round(arguments.memory * _MEGABYTE),
+        "memory_bytes": training_memory_bytes() if arguments.memory is None else round(arguments.memory * _MEGABYTE),
         "processor": processor(),
         "version": version,
     }

@@ -24,7 +24,7 @@ import numpy as np
 from edgestill.runtime.bundle import wire
 from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.device.participant import Participant
-from edgestill.runtime.errors import EdgestillError, StateError, UsageError
+from edgestill.runtime.errors import EdgestillError, StateError, UsageError, WireError
 from edgestill.runtime.files import sync, write_atomically
 
 FORMAT = "edgestill-journal"
@@ -57,7 +57,8 @@ class Keep(Protocol):
     def body(self, round_name: str) -> bytes: ...
 
     def settle(self, round_name: str, bundle: Bundle) -> None:
-        """The trained state becomes the student's; repeating it does no harm."""
+        """The trained state becomes that of the student it is of, which may be another than the bundle's by now;
+        repeating it does no harm."""
 
     def alone(self, bundle: Bundle) -> tuple[str, dict[str, np.ndarray]]:
         """The last round and the state of the student that is trained alone; before the first "" and its start."""
@@ -207,7 +208,7 @@ class WorkFolder:
     def settle(self, round_name: str, bundle: Bundle) -> None:
         trained = self.folder / f"training-{round_name}.safetensors"
         if trained.exists():  # else it happened before the device was killed
-            os.replace(trained, self.student_path(bundle))
+            os.replace(trained, self._path_of(_model_of(trained) or bundle.model_digest))
             sync(self.folder)
 
     def alone(self, bundle: Bundle) -> tuple[str, dict[str, np.ndarray]]:
@@ -237,10 +238,27 @@ class WorkFolder:
 
     def student_path(self, bundle: Bundle) -> Path:
         """Where the student lies once a round has been trained: a state file like any other."""
-        return self.folder / f"student-{bundle.model_digest[:16]}.safetensors"
+        return self._path_of(bundle.model_digest)
+
+    def other_students(self, bundle: Bundle) -> list[Path]:
+        """The files of students that this device trained before it got the bundle's; none once it has trained that."""
+        if self.student_path(bundle).exists():
+            return []
+        return sorted(self.folder.glob("student-*.safetensors"))
+
+    def _path_of(self, model_digest: str) -> Path:
+        return self.folder / f"student-{model_digest[:16]}.safetensors"
 
     def _alone_path(self, bundle: Bundle) -> Path:
         return self.folder / f"alone-{bundle.model_digest[:16]}.safetensors"
+
+
+def _model_of(path: Path) -> str | None:
+    """The digest of the model that a training's checkpoint is of; None where it does not say."""
+    try:
+        return str(json.loads(wire.load(path).metadata["run"])["model"])
+    except (KeyError, TypeError, ValueError, WireError):
+        return None
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import zip_longest
@@ -11,6 +10,7 @@ from pathlib import Path
 from edgestill.runtime.bundle.manifest import TensorSpec
 from edgestill.runtime.engines.program import Arrays, allocate
 from edgestill.runtime.errors import EngineError
+from edgestill.runtime.machine import threads_or_cores
 from edgestill.runtime.native.build import INSTALL_HINT, find_wheel
 from edgestill.runtime.native.program import Pointers, Program, load_library, set_threads
 
@@ -31,11 +31,11 @@ def version() -> str:
 
 
 def open_runner(threads: int) -> ExecuTorch:
-    """`threads` counts the calling one, 0 means all cores; runners of one process share the number.
+    """`threads` counts the calling one, 0 means all cores that may be used; runners of one process share the number.
 
     Errors: EngineError when ExecuTorch is missing, or programs are open with another number of threads.
     """
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads_or_cores(threads)
     set_threads(threads)
     return ExecuTorch(threads)
 

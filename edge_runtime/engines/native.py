@@ -15,6 +15,7 @@ import numpy as np
 from edgestill.runtime.bundle.manifest import TensorSpec
 from edgestill.runtime.engines.program import ALIGNMENT_BYTES, Arrays, allocate
 from edgestill.runtime.errors import EngineError
+from edgestill.runtime.machine import threads_or_cores
 from edgestill.runtime.native.architecture import HINT, LEVELS, library_path, machine
 from edgestill.runtime.native.plan_work import HEAD_WORDS, VERSION
 
@@ -75,8 +76,8 @@ def load_library(path: Path) -> ctypes.CDLL:
 
 
 def open_runner(threads: int) -> Native:
-    """`threads` 0 means all cores. Errors: EngineError where the library does not work here."""
-    return Native(threads or len(os.sched_getaffinity(0)))
+    """`threads` 0 means all cores that may be used. Errors: EngineError where the library does not work here."""
+    return Native(threads_or_cores(threads))
 
 
 class Native:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 from edgestill.runtime.bundle.manifest import TensorSpec
 from edgestill.runtime.engines.program import Arrays, allocate
 from edgestill.runtime.errors import EngineError
+from edgestill.runtime.machine import cores
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -34,8 +36,14 @@ def version() -> str:
 
 
 def open_runner(threads: int) -> OnnxRuntime:
-    """`threads` 0 means all cores."""
-    return OnnxRuntime(threads)
+    """`threads` 0 means all cores that may be used."""
+    return OnnxRuntime(threads or own_choice())
+
+
+def own_choice() -> int:
+    """0, with which ONNX Runtime counts the machine's cores itself, unless this process may not use them all."""
+    usable = cores()
+    return usable if usable < (os.cpu_count() or 1) else 0
 
 
 class OnnxRuntime:

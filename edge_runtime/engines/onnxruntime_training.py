@@ -25,6 +25,7 @@ from edgestill.runtime.engines import onnxruntime_training_worker as worker
 from edgestill.runtime.engines.program import Arrays, Buffers, allocate
 from edgestill.runtime.engines.registry import ENGINES
 from edgestill.runtime.errors import EngineError
+from edgestill.runtime.machine import threads_or_cores
 
 NAME = "onnxruntime-training"
 INTERPRETER_VARIABLE = "EDGESTILL_ORT_TRAINING_PYTHON"
@@ -296,8 +297,9 @@ class WorkerProgram:
 
 
 def open_runner(threads: int, timeout_s: float = CALL_TIMEOUT_S) -> OnnxRuntimeTraining:
-    """Starts a worker; `threads` 0 means all cores, `timeout_s` bounds every call, opening a graph included.
+    """Starts a worker; `threads` 0 means all cores that may be used, `timeout_s` bounds every call, opening a
+    graph included.
 
     Errors: EngineError.
     """
-    return OnnxRuntimeTraining(threads, timeout_s)
+    return OnnxRuntimeTraining(threads_or_cores(threads), timeout_s)

@@ -129,10 +129,10 @@ def serve(worker: Worker, read_exactly: Callable[[int], bytearray], write: Calla
 
 
 def main() -> int:
-    # Ctrl-C and a service's SIGTERM go to the whole process group; the parent still wants the state, and ends us
+    # what ends the parent goes to the whole process group; it still wants the state, and ends us
     # by closing the pipe.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGPWR"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
     # Native code that prints must not land between frames.
     replies_fd = os.dup(1)
     os.dup2(2, 1)

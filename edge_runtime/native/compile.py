@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from edgestill.runtime.errors import EdgestillError, EngineError
+from edgestill.runtime.machine import cores
 from edgestill.runtime.native.architecture import HINT, LEVELS, library_path, machine
 
 SOURCES = Path(__file__).resolve().parent / "library"
@@ -52,7 +53,7 @@ def compile_library(
             define = [f"-DRUN_PLAN=run_{level}"] if level else []
             _run([*compiler, f"-mcpu={cpu}", *FLAGS, *more, *define, "-c", str(SOURCES / f"{name}.c"), "-o", str(to)])
 
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        with ThreadPoolExecutor(cores()) as pool:
             list(pool.map(one, zip(jobs, objects, strict=True)))
         built = Path(work, target.name)
         link = ("-shared", "-nostdlib", "-Wl,-z,max-page-size=16384", "-s")

@@ -65,6 +65,12 @@ def score(
     return Evaluation(confusion, float(losses.mean()), class_names)
 
 
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    """The softmax of logits [N, K], in float64."""
+    powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
 def draw_confusion(evaluation: Evaluation, path: Path, title: str) -> None:
     """Writes the confusion matrix as a PNG, rows scaled to shares of the true class.
 

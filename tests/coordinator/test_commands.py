@@ -236,6 +236,14 @@ def test_serve_takes_a_device_and_lets_go_of_it_when_told_to_stop(
             assert secret not in log
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_serve_ends_orderly(place: Path, number: signal.Signals) -> None:
+    with serving() as (_, process):
+        process.send_signal(number)
+        assert process.wait(timeout=15) in (0, 1, -number)
+        assert process.stderr is not None and "Finished server process" in (log := process.stderr.read()), log
+
+
 def test_serve_speaks_tls_and_a_device_joins_over_it(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_certificate("cert.pem", "key.pem")
     import ssl

@@ -20,10 +20,10 @@ from tests.support.dashboard_service import DashboardService, device_name
 
 
 @contextlib.contextmanager
-def serving(service, token=""):
+def serving(service, token="", **settings):
     """The dashboard on a free port of this machine."""
     app = FastAPI(docs_url=None)
-    app.include_router(make_dashboard_router(service, Settings(dashboard_token=token)))
+    app.include_router(make_dashboard_router(service, Settings(dashboard_token=token, **settings)))
     with socket.create_server(("127.0.0.1", 0)) as listening:
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgestill.coordinator.http import figures as figures_module
 from edgestill.coordinator.http.routes.bodies import MAX_JSON_BYTES, sha256_of_content_digest
 from edgestill.runtime.device.outputs import unpack
 from tests.support.coordinator_site import (
@@ -311,8 +312,41 @@ def test_figures(tmp_path: Path) -> None:
     assert 'edgestill_uploads_total{result="created"} 1.0' in text
     assert 'edgestill_refusals_total{kind="no_such_round"} 1.0' in text
     assert 'edgestill_rounds{phase="collecting",task="birds"} 1.0' in text
-    assert one.name not in text and one.token not in text
+    assert '"pi"' not in text and one.token not in text, "no device is called as it calls itself"
     assert site.client.get("/healthz").json() == {"status": "ok"}
+
+
+def test_figures_of_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = make_site(tmp_path)
+    one, two = start_round(site)
+    one.upload("birds.1", outputs())
+    for device, t_uni in ((one, 0.25), (two, 0.75)):
+        report = {"after": {"t_uni": t_uni}, "alone": {"t_uni": 0.125}}
+        path = f"/v1/rounds/birds.1/devices/{device.name}/report"
+        assert site.client.put(path, json=report, headers=device.headers).status_code == 204
+
+    def figures() -> dict[str, float]:
+        lines = site.client.get("/metrics").text.splitlines()
+        return {name: float(value) for name, value in (one.rsplit(" ", 1) for one in lines if one[:1] != "#")}
+
+    found = figures()
+    states = {"training": 1, "uploaded": 1, "silent": 0, "waiting": 0, "uploading": 0, "done": 0}
+    for state, count in states.items():
+        assert found[f'edgestill_devices{{state="{state}",task="birds"}}'] == count
+    assert found[f'edgestill_device_seen_seconds{{device="{one.name}",task="birds"}}'] == site.clock.now_s
+    assert found['edgestill_round_deadline_seconds{task="birds"}'] == site.clock.now_s + 60
+    assert found[f'edgestill_device_t_uni{{device="{two.name}",task="birds"}}'] == 0.75
+    assert found['edgestill_devices_t_uni{task="birds"}'] == 0.5
+    assert found['edgestill_devices_alone_t_uni{task="birds"}'] == 0.125
+    assert found['edgestill_task_running{task="birds"}'] == 1 and found["edgestill_blobs_free_bytes"] > 0
+    monkeypatch.setattr(figures_module, "DEVICES_NAMED", 1)
+    assert not [name for name in figures() if one.name in name or two.name in name]
+    site.clock.now_s += 111
+    assert figures()['edgestill_devices{state="silent",task="birds"}'] == 2
+    site.service.stop_task("birds")
+    after = figures()
+    assert after['edgestill_task_running{task="birds"}'] == 0
+    assert not [name for name in after if name.startswith(("edgestill_devices{", "edgestill_device_"))]
 
 
 def test_tokens_and_codes_are_neither_logged_nor_stored(

@@ -248,7 +248,7 @@ def test_a_device_cannot_store_more_than_its_quota(clock: Clock, tmp_path: Path)
     assert submit(service, task, device, "birds.1") == "same"
 
 
-def test_devices_get_the_largest_student_that_fits_and_keep_it(service: Service, tmp_path: Path) -> None:
+def test_devices_get_the_largest_student_that_fits_what_they_said_last(service: Service, tmp_path: Path) -> None:
     task = describe_task(tmp_path / "task", service.blobs).as_json()
     small = task["students"][0]
     other = service.blobs.put(b"a larger bundle")
@@ -265,6 +265,13 @@ def test_devices_get_the_largest_student_that_fits_and_keep_it(service: Service,
     assert refusal(lambda: service.ask(stranger, {})) == "no_fitting_student"
     with pytest.raises(Problem, match=r"engines executorch and .*; \w+ needs \d+\.\d MB and onnxruntime"):
         service.assignment(stranger)
+    # moved into a smaller container, and back: nobody keeps a student that cannot be trained there
+    for memory_bytes, entry in ((4000, small), (10**9, large)):
+        service.inform(big, {**big.info, "memory_bytes": memory_bytes})
+        big = next(device for device in service.devices("birds") if device.name == big.name)
+        assert service.assignment(big)["student"] == entry
+        assert service.readable_blob(big, entry["bundle"]) == entry["size_bytes"]
+    big = next(device for device in service.devices("birds") if device.name == big.name)
     assert service.readable_blob(big, other) == 15
     assert refusal(lambda: service.readable_blob(little, other)) == "not_found"
     assert service.readable_blob(little, task["transfer"]["blob"]) == task["transfer"]["size_bytes"]

@@ -68,5 +68,5 @@ def test_a_device_that_fitted_no_student_says_that_it_has_more_now(site: Site) -
         assert site.client.put("/v1/info", json=INFO, headers=device.headers).status_code == 204
     assert device.get("/v1/assignment").json()["student"]["student"] == "cnn3"
     told = site.client.put("/v1/info", json=little, headers=device.headers)
-    assert told.status_code == 204 and device.get("/v1/assignment").status_code == 200, "it keeps its student"
+    assert told.status_code == 204 and problem_of(device.get("/v1/assignment")) == "no_fitting_student"
     assert [one.info["memory_bytes"] for one in site.service.devices("birds")] == [999]

@@ -317,8 +317,9 @@ def test_https_where_nobody_speaks_it_hints_at_http() -> None:
 
 
 @pytest.mark.contract
-def test_a_certificate_of_ones_own_is_trusted_when_it_is_given(tmp_path: Path) -> None:
-    write_certificate(tmp_path / "cert.pem", tmp_path / "key.pem")
+@contextmanager
+def over_tls(certificate: Path, key: Path) -> Iterator[str]:
+    """The address of a server with this certificate, which answers with an assignment."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -329,26 +330,55 @@ def test_a_certificate_of_ones_own_is_trusted_when_it_is_given(tmp_path: Path) -
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    context.load_cert_chain(certificate, key)
     http.socket = context.wrap_socket(http.socket, server_side=True)
     threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    url = f"https://127.0.0.1:{http.server_address[1]}"
     try:
-        assert client(url, ca_cert=tmp_path / "cert.pem").assignment() == {"task": {}, "student": {}}
-        with pytest.raises(Unreachable) as unreachable:
-            client(url, attempts=1).assignment()
-        assert "--ca-cert" in (unreachable.value.hint or "")
-        with pytest.raises(Unreachable) as unreachable:
-            client(url.replace("https:", "http:"), attempts=1).assignment()
-        assert f"try {url}" in (unreachable.value.hint or "")
-        with pytest.raises(Unreachable) as unreachable:
-            client(url.replace("https:", "http:"), attempts=1).assignment()
-        assert f"try {url}" in (unreachable.value.hint or "")
+        yield f"https://127.0.0.1:{http.server_address[1]}"
     finally:
         http.shutdown()
         http.server_close()
+
+
+def test_a_certificate_of_ones_own_is_trusted_when_it_is_given(tmp_path: Path) -> None:
+    write_certificate(tmp_path / "cert.pem", tmp_path / "key.pem")
+    with over_tls(tmp_path / "cert.pem", tmp_path / "key.pem") as url:
+        assert client(url, ca_cert=tmp_path / "cert.pem").assignment() == {"task": {}, "student": {}}
+        with pytest.raises(Unreachable) as unreachable:
+            client(url.replace("https:", "http:"), attempts=1).assignment()
+        assert f"try {url}" in (unreachable.value.hint or "")
     with pytest.raises(UsageError, match="--ca-cert"):
         client(url, ca_cert=tmp_path / "key.pem")
+
+
+@pytest.mark.parametrize(
+    ("certificate", "trusted", "hint"),
+    [
+        ({"days": (-9, -1)}, "ca", "the coordinator's certificate has run out: whoever runs it must renew it"),
+        ({"days": (-9, -1)}, "ca", "or the clock is wrong: this device's clock says 20"),
+        ({"days": (3, 9)}, "ca", "the coordinator's certificate begins later: this device's clock says 20"),
+        ({"address": "192.0.2.7"}, "ca", "the certificate is not for 127.0.0.1: give the name or address"),
+        ({}, None, "nobody whom this device trusts vouches for the certificate"),
+        ({}, "other", "other.pem does not vouch for the coordinator's certificate"),
+        ({"signed_by": None}, None, "made its certificate itself: give that certificate with --ca-cert"),
+        ({"signed_by": None, "days": (-9, -1)}, "own", "has run out"),
+        ("chain", None, "is signed by a private authority: give that authority's with --ca-cert"),
+    ],
+)
+def test_why_a_certificate_is_not_trusted(
+    tmp_path: Path, certificate: dict | str, trusted: str | None, hint: str
+) -> None:
+    for name in ("ca", "other"):
+        write_certificate(tmp_path / f"{name}.pem", tmp_path / f"{name}.key")
+    own, key = tmp_path / "own.pem", tmp_path / "own.key"
+    authority = (tmp_path / "ca.pem", tmp_path / "ca.key")
+    write_certificate(own, key, **{"signed_by": authority, **({} if certificate == "chain" else certificate)})
+    if certificate == "chain":
+        own.write_bytes(own.read_bytes() + authority[0].read_bytes())
+    with over_tls(own, key) as url, pytest.raises(Unreachable) as unreachable:
+        given = None if trusted is None else tmp_path / f"{trusted}.pem"
+        client(url, ca_cert=given, attempts=1).assignment()
+    assert hint in (unreachable.value.hint or ""), unreachable.value.message
 
 
 def test_the_client_is_there_without_httpx2() -> None:

@@ -98,8 +98,8 @@ def test_hints_name_extras_that_there_are() -> None:
         for part in ("edge_runtime", "export", "coordinator", "simulation", "benchmarks")
         for path in (ROOT / part).rglob("*.py")
     ]
-    named = {name for path in sources for name in re.findall(r"edgestill\[([a-z]+)\]", path.read_text())}
-    assert named >= {"coordinator", "device", "images", "plots"} and named <= EXTRAS.keys()
+    named = {name for path in sources for name in re.findall(r"edgestill\[([a-z0-9]+)\]", path.read_text())}
+    assert named >= {"device", "images", "plots", "s3"} and named <= EXTRAS.keys()
     assert {extra for _, _, extra in cli.COMMANDS.values()} <= EXTRAS.keys()
     assert {extra for _, extra in doctor.OPTIONAL_PACKAGES.values()} - {None} <= EXTRAS.keys()
 
@@ -111,7 +111,7 @@ def test_hints_name_extras_that_there_are() -> None:
         ("prometheus_client", "export", "coordinator"),
         ("torch", "coordinator", "export"),
         ("onnxruntime", "export", "export"),
-        ("zstandard", "coordinator", "coordinator"),
+        ("backports.zstd", "coordinator", "coordinator"),
         ("unheard_of", "device", "device"),
     ],
 )
@@ -142,7 +142,7 @@ def test_a_client_that_does_not_load_says_why(tmp_path: Path, monkeypatch: pytes
 
 def test_the_doctor_knows_what_a_device_and_a_coordinator_need() -> None:
     wanted = {name for extra in ("device", "discovery", "images", "plots") for name in EXTRAS[extra]}
-    wanted |= {"fastapi", "sqlalchemy", "obstore"}
+    wanted |= {"fastapi", "sqlalchemy", *EXTRAS["s3"]}
     assert {re.split(r"[>=]", name)[0] for name in wanted} <= doctor.OPTIONAL_PACKAGES.keys()
     report = doctor.examine()
     report["packages"] = dict.fromkeys(doctor.OPTIONAL_PACKAGES)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import struct
+import subprocess
 import sys
+import termios
 import time
 
 import pytest
 
-from edgestill.runtime.console import Progress, about
+from edgestill.runtime.console import Progress, about, cut
 
 
 @pytest.mark.tiny
@@ -34,7 +39,72 @@ def test_on_a_terminal_a_line_is_written_over(
         progress("lowering")
         raise ValueError("broken")
     first, last, rest = capsys.readouterr().err.split("\n")
-    assert rest == "" and first.startswith("tracing\rtracing (0 s so far)\033[K") and last == "lowering"
+    assert rest == "" and first.startswith("\rtracing\033[K\rtracing (0 s so far)\033[K")
+    assert last == "\rlowering\033[K"
+
+
+@pytest.mark.tiny
+@pytest.mark.parametrize(
+    ("text", "columns", "seen"),
+    [
+        ("step 3", 6, "step 3"),
+        ("step 34", 6, "step …"),
+        ("日本語", 6, "日本語"),
+        ("日本語", 5, "日本…"),
+        ("日本語", 4, "日…"),
+        ("e\u0301e\u0301e\u0301", 3, "e\u0301e\u0301e\u0301"),
+        ("abc", 1, "…"),
+        ("abc", 0, ""),
+        ("", 0, ""),
+    ],
+)
+def test_a_line_is_cut_to_what_a_terminal_shows(text: str, columns: int, seen: str) -> None:
+    assert cut(text, columns) == seen
+
+
+def on_a_terminal(columns: int, code: str) -> str:
+    """What a program writes to stderr where that is a terminal so wide."""
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=slave, stdout=subprocess.DEVNULL)
+    os.close(slave)
+    written = b""
+    try:
+        while part := os.read(master, 65536):
+            written += part
+    except OSError:  # how the end of a terminal reads
+        pass
+    os.close(master)
+    assert process.wait(timeout=60) == 0, written
+    return written.decode()
+
+
+@pytest.mark.parametrize("columns", [20, 200])
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from edgestill.runtime.console import Progress\n"
+        "with Progress(every_s=0.01) as progress:\n"
+        "    progress('lowering the training step for native')\n"
+        "    time.sleep(0.1)\n",
+        "from edgestill.runtime.commands.events import EventOutput\n"
+        "output = EventOutput(False)\n"
+        "for n in range(3): output('step', step=n, steps=1000, epoch=1, loss=2.0, ms=33.0)\n"
+        "output.end_progress()\n",
+        "from edgestill.runtime.commands.train import _Output\n"
+        "from edgestill.runtime.training.trainer import StepRecord\n"
+        "output = _Output(False, 1000)\n"
+        "for n in range(3): assert output.step(StepRecord(n, 1000, 1, 2.0, 2.0, None, 0.5, 0.1, 33.0))\n"
+        "output.end_progress()\n",
+    ],
+    ids=["progress", "join", "train"],
+)
+def test_a_narrow_terminal_shows_one_line(columns: int, code: str) -> None:
+    written = on_a_terminal(columns, "import time\n" + code)
+    assert written.endswith("\r\n") and written.count("\n") == 1
+    shown = [line.removesuffix("\033[K") for line in written.removesuffix("\r\n").split("\r")]
+    assert len(shown) >= 3 and max(map(len, shown)) < columns
+    assert any(line.endswith("…") for line in shown) == (columns == 20)
 
 
 @pytest.mark.parametrize(

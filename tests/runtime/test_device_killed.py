@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.device.client import Refused, Unreachable
 from edgestill.runtime.device.journal import WorkFolder, WorkMemory
 from edgestill.runtime.device.local_round import Options, Privacy
 from edgestill.runtime.device.local_training import train_locally
+from edgestill.runtime.engines.registry import open_engine
 from edgestill.runtime.errors import Interrupted
 from tests.support.device_bench import Bench, open_bench, upload_undisturbed  # noqa: F401  fixtures
+from tests.support.handmade_bundle import write_handmade_bundle
 
 
 class Killed(BaseException):
@@ -50,6 +55,39 @@ class DeadlyKeep:
             return result
 
         return deadly
+
+
+@pytest.mark.simulation
+def test_killed_at_every_write_it_goes_on_with_another_student(bench: Bench, tmp_path: Path) -> None:
+    """As after a move into a smaller container: what it trained before stays, the new student begins anew."""
+    bundle = Bundle.open(write_handmade_bundle(tmp_path / "other", seed=1))
+    engine = open_engine(bundle, None, 1)
+    moment = 0
+    while True:
+        moment += 1
+        killer, fake = Killer(moment, late=True), bench.coordinator()
+        folder = tmp_path / f"{moment}"
+        keep = DeadlyKeep(folder, killer)
+        try:
+            bench.device(fake, keep).run()
+        except Killed:
+            pass
+        keep.inner.close()
+        if killer.moment is not None:
+            break
+        before = len(fake.uploads)
+        after = bench.device(fake, WorkFolder(folder))
+        after.equipment = replace(after.equipment, bundle=bundle, engine=engine)
+        after.run()
+        assert len(fake.uploads) == fake.rounds, moment
+        kept = sorted(path.name for path in folder.glob("student-*"))
+        ours, theirs = (f"student-{one.model_digest[:16]}.safetensors" for one in (bundle, bench.bundle))
+        assert kept and (theirs in kept or not before) and (ours in kept or before >= fake.rounds - 1), moment
+        for name, one in ((ours, bundle), (theirs, bench.bundle)):
+            if name in kept:
+                one.check_state(load_file(folder / name))
+    engine.close()
+    assert moment > 10
 
 
 @pytest.mark.simulation

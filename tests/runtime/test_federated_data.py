@@ -143,7 +143,7 @@ def test_shares_are_counted_from_one() -> None:
 def test_what_makes_no_sense_is_refused() -> None:
     dataset = balanced(30)
     for share in (0.0, 1.0, float("nan")):
-        with pytest.raises(UsageError, match="test share"):
+        with pytest.raises(UsageError, match="share of .* held out"):
             deal(dataset, 2, 0.5, 0, test_share=share)
     with pytest.raises(UsageError, match="0 test samples"):
         deal(dataset, 2, 0.5, 0, test_samples=0)

@@ -129,7 +129,7 @@ def test_a_share_of_the_data_and_a_held_out_part_of_it(
 
 
 @pytest.mark.contract
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_killed_or_stopped_it_goes_on_to_the_same_bytes(work: Path, number: int) -> None:
     fake = FakeCoordinator(work / "c")
     command = [sys.executable, "-m", "edgestill.runtime.cli"]

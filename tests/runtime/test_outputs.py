@@ -142,7 +142,7 @@ def test_the_same_values_give_the_same_bytes_in_any_order(precision: str, compre
     assert first.body == second.body
 
 
-def test_zstandard_is_used_where_it_pays_and_installed() -> None:
+def test_zstd_is_used_where_it_pays_and_installed() -> None:
     flat = {"latents": np.ones((100, 16), np.float32)}
     noise = {
         "latents": np.frombuffer(np.random.default_rng(1).bytes(6400), np.uint8)
@@ -157,10 +157,18 @@ def test_zstandard_is_used_where_it_pays_and_installed() -> None:
     assert pack(noise, "int8").content_encoding == "identity"
 
 
-def test_a_device_without_zstandard_sends_and_reads_plain_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_body_larger_than_the_window_that_every_decoder_supports() -> None:
+    flat = {"latents": np.ones((2300, 1024), np.float32)}  # 9.4 MB, and 8 MiB is no power of two of it
+    packed = pack(flat, "fp32")
+    assert packed.content_encoding == "zstd"
+    assert np.array_equal(unpacked(packed, flat)["latents"], flat["latents"])
+
+
+def test_a_device_without_zstd_sends_and_reads_plain_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
     flat = {"latents": np.ones((100, 16), np.float32)}
     compressed = pack(flat, "fp32")
-    monkeypatch.setitem(sys.modules, "zstandard", None)
+    monkeypatch.setitem(sys.modules, "backports.zstd", None)
+    monkeypatch.delattr("backports.zstd", raising=False)
     plain = pack(flat, "fp32")
     assert plain.content_encoding == "identity"
     unpacked(plain, flat)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
+import termios
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +23,7 @@ from edgestill.runtime.cli import main
 from edgestill.runtime.data.dataset import load_splits
 from edgestill.runtime.engines.registry import open_engine
 from edgestill.runtime.errors import Interrupted, StateError, TrainingError, UsageError
+from edgestill.runtime.stopping import STOP_SIGNALS
 from edgestill.runtime.training.checkpoint import load_checkpoint
 from edgestill.runtime.training.evaluation import score
 from edgestill.runtime.training.hyperparameters import resolve
@@ -348,7 +352,7 @@ def test_killed_runs_end_with_the_same_bytes(work: Path) -> None:
 
 
 @pytest.mark.contract
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_ends_with_a_checkpoint_of_the_last_step(work: Path, number: signal.Signals) -> None:
     process = start(work, "x.safetensors", "--epochs", "100000", "--checkpoint-every", "1000000")
     process.stdout.readline()
@@ -399,3 +403,73 @@ def test_training_needs_nothing_but_numpy_and_an_engine(work: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "summary" in result.stdout.splitlines()[-1]
     assert "pip install 'edgestill[export]'" in result.stderr
+
+
+LONG = ("--epochs", "100000", "--checkpoint-every", "1000000")
+
+
+@pytest.mark.contract
+def test_who_ignores_a_closing_terminal_goes_on(work: Path) -> None:
+    """As `nohup` starts a command."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = start(work, "x.safetensors", *LONG)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    first = json.loads(process.stdout.readline())["step"]
+    process.send_signal(signal.SIGHUP)
+    assert [json.loads(process.stdout.readline())["step"] for _ in range(50)] == [*range(first + 1, first + 51)]
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 1 and load_checkpoint(work / "x.safetensors", Bundle.open(work / "s")).step > first
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_closed_terminal_leaves_a_checkpoint(work: Path, more: list[str]) -> None:
+    master, slave = os.openpty()
+
+    def take_terminal() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    words = [*arguments(work, "x.safetensors"), *LONG]
+    words = [word for word in words if word != "--json"] + more
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edgestill.runtime.cli", *words],
+        cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, start_new_session=True, preexec_fn=take_terminal,
+    )  # fmt: skip
+    os.close(slave)
+    written = b""
+    while b"loss" not in written:
+        written += os.read(master, 65536)
+    os.close(master)
+    assert process.wait(timeout=60) == 1
+    assert load_checkpoint(work / "x.safetensors", Bundle.open(work / "s")).step > 0
+
+
+@pytest.mark.contract
+def test_a_reader_that_leaves_ends_a_run_with_a_checkpoint(work: Path) -> None:
+    process = start(work, "x.safetensors", *LONG)
+    process.stdout.readline()
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait(timeout=60) == 1 and "run the same command again" in errors and "Traceback" not in errors
+    assert load_checkpoint(work / "x.safetensors", Bundle.open(work / "s")).step > 0
+
+
+def test_a_run_that_fails_names_only_a_checkpoint_of_its_own(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weight decay multiplies the weights by about a million a step."""
+    kept, wild = work / "x.safetensors", ("--lr", "1000", "--weight-decay", "1000")
+
+    def fails(*more: str) -> str:
+        capsys.readouterr()
+        assert main(arguments(work, "x.safetensors", *wild, *more)) == 1
+        return capsys.readouterr().err.partition("hint:")[0]
+
+    assert str(kept) not in fails() and not kept.exists()
+    assert main(arguments(work, "x.safetensors")) == 0
+    before = kept.read_bytes()
+    # an older run's file, which --restart would overwrite, holds nothing of this one
+    assert str(kept) not in fails("--restart") and kept.read_bytes() == before

@@ -15,13 +15,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgestill.simulation import demo_commands
+from edgestill.runtime.bundle.bundle import Bundle
+from edgestill.simulation import demo_bundles, demo_commands
 from edgestill.simulation.demo import (
     DEVICES,
     STUDENTS,
     DemoSettings,
     Seen,
     join_words,
+    lay_bundles,
+    next_commands,
     note,
     start_coordinator,
     task_words,
@@ -38,6 +41,7 @@ from edgestill.simulation.demo_page import (
     write_page,
 )
 from edgestill.simulation.pool import ONE_THREAD
+from tests.support.demo_bundles import exported
 
 # Stands for `edgestill`: says its words on stderr, more than a pipe holds, and answers as the real one does.
 FAKE = """
@@ -119,7 +123,52 @@ def test_the_commands_are_ones_that_edgestill_takes() -> None:
         words = list(map(str, join_words(settings, number)))
         parsed = parser.parse_args(["join", "http://127.0.0.1:1", "--code", "X", *words])
         assert parsed.share == f"{number + 1}/4" and parsed.engine == device.engine
-    assert len({device.engine for device in DEVICES}) == 2
+
+
+@pytest.mark.contract
+def test_what_a_wheel_carries_serves_every_device_and_is_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, screen: io.StringIO
+) -> None:
+    bundles = exported()
+    assert sum(path.stat().st_size for path in bundles.iterdir()) < 5_000_000
+    monkeypatch.setattr(demo_bundles, "FOLDER", bundles)
+    settings = DemoSettings(output=tmp_path)
+    lay_bundles(Commands(screen), settings)
+    assert "edgestill export" not in screen.getvalue()
+    needed = {}
+    for student in STUDENTS:
+        with Bundle.open(tmp_path / student.name) as bundle:
+            assert bundle.engines == ("native",)
+            needed[student.name] = bundle.training_memory_bytes / 1e6
+    got = [max((mb, name) for name, mb in needed.items() if mb <= (one.memory_mb or 1e9))[1] for one in DEVICES]
+    assert got == ["cnn5", "cnn4", "cnn3", "cnn5"]
+
+
+def test_without_bundles_and_pytorch_it_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, screen: io.StringIO
+) -> None:
+    monkeypatch.setattr(demo_bundles, "FOLDER", tmp_path / "none")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(DemoFailed, match="PyTorch is not installed") as caught:
+        lay_bundles(Commands(screen), DemoSettings(output=tmp_path))
+    assert "edgestill[export]" in caught.value.hint
+
+
+def test_without_bundles_it_exports(
+    tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch, screen: io.StringIO
+) -> None:
+    monkeypatch.setattr(demo_bundles, "FOLDER", tmp_path / "none")
+    with pytest.raises(DemoFailed, match="export"):  # what stands for edgestill cannot
+        lay_bundles(commands, DemoSettings(output=tmp_path))
+    assert screen.getvalue().count(" export --student cnn") >= 1
+
+
+def test_the_next_commands_can_be_typed(tmp_path: Path) -> None:
+    from tests.test_docs import PARSERS
+
+    for words, what in next_commands(DemoSettings(output=tmp_path)):
+        PARSERS[""].parse_args([str(word) for word in words])
+        assert len(what) > 20
 
 
 SCORES = {"t_priv": 0.2, "t_uni": 0.1, "loss": 2.3}
@@ -230,7 +279,7 @@ def test_the_whole_demo(tmp_path: Path) -> None:
         "1",
     ]
     ran = subprocess.run(
-        [sys.executable, "-m", "edgestill.simulation.demo", *words, "--transfer-count", "64"],
+        [sys.executable, "-m", "edgestill.runtime.cli", "demo", "--export", *words, "--transfer-count", "64"],
         env={**os.environ, **ONE_THREAD},
         capture_output=True,
         text=True,
@@ -239,4 +288,4 @@ def test_the_whole_demo(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert "together − alone" in ran.stdout and "dashboard: http://" in ran.stderr
     assert (tmp_path / "demo" / "index.html").stat().st_size > 1000
-    assert ran.stdout.count("executorch") == 2 and ran.stdout.count("onnxruntime") == 2
+    assert ran.stdout.count("native") == len(DEVICES)

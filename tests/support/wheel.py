@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from edgestill.simulation.demo import STUDENTS
+from tests.support.demo_bundles import exported
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {
     "edgestill": "edgestill",
@@ -18,8 +21,10 @@ FOLDERS = {
 """Each folder of this tree that is installed, and where a wheel has it."""
 LIBRARIES = {f"edgestill/runtime/native/libedgestill-{name}.so" for name in ("x86_64", "aarch64")}
 """What building a wheel adds."""
+BUNDLES = {f"edgestill/simulation/carried/{student.name}.zip" for student in STUDENTS}
+"""What `make wheels` exports before."""
 
-NOT_SHIPPED = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
+NOT_SHIPPED = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info", "carried")
 
 
 def copy_sources(folder: Path) -> Path:
@@ -28,6 +33,7 @@ def copy_sources(folder: Path) -> Path:
     if not source.exists():
         for name in FOLDERS:
             shutil.copytree(ROOT / name, source / name, ignore=NOT_SHIPPED)
+        shutil.copytree(exported(), source / "simulation" / "carried", dirs_exist_ok=True)
         for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, source / name)
     return source

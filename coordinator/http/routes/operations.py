@@ -9,6 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from edgestill.coordinator.http.auth import check_operator
 from edgestill.coordinator.http.context import Context, context_of
+from edgestill.coordinator.http.figures import figures_of
 from edgestill.coordinator.http.problem_responses import problems
 
 router = APIRouter(tags=["operations"])
@@ -28,10 +29,5 @@ async def healthz(context: Shared) -> dict[str, str]:
 )  # fmt: skip
 async def metrics(context: Shared) -> Response:
     """Figures in Prometheus' text format."""
-    phases = await context.call(_phases, context)
-    return Response(context.metrics.render(phases), media_type=CONTENT_TYPE_LATEST)
-
-
-def _phases(context: Context) -> list[tuple[str, str]]:
-    service = context.service
-    return [(task.name, one.phase) for task in service.tasks() for one in service.rounds(task.name)]
+    families = await context.call(figures_of, context.service, context.liveness())
+    return Response(context.metrics.render(families), media_type=CONTENT_TYPE_LATEST)
