@@ -18,6 +18,7 @@ from edgestill.export.targets.native_plan import (
     broadcast,
     dense_strides,
     joint_axes,
+    reshaped,
 )
 
 LANES, TASK_ROWS, RUN = 16, 96, 256
@@ -28,32 +29,12 @@ PARTIAL_BYTES = 4 * 2**20
 
 def _reshape(plan: Plan, node: Node, x: Value) -> None:
     view = plan.view(x)
-    strides = _reshaped(view.shape, view.strides, node.outputs[0].shape)
+    strides = reshaped(view.shape, view.strides, node.outputs[0].shape)
     if strides is None:
         view = plan.dense(x)
         strides = dense_strides(node.outputs[0].shape)
     value = node.outputs[0]
     plan.views[value.name] = View(view.base, view.dtype, value.shape, strides, view.offset)
-
-
-def _reshaped(shape: Sequence[int], strides: Sequence[int], new: Sequence[int]) -> tuple[int, ...] | None:
-    """The strides of the same memory in another shape; None where that cannot be said."""
-    axes = joint_axes(shape, strides)
-    result: list[int] = []
-    rest = axes.pop() if axes else (1, 1)
-    for size in reversed(new):
-        if size == 1:
-            result.append(0)
-            continue
-        if rest[0] == 1:
-            if not axes:
-                return None
-            rest = axes.pop()
-        if rest[0] % size:
-            return None
-        result.append(rest[1])
-        rest = (rest[0] // size, rest[1] * size)
-    return tuple(result[::-1])
 
 
 def _seen(plan: Plan, node: Node, strides: Sequence[int], view: View, offset: int = 0) -> None:
@@ -82,10 +63,15 @@ def _same(plan: Plan, node: Node, x: Value) -> None:
 
 
 def _concat(plan: Plan, node: Node, *parts: Value) -> None:
-    to, axis, start = plan.result(node.outputs[0]), node.attributes["axis"], 0
+    """Parts that lie in the whole already stay there."""
+    to, axis, start = plan.whole(node.outputs[0]), node.attributes["axis"], 0
+    plan.views[node.outputs[0].name] = to
     for part in parts:
-        place = View(to.base, to.dtype, part.shape, to.strides, start * to.strides[axis])
-        plan.copy(plan.view(part), place, "concat")
+        view = plan.view(part)
+        place = View(to.base, to.dtype, part.shape, to.strides, to.offset + start * to.strides[axis])
+        apart = joint_axes(part.shape, view.strides, place.strides)
+        if (view.base, view.offset) != (place.base, place.offset) or any(one != other for _, one, other in apart):
+            plan.copy(view, place, "concat")
         start += part.shape[axis]
 
 

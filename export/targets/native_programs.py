@@ -21,6 +21,7 @@ from edgestill.export.targets.native_plan import (
     broadcast,
     dense_strides,
     joint_axes,
+    runs_of,
 )
 
 STEPS = (
@@ -89,7 +90,8 @@ class Program:
             register[to] = free.pop()
             code += [STEPS.index(operator), register[to], *(used + [0, 0, 0])[:3], bits_of(number)]
             count += 1
-        stores = [(value, plan.result(value)) for node in nodes for value in node.outputs if value.name in self.stored]
+        stored = [value for node in nodes for value in node.outputs if value.name in self.stored]
+        stores = [(value, plan.result(value, runs=True)) for value in stored]
         views = [self._placed(view, shape) for view in views]
         axes = _axes(shape, views)
         if len(axes) > 4:  # broadcast along more axes than a program goes through: then end to end
@@ -110,7 +112,7 @@ class Program:
                 reads.append(view)
         words += code
         for value, view in stores:
-            words += [view, register[value.name]]
+            words += [view, register[value.name], *runs_of(view)]
         written = [view for _, view in stores]
         rows = max(1, min(MAP_TASK // columns, SUM_ROWS * max(1, LANES // columns)))
         parts = -(-math.prod(shape) // (columns * rows))
@@ -120,7 +122,8 @@ class Program:
             words += [register[name], int(squares is not None), *results, partial]
             written += [partial, *(view for view in results if view)]
         plan.scratch = max(plan.scratch, REGISTERS * BLOCK * 4)
-        over = [(view, to) for view in views for _, to in stores if _is_plain(view) and view.dtype == "float32"]
+        alone = [to for _, to in stores if to.dense and plan.sizes.get(to.base) == 4 * to.size]
+        over = [(view, to) for view in views for to in alone if _is_plain(view) and view.dtype == "float32"]
         plan.call("map", "map", reads, written, words, over)
         return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -129,3 +130,58 @@ def test_sums_of_few_columns(columns: int, tmp_path: Path) -> None:
     graph.output("sum", y.sum(0, 2, 3))
     graph.output("squares", ((y - y.mean(0, 2, 3)) * (y - y.mean(0, 2, 3))).mean(0, 2, 3))
     alike(graph, {"x": normal(0, 5, columns, 21, 11)}, tmp_path)
+
+
+def moved_elements(graph: Graph) -> int:
+    """By the copies of its plan."""
+    copies = [call.arguments for call in native.make_plan(native.lower(graph)).calls if call.kernel == "copy"]
+    return sum(math.prod(words[6:12]) for words in copies)
+
+
+def test_channels_that_are_shuffled_and_halved_are_moved_once(tmp_path: Path) -> None:
+    """There and, of their gradients, back: a unit of ShuffleNetV2."""
+    graph = Graph()
+    x, w = graph.input("x", (2, 16, 6, 6)), graph.input("w", (8, 8, 3, 3))
+    left, right, outside = x.narrow(1, 0, 8), x.narrow(1, 8, 16), 0
+    for _ in range(3):
+        right = right.apply("conv2d", w, **SAME).apply("relu")
+        joined = left.apply("concat", right, axis=1)
+        shuffled = joined.reshape(2, 2, 8, 6, 6).transpose(0, 2, 1, 3, 4).reshape(2, 16, 6, 6)
+        left, right = shuffled.narrow(1, 0, 8), shuffled.narrow(1, 8, 16)
+    outside = 3 * x.size  # in and out of channels last
+    loss = (left * left + right * left).sum(0, 1, 2, 3).reshape(1)
+    for name, value in gradients(graph, loss, [x, w]).items():
+        graph.output("d" + name, value)
+    alike(graph, {"x": normal(0, 2, 16, 6, 6), "w": normal(1, 8, 8, 3, 3) / 8}, tmp_path)
+    assert moved_elements(graph) <= 6 * x.size + outside
+
+
+def test_a_layer_with_bias_and_gelu_is_one_program_that_keeps_its_slope(tmp_path: Path) -> None:
+    """Forward it writes y and the slope, backward dx and the bias's gradient on the way."""
+    graph = Graph()
+    x, w, b, v = (graph.input(n, s) for n, s in (("x", (4, 30, 24)), ("w", (24, 40)), ("b", (40,)), ("v", (40, 24))))
+    u = (x.reshape(120, 24) @ w + b.reshape(1, 40)).reshape(4, 30, 40)
+    y = u * ((u * math.sqrt(0.5)).apply("erf") + 1.0) * 0.5
+    z = (y.reshape(120, 40) @ v).reshape(4, 30, 24)
+    loss = (z * z).sum(0, 1, 2).reshape(1)
+    graph.output("loss", loss)
+    for name, value in gradients(graph, loss, [x, w, b, v]).items():
+        graph.output("d" + name, value)
+    inputs = {"x": normal(0, 4, 30, 24), "w": normal(1, 24, 40) / 5, "b": normal(2, 40), "v": normal(3, 40, 24) / 6}
+    alike(graph, inputs, tmp_path)
+    programs = [call.arguments for call in native.make_plan(native.lower(graph)).calls if call.kernel == "map"]
+    assert [words[7:9] for words in programs if words[0] == 4800] == [[2, 0], [1, 1]]  # stores, sums
+
+
+def test_a_copy_that_turns_goes_through_what_lies_end_to_end(tmp_path: Path) -> None:
+    graph = Graph()
+    x = graph.input("x", (5, 7, 33, 3, 18))
+    for i, order in enumerate(((4, 0, 1, 3, 2), (1, 0, 4, 3, 2), (2, 3, 4, 0, 1), (0, 2, 1, 4, 3))):
+        graph.output(f"y{i}", x.transpose(*order))
+    y = graph.input("y", (48, 50))
+    graph.output("turned", y.swap())
+    graph.output("whole", y.narrow(0, 0, 48))
+    alike(graph, {"x": normal(0, 5, 7, 33, 3, 18), "y": normal(1, 48, 50)}, tmp_path, 0.0)
+    for call in native.make_plan(graph).calls:
+        sizes, source, to = (call.arguments[start : start + 6] for start in (6, 12, 18))
+        assert to[5] == 4 and 4 in source[4:] and sizes[0] > 1  # something is left for threads to share

@@ -95,7 +95,10 @@ static void check_map(struct check *c) {
   }
   for (word i = 0; i < a[MAP_STORES]; i++, t += STORE_WORDS) {
     if (!in(t[2], 0, REGISTERS - 1)) c->error = "a program names no register";
-    operand(c, t, times(c, a[MAP_COUNT], 4), 4, 1);
+    word runs[] = {t[3] > 0 ? a[MAP_COUNT] / t[3] : 0, t[3]}; /* that do not overlap: nothing else bounds a program's time */
+    if (!in(t[3], 1, MOST) || a[MAP_COUNT] % t[3] || !in(t[4], 0, MOST) || !in(t[5], 1, MOST) || (runs[0] > 1 && t[4] < times(c, t[3] - 1, t[5]) + 1)) c->error = "a program's results overlap";
+    if (c->error) return;
+    operand(c, t, times(c, extent(c, runs, t + 4, 2, 1), 4), 4, 1);
   }
   for (word i = 0; i < a[MAP_SUMS]; i++, t += SUM_WORDS) {
     if (!in(t[0], 0, REGISTERS - 1)) c->error = "a program names no register";

@@ -117,23 +117,22 @@ static void copy_task(const struct call *c, int phase, word task) {
     for (word j = 0; j < n[2]; j++) {
       const char *f = from + i * fs[1] + j * fs[2];
       char *t = to + i * ts[1] + j * ts[2];
-      if (item == 4 && fs[5] != 4 && fs[4] == 4 && n[3] == 1) { /* a transpose: in squares, that stay in the cache */
-        for (word y = 0; y < n[4] && n[5] >= 16; y += 16)
-          for (word x = 0; x < n[5]; x += 16)
-            for (word yy = y; yy < least(y + 16, n[4]); yy++)
-              copy_items(t + yy * ts[4] + x * ts[5], f + yy * fs[4] + x * fs[5], least(16, n[5] - x), ts[5], fs[5], 4);
-        for (word x = 0; x < n[5] && n[5] < 16; x++) copy_items(t + x * ts[5], f + x * fs[5], n[4], ts[4], fs[4], 4);
-        continue;
-      }
-      for (word k = 0; k < n[3]; k++)
-        for (word l = 0; l < n[4]; l++)
-          copy_items(t + k * ts[3] + l * ts[4], f + k * fs[3] + l * fs[4], n[5], ts[5], fs[5], item);
+      int turned = item == 4 && fs[5] != 4 && fs[4] == 4; /* in squares, that stay in the cache */
+      for (word k = 0; k < n[3]; k++, f += fs[3], t += ts[3])
+        for (word y = 0; y < n[4]; y += turned ? 16 : 1)
+          if (!turned) copy_items(t + y * ts[4], f + y * fs[4], n[5], ts[5], fs[5], item);
+          else if (n[5] < 16)
+            for (word x = 0; x < n[5]; x++) copy_items(t + y * ts[4] + x * ts[5], f + y * fs[4] + x * fs[5], least(16, n[4] - y), ts[4], fs[4], 4);
+          else
+            for (word x = 0; x < n[5]; x += 16)
+              for (word yy = y; yy < least(y + 16, n[4]); yy++)
+                copy_items(t + yy * ts[4] + x * ts[5], f + yy * fs[4] + x * fs[5], least(16, n[5] - x), ts[5], fs[5], 4);
     }
 }
 
 /* --- elementwise program: elements, sizes of 4 axes, loads, instructions, stores, sums, columns; then each load (base, offset,
    kind, 4 strides in elements, 2 words of no use), instruction (operator, to, a, b, c, number's bits), store (base,
-   offset, register) and sum of the rows of a register (register, kind, [2,3] sum, [4,5] squares, [6,7] partial results).
+   offset, register, elements of a run, from one run to the next, from one element to the next) and sum of the rows of a register (register, kind, [2,3] sum, [4,5] squares, [6,7] partial results).
    An unpooled load is the gradient of a largest of windows that lie side by side: dy (base, offset), kind, channels, width,
    height and width of a window, the winners (base, offset). A sum of squares is of what is left of each number without
    its column's mean; partial results are then sums and squares, the latter around the part's own mean. --------------- */
@@ -238,75 +237,80 @@ INLINE float *partial_of(const struct call *c, const word *sum, word task, word 
   return (float *)(c->bases[sum[6]] + sum[7]) + task * sum_rows(sum) * columns;
 }
 
-/* What distances are taken from: the mean of a block's rows. One row may be far from all others, as at an image's edge; of
-   distances from it little would be left. */
-static void start_squares(float *shift, const float *x, word n, word position, word columns) {
-  word rows = position ? 1 : n / columns, some = least(n, columns - position);
-  for (word k = 0; k < some; k++) shift[position + k] = x[k];
+/* What distances are taken from: the mean of the first rows that are there at once. One row may be far from all others, as
+   at an image's edge; of distances from it little would be left. */
+static void start_squares(float *shift, const float *x, word n, word rows, word columns) {
+  for (word k = 0; k < n; k++) shift[k] = x[k];
   if (rows < 2) return;
   for (word r = 1; r < rows; r++)
-    for (word k = 0; k < columns; k++) shift[k] += x[r * columns + k];
-  for (word k = 0; k < columns; k++) {
+    for (word k = 0; k < n; k++) shift[k] += x[r * columns + k];
+  for (word k = 0; k < n; k++) {
     float mean = shift[k] / (float)rows;
     shift[k] = mean - mean == 0 ? mean : x[k]; /* not of infinite ones */
   }
 }
 
+/* Where a block holds a row or less: distances from the first row, of four rows, become those from these rows' mean. */
+#define FIRST_ROWS 4
+static void start_again(float *sum, float *squared, float *shift, word n) {
+  for (word k = 0; k < n; k++) {
+    float away = sum[k] / FIRST_ROWS, start = shift[k] + away, moved = start - shift[k];
+    if (!(start - start == 0)) continue;
+    float left = __builtin_fmaf(-away, sum[k], squared[k]);
+    squared[k] = left > 0 ? left : 0, sum[k] = __builtin_fmaf(-FIRST_ROWS, moved, sum[k]), shift[k] = start;
+  }
+}
+
+/* Adds as many rows at a time as fill whole vectors, where a row does not; how many rows that were. */
+static word sum_together(float *partial, const float *x, word rows, word columns, int squares) {
+  float *squared = partial + columns, *shift = squared + columns;
+  word period = columns;
+  while (period % LANES) period += columns;
+  word done = rows / (period / columns) * (period / columns);
+  if (period == columns || done * columns < 2 * period) return 0;
+  for (word k = 0; k < period; k += LANES) {
+    float start[LANES], sums[LANES], squares_of[LANES];
+    word first = k % columns;
+    for (word i = 0, j = first; i < LANES; i++, j = j + 1 == columns ? 0 : j + 1) start[i] = squares ? shift[j] : 0;
+    v16 total = all(0.f), square = all(0.f), from = load(start);
+    for (word j = k; j < done * columns; j += period) {
+      v16 d = load(x + j);
+      if (squares) d = d - from, square = fma(d, d, square);
+      total += d;
+    }
+    store(sums, total), store(squares_of, square);
+    for (word i = 0, j = first; i < LANES; i++, j = j + 1 == columns ? 0 : j + 1) {
+      partial[j] += sums[i];
+      if (squares) squared[j] += squares_of[i];
+    }
+  }
+  return done;
+}
+
+/* Adds the rows of x, which begin with the element `position` of their task. */
 static void sum_columns(float *partial, const float *x, word n, word position, word columns, int squares) {
   float *squared = partial + columns, *shift = squared + columns;
-  if (squares && position < columns) start_squares(shift, x, n, position, columns);
-  word column = position % columns, period = columns;
-  while (period % LANES) period += columns;
-  if (period > columns && n >= 2 * period) { /* as many rows at a time as fill whole vectors */
-    word done = n / period * period;
-    for (word k = 0; k < period; k += LANES) {
-      float start[LANES], sums[LANES], squares_of[LANES];
-      word first = (column + k) % columns;
-      for (word i = 0, j = first; i < LANES; i++, j = j + 1 == columns ? 0 : j + 1) start[i] = squares ? shift[j] : 0;
-      v16 total = all(0.f), square = all(0.f), from = load(start);
-      for (word j = k; j < done; j += period) {
-        v16 d = load(x + j);
-        if (squares) d = d - from, square = fma(d, d, square);
-        total += d;
-      }
-      store(sums, total), store(squares_of, square);
-      for (word i = 0, j = first; i < LANES; i++, j = j + 1 == columns ? 0 : j + 1) {
-        partial[j] += sums[i];
-        if (squares) squared[j] += squares_of[i];
-      }
-    }
-    x += done, n -= done;
-  }
-  if (columns % LANES) { /* a row, or what is here of it, after the other */
-    for (word k = 0; k < n; column = 0) {
-      word some = least(columns - column, n - k);
-      for (word i = 0; i < some; i += LANES) {
-        word m = least(LANES, some - i), at = column + i;
-        v16 d = load_part(x + k + i, m);
-        if (squares) {
-          d = d - load_part(shift + at, m);
-          store_part(squared + at, fma(d, d, load_part(squared + at, m)), m, 1);
+  word column = position % columns, row = position / columns;
+  for (word some, rows; n; x += rows * some, n -= rows * some, row += rows, column = 0) {
+    some = least(columns - column, n), rows = some < columns ? 1 : n / columns; /* whole rows, or what is here of one */
+    if (squares && row == 0) start_squares(shift + column, x, some, rows, columns);
+    if (squares && row == FIRST_ROWS && 2 * columns > BLOCK) start_again(partial + column, squared + column, shift + column, some);
+    word done = some == columns ? sum_together(partial, x, rows, columns, squares) : 0;
+    for (word k = 0; k < some && done < rows; k += LANES) {
+      word m = least(LANES, some - k), at = column + k;
+      v16 total = load_part(partial + at, m);
+      if (!squares) {
+        for (word r = done; r < rows; r++) total += load_part(x + r * columns + k, m);
+      } else {
+        v16 square = load_part(squared + at, m), start = load_part(shift + at, m);
+        for (word r = done; r < rows; r++) {
+          v16 d = load_part(x + r * columns + k, m) - start;
+          total += d, square = fma(d, d, square);
         }
-        store_part(partial + at, load_part(partial + at, m) + d, m, 1);
+        store_part(squared + at, square, m, 1);
       }
-      k += some;
+      store_part(partial + at, total, m, 1);
     }
-    return;
-  }
-  word rows = column + columns > n ? 1 : n / columns, some = rows == 1 ? n : columns; /* whole rows, or pieces of one or two */
-  for (word k = 0; k < some; k += LANES, column = column + LANES == columns ? 0 : column + LANES) {
-    v16 total = load(partial + column);
-    if (!squares) {
-      for (word j = k; j < n; j += some) total += load(x + j);
-    } else {
-      v16 square = load(squared + column), start = load(shift + column);
-      for (word j = k; j < n; j += some) {
-        v16 d = load(x + j) - start;
-        total += d, square = fma(d, d, square);
-      }
-      store(squared + column, square);
-    }
-    store(partial + column, total);
   }
 }
 
@@ -352,8 +356,8 @@ static void map_task(const struct call *c, int phase, word task) {
   }
   word first = task * map_task_of(a), stop = least(first + map_task_of(a), a[MAP_COUNT]);
   for (word i = 0; i < a[MAP_SUMS]; i++) clear(partial_of(c, sums + i * SUM_WORDS, task, columns), sum_rows(sums + i * SUM_WORDS) * columns);
-  word unit = a[MAP_SIZES + 3], block = BLOCK; /* whole rows at a time, so that what repeats along them stays */
-  while (unit % LANES && unit <= BLOCK) unit += a[MAP_SIZES + 3];
+  word row = a[MAP_SUMS] ? columns : a[MAP_SIZES + 3], unit = row, block = BLOCK; /* whole rows at a time, so that what repeats along them stays */
+  while (unit % LANES && unit <= BLOCK) unit += row;
   if (unit <= BLOCK) block = BLOCK / unit * unit;
   enum { FILLED, DENSE, SAME } how[REGISTERS]; /* a block of a load is put together, lies end to end, or is the first one again */
   for (word i = 0; i < a[MAP_LOADS]; i++) {
@@ -376,7 +380,7 @@ static void map_task(const struct call *c, int phase, word task) {
     for (word i = 0; i < a[MAP_STORES]; i++) {
       const word *s = stores + i * STORE_WORDS;
       float *to = (float *)(c->bases[s[0]] + s[1]) + start;
-      int alone = n == whole && s[2] >= a[MAP_LOADS];
+      int alone = n == whole && s[2] >= a[MAP_LOADS] && s[3] == a[MAP_COUNT] && s[5] == 1;
       for (word j = 0; j < a[MAP_LOADS]; j++) alone &= registers[j] != to;
       if (alone) result[s[2]] = to;
     }
@@ -392,8 +396,12 @@ static void map_task(const struct call *c, int phase, word task) {
     }
     for (word i = 0; i < a[MAP_STORES]; i++) {
       const word *s = stores + i * STORE_WORDS;
-      char *to = c->bases[s[0]] + s[1] + 4 * start;
-      if (to != (const char *)registers[s[2]]) copy_items(to, (const char *)registers[s[2]], n, 4, 4, 4);
+      float *to = (float *)(c->bases[s[0]] + s[1]);
+      for (word done = 0, at = start % s[3], run = start / s[3], some; done < n; done += some, at = 0, run++) {
+        some = least(s[3] - at, n - done);
+        float *there = to + run * s[4] + at * s[5];
+        if (there != registers[s[2]] + done) copy_items((char *)there, (const char *)(registers[s[2]] + done), some, 4 * s[5], 4, 4);
+      }
     }
   }
   for (word i = 0; i < a[MAP_SUMS]; i++)
@@ -533,6 +541,22 @@ INLINE void finish_sum(struct sum *sum) {
   for (int m = 0; m < ROWS; m++) sum->chain.whole[m] += sum->total.whole[m];
 }
 
+/* the numbers of x[i] and x[i + 8] in turn */
+INLINE void interleave(v16 *to, const v16 *x) {
+  for (int i = 0; i < 8; i++) {
+    to[2 * i] = __builtin_shufflevector(x[i], x[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    to[2 * i + 1] = __builtin_shufflevector(x[i], x[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  }
+}
+
+/* 16 rows of 16 numbers, as columns */
+INLINE void turn_square(float *to, const float *from, word apart) {
+  v16 x[LANES], y[LANES];
+  for (int i = 0; i < LANES; i++) x[i] = load(from + i * apart);
+  interleave(y, x), interleave(x, y), interleave(y, x), interleave(x, y);
+  for (int i = 0; i < LANES; i++) store(to + i * LANES, x[i]);
+}
+
 /* matrix product: [0,1] a, [2,3] b, [4,5] to, [6,7] packed, batches, m, n, k; strides of a (batch, row, k), of b (batch,
    k, column) in elements; panels a task */
 
@@ -552,8 +576,10 @@ static void product_task(const struct call *c, int phase, word task) {
     word ks = a[PRODUCT_B + 1], cs = a[PRODUCT_B + 2];
     float *to = packed + task * k * LANES;
     for (word i = 0; i < k; i++, to += LANES)
-      if (cs == 1 && width == LANES) store(to, load(b + i * ks));
-      else for (word j = 0; j < LANES; j++) to[j] = j < width ? b[i * ks + j * cs] : 0;
+      if (cs == 1) store(to, load_part(b + i * ks, width));
+      else if (ks != 1 || i % LANES || k - i < LANES || width < LANES)
+        for (word j = 0; j < LANES; j++) to[j] = j < width ? b[i * ks + j * cs] : 0;
+      else turn_square(to, b + i, cs), i += LANES - 1, to += (LANES - 1) * LANES;
     return;
   }
   word groups = parts_of(panels, a[PRODUCT_PANELS]), pieces = parts_of(m, TASK_ROWS);
@@ -565,8 +591,7 @@ static void product_task(const struct call *c, int phase, word task) {
   for (word start = 0; start < k; start += RUN) { /* as much at a time as stays in the cache */
     word some = least(RUN, k - start), stride = ks == 1 ? 1 : TASK_ROWS;
     if (ks != 1)
-      for (word j = 0; j < some; j++)
-        for (word i = first; i < stop; i++) turned[j * TASK_ROWS + i - first] = left[i * rs + (start + j) * ks];
+      for (word j = 0; j < some; j++) copy_items((char *)(turned + j * TASK_ROWS), (const char *)(left + first * rs + (start + j) * ks), stop - first, 4, 4 * rs, 4);
     for (word p = group * a[PRODUCT_PANELS]; p < least((group + 1) * a[PRODUCT_PANELS], panels); p++) {
       int half = half_of(n - p * LANES), count = rows_of(half);
       for (word i = first; i < stop; i += count) {
