@@ -159,7 +159,7 @@ def test_stopping_from_another_process_wakes_the_devices(
     assert main(stop) == 0 and "ended already" in capsys.readouterr().out
     assert main(["task", "show", "birds", "--data-dir", "fed"]) == 0
     shown = capsys.readouterr().out
-    assert "0 of 10 rounds completed, 2 devices; round 1 is abandoned; the task is stopped" in shown
+    assert "0 of 8 rounds completed, 2 devices; round 1 is abandoned; the task is stopped" in shown
     assert main(["task", "list", "--data-dir", "fed"]) == 0 and "stopped" in capsys.readouterr().out
     assert main(["enrol", "--task", "birds", "--data-dir", "fed"]) == 2
     assert "task birds is stopped" in (error := capsys.readouterr().err) and "hint:" in error
