@@ -46,6 +46,7 @@ class _Export(ModuleType):
         nesterov: bool = False,
         clip_gradients: bool = False,
         freeze: tuple[str, ...] = (),
+        common_head: bool = False,
         engines: tuple[str, ...] = ("native", "onnxruntime", "executorch"),
         seed: int = 0,
         overwrite: bool = False,

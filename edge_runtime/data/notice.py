@@ -12,7 +12,7 @@ from edgestill.runtime.console import printable
 
 @dataclass(frozen=True)
 class Notice:
-    """`kind` is `skipped`, `classes`, `frames` or `depth`; `details` are JSON values."""
+    """`kind` is `skipped`, `classes`, `frames`, `depth` or `shared`; `details` are JSON values."""
 
     kind: str
     text: str

@@ -25,7 +25,7 @@ from tests.support.coordinator_commands import CREATE, make_place, run_json, ser
 from tests.support.handmade_bundle import CHANNELS, SIZE, write_handmade_bundle
 
 pytestmark = pytest.mark.contract
-GLOBAL = ["--global-bundle", "two", "--test", "data.npz"]
+GLOBAL = ["--global-bundle", "two", "--test", "test.npz"]
 
 
 def digest_of(path: Path) -> str:
@@ -45,7 +45,7 @@ def said(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:
         (["--exchange", "latents"], None),
         (["--transfer-count", "20"], None),
         (["--transfer-count", "21"], "--transfer-count 21: data.npz has 20 samples"),
-        ([*GLOBAL, "--test-count", "99999"], "--test-count 99999: data.npz has 20 samples"),
+        ([*GLOBAL, "--test-count", "99999"], "--test-count 99999: test.npz has 20 samples"),
         (GLOBAL, "the global student cannot classify"),
         ([*GLOBAL, "--transfer-labels"], None),
         ([*GLOBAL, "--transfer-labels", "--distil-alpha", "1"], "the global student cannot classify"),
@@ -142,7 +142,7 @@ def test_a_task_in_words_and_how_it_stands(place: Path, capsys: pytest.CaptureFi
     assert before.startswith(words) and "0 of 2 rounds completed, 0 devices\n" in before
     with serving() as (url, _):
         code = run_json(capsys, "enrol", "--data-dir", "fed", "--task", "birds")["codes"][0]
-        assert main(["join", url, "--code", code, "--data", "data.npz", "--work-dir", "device",
+        assert main(["join", url, "--code", code, "--data", "test.npz", "--work-dir", "device",
                      "--ignore-conditions"]) == 0  # fmt: skip
     capsys.readouterr()
     assert main(show) == 0
