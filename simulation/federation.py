@@ -23,6 +23,7 @@ from edgestill.coordinator.store.overview import RoundOverview
 from edgestill.coordinator.store.records import DeviceRecord
 from edgestill.coordinator.task.creation import make_task
 from edgestill.coordinator.task.task import Task
+from edgestill.runtime.data.notice import Notice, Notices
 from edgestill.simulation.pool import Pool, SharedFile
 from edgestill.simulation.population import Turn, poisoners, turns
 from edgestill.simulation.settings import SimulationSettings
@@ -75,13 +76,16 @@ class Federation:
         self, settings: SimulationSettings, bundles: list[Path], global_bundle: Path | None, work_dir: Path
     ) -> None:
         self.settings = settings
+        self.notices = Notices()
         self.clock = VirtualClock()
         self._files = FileBlobs(work_dir / "blobs")
         self.service = Service(
             Store("sqlite://"), self._files, self.clock, SeededEntropy(settings.seed),
             engine_threads=1,
         )  # fmt: skip
-        task = make_task(describe_task(settings, bundles, global_bundle), self.service.add_blob)
+        task = make_task(
+            describe_task(settings, bundles, global_bundle), self.service.add_blob, tell=self._tell
+        )
         self.task: Task = self.service.create_task(rank_students(task))
         self.poisoners = poisoners(settings)
         self.tally = Tally()
@@ -195,7 +199,8 @@ class Federation:
         gamma = None if settings.by_user else settings.gamma
         apart = [one.blob for one in (self.task.transfer, self.task.validation) if one is not None]
         reserved = tuple(self._share(pool, self._files.path(blob)) for blob in apart)
-        return Setup(source, settings.devices, gamma, settings.seed, settings.test_samples, reserved)
+        return Setup(source, settings.devices, gamma, settings.seed, settings.test_samples, reserved,
+                     settings.resize, settings.skip_broken)  # fmt: skip
 
     def _blobs(self, pool: Pool, assignment: Mapping[str, Any]) -> dict[str, SharedFile]:
         """What a device downloads once, or would."""
@@ -223,6 +228,8 @@ class Federation:
             tally.trainings += 1
             tally.bytes_down += outcome.bytes_down
             tally.setup_bytes += outcome.setup_bytes
+            for notice in outcome.notices:
+                self._tell(notice)
             if outcome.body is None or outcome.student is None:
                 continue
             tally.bytes_up += len(outcome.body)
@@ -236,6 +243,11 @@ class Federation:
                     tally.after[turn.device] = outcome.after
         tally.wall_s = time.perf_counter() - started_s
         return tally
+
+    def _tell(self, notice: Notice) -> None:
+        """Says once what every worker notices; devices that share one data set need no names for their classes."""
+        if notice not in self.notices and notice.kind != "unnamed":
+            self.notices(notice)
 
     def _hand_in(self, device: DeviceRecord, outcome: Outcome, body: bytes) -> bool:
         """Upload and report as the HTTP routes hand them in; whether the upload was taken.
@@ -281,6 +293,8 @@ def describe_task(
         "validation": settings.validation_source,
         "test": settings.data if settings.distils or settings.exchange == "parameters" else None,
         "seed": settings.seed,
+        "resize": settings.resize,
+        "skip_broken": settings.skip_broken,
         "exchange": settings.exchange,
         "mode": "global" if settings.distils else "consensus",
         "aggregation": {

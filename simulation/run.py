@@ -72,5 +72,6 @@ def summarise(
         "trainings": tally.trainings,
         "setup_bytes_per_device": round(tally.setup_bytes / max(1, len(tally.times))),
         "refusals": federation.refusals(),
+        "notices": federation.notices.as_json(),
         "wall_s": wall_s,
     }

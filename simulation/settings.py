@@ -91,6 +91,9 @@ class SimulationSettings:
     """Whether the coordinator knows the classes of the transfer set, which devices never do; None: of the shipped."""
     validation: str | None = None
     """What the best round is chosen by; None: the shipped transfer set's own, "" nothing."""
+    resize: bool = False
+    skip_broken: bool = False
+    """Of images in folders."""
     test_samples: int = 200
     """Of a device's T_priv, and of its T_uni."""
     noise_multiplier: float | None = None

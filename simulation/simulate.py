@@ -85,6 +85,8 @@ def add_parser(subparsers: Any) -> None:
         "shipped one)", action=argparse.BooleanOptionalAction)  # fmt: skip
     add("--validation", "labelled images that the best round is chosen by (default: those of the shipped transfer set, "
         "else a part of a labelled one)", metavar="NAME_OR_PATH")  # fmt: skip
+    add("--resize", "scale images of another size", action="store_true")
+    add("--skip-broken", "leave out images that cannot be read; they are counted and named", action="store_true")
     add("--test-samples", "of each device's T_priv and T_uni", type=int, metavar="N")
     add("--noise-multiplier", "differential privacy: noise in units of the sensitivity (default: none)", type=float,
         metavar="Z")  # fmt: skip

@@ -20,8 +20,9 @@ import numpy as np
 from edgestill.runtime.bundle import wire
 from edgestill.runtime.bundle.bundle import Bundle, InputSpec
 from edgestill.runtime.data.classes import KnownClasses, names_as_metadata
-from edgestill.runtime.data.dataset import load_splits
+from edgestill.runtime.data.dataset import Splits, load_splits
 from edgestill.runtime.data.disjoint import without
+from edgestill.runtime.data.notice import Notice
 from edgestill.runtime.data.shares import TEST_SAMPLES, DeviceData, deal
 from edgestill.runtime.device.assignment import Assignment, fetch_assignment
 from edgestill.runtime.device.device import Device
@@ -48,6 +49,8 @@ class Setup:
     test_samples: int = TEST_SAMPLES
     reserved: tuple[SharedFile, ...] = ()
     """The task's transfer and validation sets, whose samples no device has, nor is tested on."""
+    resize: bool = False
+    skip_broken: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class RoundJob:
 class Outcome:
     """What a device sends; `body` is None when it gave the round up.
 
-    `student`: its encoded state after the training.
+    `student`: its encoded state after the training. `notices`: what was noticed while the data were read.
     """
 
     round_name: str
@@ -85,6 +88,7 @@ class Outcome:
     report: Mapping[str, Any]
     bytes_down: int
     setup_bytes: int
+    notices: tuple[Notice, ...] = ()
 
     @property
     def after(self) -> Mapping[str, float | None]:
@@ -159,7 +163,7 @@ def run_round(job: RoundJob) -> Outcome:
     coordinator = InProcessCoordinator(job)
     student = None if job.student is None else wire.decode(job.student).arrays
     keep = WorkMemory(_folder(), student)
-    equipment = _equip(job.setup, job.index, fetch_assignment(coordinator, keep), job.engine)
+    equipment, notices = _equip(job.setup, job.index, fetch_assignment(coordinator, keep), job.engine)
     if job.privacy is not None:
         equipment = replace(equipment, options=Options(privacy=job.privacy))
     setup_bytes = coordinator.bytes_down
@@ -178,6 +182,7 @@ def run_round(job: RoundJob) -> Outcome:
         coordinator.report_sent,
         coordinator.bytes_down - setup_bytes,
         setup_bytes if job.student is None else 0,
+        notices,
     )
 
 
@@ -189,7 +194,7 @@ def train_alone(job: AloneJob) -> dict[str, float | None]:
     """Accuracies of the device's student after as many epochs, or steps, without any exchange."""
     coordinator = InProcessCoordinator(job)
     keep = WorkMemory(_folder())
-    kit = _equip(job.setup, job.index, fetch_assignment(coordinator, keep), job.engine)
+    kit, _ = _equip(job.setup, job.index, fetch_assignment(coordinator, keep), job.engine)
     settings = LocalSettings.from_json(kit.task.get("local", {}))
     settings = replace(settings, epochs=_epochs_alone(job, settings, len(kit.private), kit.bundle.batch))
     digest = hashlib.sha256(f"alone {job.setup.seed} {job.index}".encode()).digest()
@@ -207,14 +212,17 @@ def _epochs_alone(job: AloneJob, settings: LocalSettings, samples: int, batch: i
     return math.ceil(steps / alone)
 
 
-def _equip(setup: Setup, index: int, assignment: Assignment, engine_name: str | None) -> Equipment:
+def _equip(
+    setup: Setup, index: int, assignment: Assignment, engine_name: str | None
+) -> tuple[Equipment, tuple[Notice, ...]]:
     bundle, engine = _opened(str(assignment.bundle_path), engine_name)
     form = replace(bundle.input, mean=(), std=())  # which students normalise by, each its own way
     named = tuple(assignment.task.get("class_names") or ()) or bundle.class_names
-    data = _dealt(setup, form, bundle.classes, KnownClasses(named, "the task"))[index]
+    how = (setup, form, bundle.classes, KnownClasses(named, "the task"))
+    data = _dealt(*how)[index]
     transfer = None if assignment.transfer_path is None else _transfer(str(assignment.transfer_path))
     tests = {"t_priv": data.t_priv, "t_uni": data.t_uni}
-    return Equipment(assignment.task, bundle, engine, data.train, transfer, tests)
+    return Equipment(assignment.task, bundle, engine, data.train, transfer, tests), _read(*how)[1]
 
 
 @lru_cache(maxsize=16)
@@ -224,9 +232,21 @@ def _opened(path: str, engine_name: str | None) -> tuple[Bundle, Engine]:
 
 
 @lru_cache(maxsize=1)
+def _read(
+    setup: Setup, form: InputSpec, classes: int, known: KnownClasses
+) -> tuple[Splits, tuple[Notice, ...]]:
+    """The data, and what was noticed, for the parent to say once."""
+    notices: list[Notice] = []
+    splits = load_splits(
+        setup.data if isinstance(setup.data, str) else setup.data.path(_folder()), form, classes, setup.resize,
+        known=known, skip_broken=setup.skip_broken, tell=notices.append,
+    )  # fmt: skip
+    return splits, tuple(notices)
+
+
+@lru_cache(maxsize=1)
 def _dealt(setup: Setup, form: InputSpec, classes: int, known: KnownClasses) -> list[DeviceData]:
-    source = setup.data if isinstance(setup.data, str) else setup.data.path(_folder())
-    splits = load_splits(source, form, classes, known=known, tell=lambda _: None)
+    splits, _ = _read(setup, form, classes, known)
     reserved = [Transfer.load(file.path(_folder())).images for file in setup.reserved]
     train, _ = without(splits.train, *reserved)
     held_out = None if splits.test is None else without(splits.test, *reserved)[0]

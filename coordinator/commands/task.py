@@ -1,4 +1,4 @@
-"""`edgestill task create`, `list`, `show` and `stop`: works on the store, whether or not a coordinator runs."""
+"""`edgestill task create`, `list`, `show`, `export`, `stop`: on the store, whether or not a coordinator runs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from edgestill.coordinator.commands import export_task
 from edgestill.coordinator.distillation.job import VALIDATION
 from edgestill.coordinator.opening import check_shared, open_existing, open_service, task_creation
 from edgestill.coordinator.rounds.round import COMPLETED
@@ -117,7 +118,7 @@ _SWITCHES = {
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subparsers.add_parser("task", help="create, list, show and stop tasks", description=__doc__)
+    parser = subparsers.add_parser("task", help="create, list, show, export and stop tasks", description=__doc__)
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     create = actions.add_parser("create", help="make a task from bundles and data", allow_abbrev=False)
     create.add_argument("--file", type=Path, metavar="TASK.toml", help="the task as TOML; flags win over it")
@@ -143,6 +144,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )  # fmt: skip
     stop.add_argument("name", metavar="TASK", help="its name; `edgestill task list` has them all")
     listing = actions.add_parser("list", help="all tasks", allow_abbrev=False)
+    export_task.add_parser(actions)
     for action, run in ((create, run_create), (listing, run_list), (show, run_show), (stop, run_stop)):
         add_json_option(action, "one JSON object")
         add_flags(action, STORE_SETTINGS)

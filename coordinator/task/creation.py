@@ -98,7 +98,7 @@ def make_task(
         if not known:
             tell(
                 Notice(
-                    "classes",
+                    "unnamed",
                     "nobody says what the classes are: each device numbers its own in the order of their names, and "
                     "must have the same ones; --class-names says it, here or where the students are exported",
                 )

@@ -113,21 +113,25 @@ def _of_rank(x: Turned, rank: int) -> Turned:
 
 
 def _reshape(x: Turned, shape: tuple[int, ...]) -> Turned | None:
-    """Moves past a turn where it splits and joins only axes that lie side by side in what is really there."""
+    """Moves past a turn: what is split or joined lies side by side in what is really there, or is laid so, while all
+    else stays where it is."""
     if x.is_plain or 0 in shape:
         return None
     long = [axis for axis in range(x.base.rank) if x.base.shape[axis] != 1]  # others may lie anywhere
     groups = []
-    for axes, outputs in _groups([x.base.shape[axis] for axis in x.order], shape):
-        places = [long.index(x.order[axis]) for axis in axes if x.order[axis] in long]
-        if any(b != a + 1 for a, b in pairwise(places)):
-            return None
-        groups.append((places[:1], outputs))
-    moved = [axis for _, outputs in sorted(groups) for axis in outputs]
-    return Turned(x.base.reshape(*(shape[axis] for axis in moved)), inverse_permutation(moved))
+    for axes, outputs in axis_groups([x.base.shape[axis] for axis in x.order], shape):
+        groups.append(([long.index(x.order[axis]) for axis in axes if x.order[axis] in long], outputs))
+    groups.sort(key=lambda group: max(group[0], default=-1))  # where its last axis is
+    places = [place for group, _ in groups for place in group]
+    base = x.base
+    if places != sorted(places):
+        others = [axis for axis in range(base.rank) if axis not in long]
+        base = base.transpose(*others, *(long[place] for place in places))
+    moved = [axis for _, outputs in groups for axis in outputs]
+    return Turned(base.reshape(*(shape[axis] for axis in moved)), inverse_permutation(moved))
 
 
-def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+def axis_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """The smallest runs of axes with the same product before and after a reshape."""
     ends = [np.cumprod(shape).tolist() for shape in (old, new)]
     common = sorted({0, 1} | set(ends[0]) & set(ends[1]))

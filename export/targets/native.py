@@ -13,6 +13,7 @@ from edgestill.export.lowering.rewrite import EXPANSIONS, batch_norm, channelwis
 from edgestill.export.step.graphs import build_encode, build_train_step
 from edgestill.export.step.spec import StepSpec
 from edgestill.export.targets.native_fusion import Fusion, Group
+from edgestill.export.targets.native_graph import join_shapes, join_slopes, move_parts
 from edgestill.export.targets.native_kernels import RULES
 from edgestill.export.targets.native_plan import Plan, View, dense_strides
 from edgestill.export.targets.native_programs import MOST_LOADS, MOST_STEPS, MOST_STORES, Program
@@ -37,14 +38,13 @@ def emit(spec: StepSpec, folder: Path) -> dict[str, dict]:
 
 def lower(graph: Graph) -> Graph:
     """The graph in operators that the library has a kernel for, channels last."""
-    return cancel_turns(rewrite_fully(graph, REWRITES))
+    return join_shapes(move_parts(join_slopes(cancel_turns(rewrite_fully(graph, REWRITES)))))
 
 
 def make_plan(graph: Graph) -> Plan:
     """The plan of a lowered graph. Errors: LoweringError for an operator without a kernel."""
     plan = Plan(graph)
     _Scheduler(plan).schedule()
-    plan.chain()
     plan.place()
     return plan
 

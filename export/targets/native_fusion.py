@@ -22,6 +22,8 @@ CHEAP = frozenset(
 """What takes less time than to write its result and to read it again."""
 MOST_AGAIN = 8
 """At most so many steps are computed again instead of keeping a value."""
+_WITH_STRIDES = frozenset("matmul slice reshape transpose expand".split())
+"""Besides programs."""
 SMALL = 16
 """A tensor that is so many times smaller than what a program goes through costs nothing to read."""
 
@@ -112,6 +114,28 @@ class Fusion:
         items = self._grouped()
         self._compute_again(items)
         return self._needed(items)
+
+    def parts(self) -> dict[str, tuple[Value, int, int, Value]]:
+        """What may be made where it is joined with others, by name: the part as it is joined, where it begins, along
+        which axis, and the whole. Who else reads it must not mind that it lies apart, unless it does not."""
+        readers, found = self.graph.readers(), {}
+        for node in self.graph.nodes:
+            if node.operator != "concat" or node.outputs[0].dtype != "float32":
+                continue
+            axis, start = node.attributes["axis"], 0
+            dense = math.prod(node.outputs[0].shape[:axis]) == 1
+            for part in node.inputs:
+                value, reader = part, node
+                while value.operator == "reshape" and readers[value.name] == [reader]:
+                    value, reader = value.node.inputs[0], value.node
+                others = [other for other in readers[value.name] if other is not reader]
+                made = is_mapped(value.node) or (value.operator == "concat" if value.node else False)
+                made = made or (dense and value.operator == "matmul")
+                fits = dense or all(is_mapped(other) or other.operator in _WITH_STRIDES for other in others)
+                if made and fits and value.name not in found and value.name not in self.kept:
+                    found[value.name] = (part, start, axis, node.outputs[0])
+                start += part.shape[axis]
+        return found
 
     # --- patterns ----------------------------------------------------------------------------------------------------
     def _find_squares(self) -> None:

@@ -11,7 +11,6 @@ from edgestill.export.lowering.operators import ELEMENTWISE
 from edgestill.export.targets.native_fusion import side_by_side
 from edgestill.export.targets.native_plan import (
     ALIGNMENT,
-    Made,
     Plan,
     Unpooled,
     View,
@@ -19,6 +18,7 @@ from edgestill.export.targets.native_plan import (
     broadcast,
     dense_strides,
     joint_axes,
+    reshaped,
 )
 
 LANES, TASK_ROWS, RUN = 16, 96, 256
@@ -29,32 +29,12 @@ PARTIAL_BYTES = 4 * 2**20
 
 def _reshape(plan: Plan, node: Node, x: Value) -> None:
     view = plan.view(x)
-    strides = _reshaped(view.shape, view.strides, node.outputs[0].shape)
+    strides = reshaped(view.shape, view.strides, node.outputs[0].shape)
     if strides is None:
         view = plan.dense(x)
         strides = dense_strides(node.outputs[0].shape)
     value = node.outputs[0]
     plan.views[value.name] = View(view.base, view.dtype, value.shape, strides, view.offset)
-
-
-def _reshaped(shape: Sequence[int], strides: Sequence[int], new: Sequence[int]) -> tuple[int, ...] | None:
-    """The strides of the same memory in another shape; None where that cannot be said."""
-    axes = joint_axes(shape, strides)
-    result: list[int] = []
-    rest = axes.pop() if axes else (1, 1)
-    for size in reversed(new):
-        if size == 1:
-            result.append(0)
-            continue
-        if rest[0] == 1:
-            if not axes:
-                return None
-            rest = axes.pop()
-        if rest[0] % size:
-            return None
-        result.append(rest[1])
-        rest = (rest[0] // size, rest[1] * size)
-    return tuple(result[::-1])
 
 
 def _seen(plan: Plan, node: Node, strides: Sequence[int], view: View, offset: int = 0) -> None:
@@ -83,10 +63,15 @@ def _same(plan: Plan, node: Node, x: Value) -> None:
 
 
 def _concat(plan: Plan, node: Node, *parts: Value) -> None:
-    to, axis, start = plan.result(node.outputs[0]), node.attributes["axis"], 0
+    """Parts that lie in the whole already stay there."""
+    to, axis, start = plan.whole(node.outputs[0]), node.attributes["axis"], 0
+    plan.views[node.outputs[0].name] = to
     for part in parts:
-        place = View(to.base, to.dtype, part.shape, to.strides, start * to.strides[axis])
-        plan.copy(plan.view(part), place, "concat")
+        view = plan.view(part)
+        place = View(to.base, to.dtype, part.shape, to.strides, to.offset + start * to.strides[axis])
+        apart = joint_axes(part.shape, view.strides, place.strides)
+        if (view.base, view.offset) != (place.base, place.offset) or any(one != other for _, one, other in apart):
+            plan.copy(view, place, "concat")
         start += part.shape[axis]
 
 
@@ -200,33 +185,18 @@ def _conv2d(plan: Plan, node: Node, x: Value, weight: Value, *bias: Value) -> No
             "depthwise", node.operator, reads, [to, packed],
             [image, filters, to, offset, packed, *words, int(adjoint), 1],
         )  # fmt: skip
-        _made_in_blocks(plan, to, a, adjoint)
         return
     if _has_winograd(a, kernel, x.shape[3], value.shape):
         wide = -(-out // LANES) * LANES
         packed = plan.new((SPOTS, into, wide))
-        across = -(-value.shape[2] // 4)
         tiles = max(12, min(48, TILE_BYTES // (SPOTS * 4 * (into + wide)) // 12 * 12))
-        tiles = max(tiles // across, 1) * across if across <= 48 else tiles  # whole rows of tiles
         plan.scratch = max(plan.scratch, SPOTS * (tiles * (into + wide) + 2 * LANES) * 4)
         arguments = [image, filters, to, offset, packed, *words, tiles]
         plan.call("winograd", node.operator, reads, [to, packed], arguments)
-        if tiles % across == 0:
-            count = value.shape[0] * -(-value.shape[1] // 4) * across
-            plan.calls[-1].made = Made(to.base, to.size, value.shape[3], -(-count // tiles))
         return
     packed = plan.new((groups, -(-out // LANES) * LANES, taps * into))
     _block_scratch(plan, a, kernel, value.shape, x.shape[3], adjoint, 16 * sum(kernel))
     plan.call("conv", node.operator, reads, [to, packed], [image, filters, to, offset, packed, *words])
-    _made_in_blocks(plan, to, a, adjoint)
-
-
-def _made_in_blocks(plan: Plan, to: View, a: dict, adjoint: bool) -> None:
-    """A convolution's tasks make whole rows of pixels, unless these are many, or made phase by phase."""
-    images, height, width, channels = to.shape
-    if width <= TASK_ROWS and not (adjoint and math.prod(a["stride"]) > 1):
-        rows = min(height, TASK_ROWS // width)
-        plan.calls[-1].made = Made(to.base, to.size, channels, images * -(-height // rows))
 
 
 def _conv2d_weight_grad(plan: Plan, node: Node, x: Value, dy: Value, weight: Value) -> None:

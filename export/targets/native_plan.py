@@ -20,8 +20,6 @@ from edgestill.runtime.native.plan_work import KERNELS, MAGIC, VERSION
 ALIGNMENT = 64
 RANK = 6
 """The most axes that a copy goes through."""
-CHAINED = 10
-"""The word of a program that says whether it runs with the call before."""
 ITEM_BYTES = {"float32": 4, "int64": 8, "uint8": 1}
 
 
@@ -59,27 +57,6 @@ class Unpooled:
 
 
 @dataclass
-class MappedOver:
-    """What a program goes through."""
-
-    elements: int
-    columns: int  # that it sums; 0 where it sums none
-    whole: list[str]  # what it reads element by element
-    partials: list[tuple[str, int]]  # sums of its parts, and how many a part has
-    chained: bool = False
-
-
-@dataclass
-class Made:
-    """What the tasks of a call make: so many elements each time, in whole rows of channels."""
-
-    result: str
-    elements: int
-    channels: int
-    tasks: int
-
-
-@dataclass
 class Call:
     """A kernel call. Arguments are words, or a view (base and offset, filled in when places are known)."""
 
@@ -90,12 +67,6 @@ class Call:
     what: str
     over: list[tuple[str, str]] = field(default_factory=list)
     """What it reads, and what may be written over it, element by element."""
-    program: MappedOver | None = None
-    made: Made | None = None
-
-    @property
-    def chained(self) -> bool:
-        return self.program is not None and self.program.chained
 
 
 def dense_strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -121,6 +92,8 @@ class Plan:
         self.fusion = Fusion(graph)
         self.loose: set[str] = set()  # what others than programs read
         self.direct: dict[str, View] = {}  # where a value is wanted outside
+        self.parts = self.fusion.parts()
+        self.wholes: dict[str, View] = {}  # what has such parts, by name
         self.unpooled: dict[str, Unpooled] = {}
         self.winners: dict[str, View] = {}  # of each pooling, by its result
 
@@ -155,11 +128,29 @@ class Plan:
         self.sizes[name] = max(math.prod(shape), 1) * ITEM_BYTES[dtype]
         return View(name, dtype, tuple(shape), dense_strides(shape))
 
-    def result(self, value: Value) -> View:
-        """Memory for a value: the output's that it is, or the arena's."""
-        view = self.direct.get(value.name) or self.new(value.shape, value.dtype)
+    def result(self, value: Value, runs: bool = False) -> View:
+        """Memory for a value: the output's that it is, a part of what is joined of it, or the arena's. End to end, or,
+        where the kernel can write so, in `runs` of elements that are equally far apart."""
+        view = self.direct.get(value.name) or self._part(value)
+        if view is None or not (view.dense or (runs and runs_of(view))):
+            view = self.new(value.shape, value.dtype)
         self.views[value.name] = view
         return view
+
+    def _part(self, value: Value) -> View | None:
+        if value.name not in self.parts:
+            return None
+        part, start, axis, whole = self.parts[value.name]
+        to = self.whole(whole)
+        strides = reshaped(part.shape, to.strides, value.shape)
+        return strides and View(to.base, to.dtype, value.shape, strides, to.offset + start * to.strides[axis])
+
+    def whole(self, value: Value) -> View:
+        """Where what is joined lies; its parts may be there before."""
+        if value.name not in self.wholes:
+            part = self._part(value)
+            self.wholes[value.name] = self.direct.get(value.name) or part or self.new(value.shape, value.dtype)
+        return self.wholes[value.name]
 
     def call(
         self, kernel: str, what: str, reads: Iterable[View], writes: Iterable[View], arguments: list,
@@ -180,11 +171,7 @@ class Plan:
             return
         if len(axes) > RANK:
             raise LoweringError(f"a {what} of {len(axes)} axes is more than the engine native copies at once")
-        axes = [(1, 0, 0)] * (RANK - len(axes)) + axes
-        if axes[0][0] == 1:  # the first axis is what threads share
-            split = max(range(RANK), key=lambda i: (axes[i][0] > 1 and i < RANK - 1, -i)) if len(axes) > 1 else 0
-            if axes[split][0] > 1 and split < RANK - 1:
-                axes = [axes[split], *axes[:split], *axes[split + 1 :]]
+        axes = _as_copied(axes)
         count = 0 if fill is None else math.prod(filled.shape)
         bits = 0 if fill is None else (bits_of(fill) if source.dtype == "float32" else int(fill))
         words = [source, to, item, bits, count, len(axes)]
@@ -196,55 +183,16 @@ class Plan:
             words[4] = 0
         self.call("copy", what, [source], [to], words)
 
-    # --- chains ------------------------------------------------------------------------------------------------------
-    def chain(self) -> None:
-        """Programs that read element by element what a call makes run task by task with it, while that is in the cache:
-        those that follow it, or can be moved there."""
-        i = 0
-        while i < len(self.calls):
-            made = self.calls[i].made
-            i += 1
-            while made is not None and (j := self._follower(i, made)) is not None:
-                call = self.calls.pop(j)
-                self.calls.insert(i, call)
-                call.program.chained = True
-                call.arguments[CHAINED] = 1
-                for name, each in call.program.partials:
-                    self.sizes[name] = 4 * each * made.tasks
-                i += 1
-
-    def _follower(self, start: int, made: Made) -> int | None:
-        written: set[str] = set()
-        read: set[str] = set()
-        for j in range(start, len(self.calls)):
-            call = self.calls[j]
-            program = call.program
-            fits = (
-                program is not None
-                and made.result in program.whole
-                and program.elements == made.elements
-                and program.columns in (0, made.channels)
-            )
-            if fits and not written & {*call.reads, *call.writes} and not read & set(call.writes):
-                return j
-            if made.result in call.writes:
-                return None
-            written |= set(call.writes)
-            read |= set(call.reads)
-        return None
-
     # --- places ------------------------------------------------------------------------------------------------------
     def place(self) -> None:
         """Offsets in the arena: each value at the lowest place that is free from its first use to its last."""
         home = self._overwritten()
         first: dict[str, int] = {}
         last: dict[str, int] = {}
-        at = 0
         for i, call in enumerate(self.calls):
-            at = at if call.chained else i  # chained calls run at the same time as the one before them
             for name in (*call.reads, *call.writes):
-                first.setdefault(home.get(name, name), at)
-                last[home.get(name, name)] = at
+                first.setdefault(home.get(name, name), i)
+                last[home.get(name, name)] = i
         self.offsets: dict[str, int] = {}
         taken: list[tuple[int, int, int, int]] = []
         order = sorted((name for name in self.sizes if name in first), key=lambda n: (-self.sizes[n], first[n]))
@@ -274,17 +222,13 @@ class Plan:
             first.update((name, i) for name in call.writes if name not in first)
             last.update((name, i) for name in (*call.reads, *call.writes))
         home: dict[str, str] = {}
-        others: list[str] = []  # what the tasks of the call that this one is chained to still read
         for i, call in enumerate(self.calls):
-            others = others if call.chained else []
             for name, to in call.over:
                 there = home.get(name, name)
                 fits = name in self.sizes and self.sizes[name] == self.sizes.get(to)
-                free = to not in home and all(home.get(other, other) != there for other in others)
-                if fits and free and last[there] == i == first[to]:
+                if fits and to not in home and last[there] == i == first[to]:
                     home[to] = there
                     last[there] = last[to]
-            others = others if call.chained else call.reads
         return home
 
     def _word(self, argument: int | View | None) -> list[int]:
@@ -324,6 +268,58 @@ def _at(view: View, axis: int, index: int) -> View:
     """What lies at an index of an axis, which stays."""
     shape = (*view.shape[:axis], 1, *view.shape[axis + 1 :])
     return View(view.base, view.dtype, shape, view.strides, view.offset + index * view.strides[axis])
+
+
+def runs_of(view: View) -> tuple[int, int, int] | None:
+    """Elements of a run, from one run to the next, and from one element to the next; None where a place is not of
+    runs that follow one another."""
+    axes = joint_axes(view.shape, view.strides) or [(1, 1)]
+    (size, step), (runs, pitch) = axes[-1], axes[0] if len(axes) == 2 else (1, 0)
+    fits = len(axes) <= 2 and step > 0 and (runs == 1 or pitch > (size - 1) * step)
+    return (size, pitch, step) if fits else None
+
+
+def reshaped(shape: Sequence[int], strides: Sequence[int], new: Sequence[int]) -> tuple[int, ...] | None:
+    """The strides of the same memory in another shape; None where that cannot be said."""
+    axes = joint_axes(shape, strides)
+    result: list[int] = []
+    rest = axes.pop() if axes else (1, 1)
+    for size in reversed(new):
+        if size == 1:
+            result.append(0)
+            continue
+        if rest[0] == 1:
+            if not axes:
+                return None
+            rest = axes.pop()
+        if rest[0] % size:
+            return None
+        result.append(rest[1])
+        rest = (rest[0] // size, rest[1] * size)
+    return tuple(result[::-1])
+
+
+def _as_copied(axes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Axes (size, stride from, stride to) in the order of a copy's words: first the one that threads share, last the
+    one along which the result lies end to end, before that, where it is another, the one along which the source does.
+    """
+    axes = axes or [(1, 0, 0)]
+    last = axes[-1]
+    others = axes[:-1]
+    unit = next((axis for axis in others if axis[1] == 1 and last[1] != 1), None)
+    if unit:
+        others.remove(unit)
+    if not others:  # threads share parts of an axis
+        whole = unit or last
+        parts = next((n for n in (32, 24, 16, 12, 8, 6, 4, 3, 2) if whole[0] % n == 0 and whole[0] // n >= 16), 1)
+        others = [(parts, *(whole[0] // parts * stride for stride in whole[1:]))]
+        whole = (whole[0] // parts, *whole[1:])
+        unit, last = (whole, last) if unit else (None, whole)
+    shared = max(others, key=lambda axis: axis[0], default=(1, 0, 0))
+    rest = [axis for axis in others if axis is not shared]
+    if unit is None:
+        rest, unit = rest[:-1], rest[-1] if rest else (1, 0, 0)
+    return [shared, *[(1, 0, 0)] * (RANK - 3 - len(rest)), *rest, unit, last]
 
 
 def joint_axes(shape: Sequence[int], *strides: Sequence[int]) -> list[tuple[int, ...]]:

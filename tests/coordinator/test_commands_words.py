@@ -244,6 +244,12 @@ def test_what_the_whole_network_can_do_is_warned_of(place: Path, capsys: pytest.
     assert len(said) == 2 and "EDGESTILL_DASHBOARD_TOKEN" in said[0] and "--tls-cert" in said[1]
     assert risks_of(Settings(host="0.0.0.0", dashboard_token="t", public_url="https://e.example"), "") == []
     assert risks_of(tls, "https://127.0.0.1:8000") == []
+    for days, when in (((-9, -1), "has run out"), ((3, 9), "begins later than now")):
+        write_certificate(place / "old.pem", place / "old.key", days=days)
+        for host in ("127.0.0.1", "0.0.0.0"):
+            old = Settings(host=host, tls_cert=place / "old.pem", tls_key=place / "old.key", dashboard_token="t")
+            (said,) = risks_of(old, "https://127.0.0.1:8000")
+            assert f"the certificate {when}" in said
     (said,) = risks_of(tls, "https://192.0.2.7:8000")
     assert "not for 192.0.2.7" in said and "--public-url" in said
 

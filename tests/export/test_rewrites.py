@@ -25,6 +25,7 @@ from edgestill.export.targets import (
     onnxruntime_training,
 )
 from edgestill.export.targets import executorch as executorch_target
+from edgestill.export.targets.native_graph import join_shapes, join_slopes, move_parts
 from tests.support.lowering import assert_alike, of_the_corpus, studied
 from tests.support.operator_cases import CASES, FLAT_CASES, with_gradients
 
@@ -267,12 +268,13 @@ def test_a_simplified_graph_computes_what_was_asked_for(seed: int) -> None:
     assert_alike(found, made.expected, 1e-9)
 
 
+@pytest.mark.parametrize("change", [cancel_turns, join_shapes, join_slopes, move_parts])
 @settings(RANDOM, max_examples=150)
 @given(seed=SEEDS)
-def test_the_layout_pass_keeps_values(seed: int) -> None:
+def test_a_pass_over_a_graph_keeps_values(change: Callable[[Graph], Graph], seed: int) -> None:
     made = Growing(seed, 10, 0.35)
     made.graph.prune()
-    laid_out = cancel_turns(made.graph)
+    laid_out = change(made.graph)
     assert list(laid_out.outputs) == list(made.graph.outputs)
     found = run_graph(laid_out, made.inputs)
     for name, tensor in made.expected.items():

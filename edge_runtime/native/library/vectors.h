@@ -12,6 +12,15 @@
 typedef float v16 __attribute__((vector_size(64), aligned(4)));
 typedef int32_t i16 __attribute__((vector_size(64), aligned(4)));
 
+typedef float v8 __attribute__((vector_size(32), aligned(4))); /* half of one, where there are few channels */
+typedef float v4 __attribute__((vector_size(16), aligned(4)));
+
+INLINE v8 low(v16 x) { return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7); }
+INLINE v8 high(v16 x) { return __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15); }
+INLINE v16 join(v8 a, v8 b) { return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+INLINE v8 load8(const float *p) { return *(const v8 *)p; }
+INLINE void store8(float *p, v8 x) { *(v8 *)p = x; }
+INLINE v8 all8(float x) { return (v8){x, x, x, x, x, x, x, x}; }
 INLINE v16 load(const float *p) { return *(const v16 *)p; }
 INLINE void store(float *p, v16 x) { *(v16 *)p = x; }
 INLINE v16 all(float x) { return (v16){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; } /* 0 + x would be an addition */
@@ -113,29 +122,22 @@ INLINE v16 softplus(v16 x) {
   return choose(x != x, x, choose(x > all(0.f), x, all(0.f)) + l);
 }
 
-/* erf x: an odd series below 1, else 1 − t·e^(−x² + series of t), t = 1 / (1 + |x|/2) (Numerical Recipes' erfc). */
+/* erf x: an odd polynomial divided by an even one, of x between −4 and 4, where it is ±1 (Eigen's coefficients). */
 INLINE v16 error_function(v16 x) {
-  v16 a = absolute(x), z = x * x, p = all(-7.85386146e-5f);
-  p = fma(p, z, all(8.01019371e-4f));
-  p = fma(p, z, all(-5.18832775e-3f));
-  p = fma(p, z, all(2.68538129e-2f));
-  p = fma(p, z, all(-1.12835854e-1f));
-  p = fma(p, z, all(3.76126242e-1f));
-  v16 near = fma(-p, z, all(1.12837911f));
-  near = near * x;
-  v16 t = all(1.f) / fma(all(0.5f), a, all(1.f)), s = all(0.17087277f);
-  s = fma(s, t, all(-0.82215223f));
-  s = fma(s, t, all(1.48851587f));
-  s = fma(s, t, all(-1.13520398f));
-  s = fma(s, t, all(0.27886807f));
-  s = fma(s, t, all(-0.18628806f));
-  s = fma(s, t, all(0.09678418f));
-  s = fma(s, t, all(0.37409196f));
-  s = fma(s, t, all(1.00002368f));
-  s = fma(s, t, all(-1.26551223f));
-  v16 far = fma(-t, exponential(s - z), all(1.f));
-  far = floats(bits(far) | (bits(x) & (int32_t)0x80000000));
-  return choose(x != x, x, choose(a < all(1.f), near, far));
+  v16 a = choose(x > all(4.f), all(4.f), choose(x < all(-4.f), all(-4.f), x)), z = a * a;
+  v16 p = all(-2.72614225801306e-10f), q = all(-1.45660718464996e-05f);
+  p = fma(p, z, all(2.77068142495902e-08f));
+  p = fma(p, z, all(-2.10102402082508e-06f));
+  p = fma(p, z, all(-5.69250639462346e-05f));
+  p = fma(p, z, all(-7.34990630326855e-04f));
+  p = fma(p, z, all(-2.95459980854025e-03f));
+  p = fma(p, z, all(-1.60960333262415e-02f));
+  q = fma(q, z, all(-2.13374055278905e-04f));
+  q = fma(q, z, all(-1.68282697438203e-03f));
+  q = fma(q, z, all(-7.37332916720468e-03f));
+  q = fma(q, z, all(-1.42647390514189e-02f));
+  v16 y = a * p / q;
+  return choose(y > all(1.f), all(1.f), choose(y < all(-1.f), all(-1.f), y));
 }
 
 /* Rarely used functions, a lane at a time in double precision. */

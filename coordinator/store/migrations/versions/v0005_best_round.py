@@ -5,15 +5,14 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
+from edgestill.coordinator.store.migrations.definitions import take_away
+
 revision = "0005"
 down_revision = "0004"
 branch_labels = None
 depends_on = None
-_OLD_FIELDS = (
-    "name", "students", "transfer", "exchange", "mode", "global_student", "test", "latent_size", "classes",
-    "aggregation", "local", "distil", "precision", "rounds", "goal", "over_selection", "minimum", "deadline_s",
-    "parameter_shapes",
-)  # fmt: skip
+_DISPENSABLE = ("class_names", "ca_cert", "common_head", "seed", "validation", "test.labels")
+_NEEDED = ("transfer.labels", "local.clip_norm", "distil.clip_norm")
 
 
 def upgrade() -> None:
@@ -25,14 +24,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    connection, tasks = op.get_bind(), sa.table("tasks", sa.column("name"), sa.column("definition", sa.JSON()))
-    for name, definition in connection.execute(sa.select(tasks.c.name, tasks.c.definition)).all():
-        # an older program refuses a task with fields that it does not know
-        known = {field: value for field, value in definition.items() if field in _OLD_FIELDS}
-        for samples in ("transfer", "test"):
-            if known.get(samples) is not None:
-                known[samples] = {field: value for field, value in known[samples].items() if field != "labels"}
-        connection.execute(tasks.update().where(tasks.c.name == name).values(definition=known))
+    take_away(op.get_bind(), _DISPENSABLE, _NEEDED)
     op.drop_column("devices", "number")
     op.drop_column("codes", "number")
     op.drop_column("tasks", "codes")
