@@ -141,6 +141,8 @@ class TaskView:
     devices: tuple[DeviceView, ...]
     refusals: tuple[RefusalView, ...]
     class_names: tuple[str, ...]
+    has_model: bool
+    """Whether there is a global model to take out."""
     seconds_left: float | None
     """Until the last round ends, at the pace of the last ones; None where nobody knows."""
 
@@ -223,6 +225,8 @@ def view_task(
             for kind, count in sorted(by_kind.items(), key=lambda item: (-item[1], item[0]))
         ),
         class_names=tuple(getattr(task, "class_names", ())),
+        has_model=record.student_state is not None
+        or (task.exchange == "parameters" and any(one.published is not None for one in ordered)),
         seconds_left=_seconds_left(record, views, shown, liveness.now_s),
     )
 
