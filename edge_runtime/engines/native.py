@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from queue import SimpleQueue
 
 import numpy as np
 
@@ -19,9 +19,7 @@ from edgestill.runtime.machine import threads_or_cores
 from edgestill.runtime.native.architecture import HINT, LEVELS, library_path, machine
 from edgestill.runtime.native.plan_work import HEAD_WORDS, VERSION
 
-if TYPE_CHECKING:
-    from concurrent.futures import ThreadPoolExecutor
-
+_Job = tuple[Callable[[int], None], threading.Lock]
 _WORD = ctypes.c_int64
 LIMIT_VARIABLE = "EDGESTILL_NATIVE_LEVEL"
 """3 keeps the engine to AVX2 on a processor with AVX-512: for comparisons."""
@@ -88,36 +86,39 @@ class Native:
     def __init__(self, threads: int) -> None:
         _library()
         self.threads = threads
-        self._pool = _pool(threads) if threads > 1 else None
-        self._lock = threading.Lock()
+        self._jobs = [SimpleQueue[_Job | None]() for _ in range(threads if threads > 1 else 0)]
+        self._others = [threading.Thread(target=self._serve, args=(i,), daemon=True) for i in range(len(self._jobs))]
+        for other in self._others:
+            other.start()
 
     def load(self, path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> PlanProgram:
         return PlanProgram(self, path, inputs, outputs)
 
     def run(self, call: Callable[[int], None]) -> None:
         """call(0) … call(threads − 1) at the same time."""
-        if self._pool is None:
+        if not self._jobs:
             call(0)
             return
+        done = threading.Lock()
+        done.acquire()
+        self._jobs[0].put((call, done))  # not in the caller's thread: an interrupt there would leave the others waiting
+        done.acquire()
 
-        def lead() -> None:  # not in the caller's thread: an interrupt there would leave the others waiting
-            others = [self._pool.submit(call, thread) for thread in range(1, self.threads)]
-            call(0)
-            for other in others:
-                other.result()
-
-        with self._lock:
-            self._pool.submit(lead).result()
+    def _serve(self, number: int) -> None:
+        while (job := self._jobs[number].get()) is not None:
+            call, done = job
+            if number == 0:
+                for jobs in self._jobs[1:]:
+                    jobs.put(job)
+            call(number)
+            if number == 0:
+                done.release()
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
-
-
-def _pool(threads: int) -> ThreadPoolExecutor:
-    from concurrent.futures import ThreadPoolExecutor  # one thread need not wait for it
-
-    return ThreadPoolExecutor(threads, "edgestill-native")
+        for jobs in self._jobs:
+            jobs.put(None)
+        for other in self._others:
+            other.join()
 
 
 class PlanProgram:
