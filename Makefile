@@ -7,7 +7,13 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
 ORT_VENV := .venv-ort-training
-EXTRAS := onnxruntime,executorch,export,plots,images,heic,device,discovery,coordinator,completion,uvloop,s3,postgresql,dev
+DEVICE_VENV := .venv-device
+# An index with PyTorch's CPU build, where pip's own has none: PyTorch's installation page names it.
+TORCH_INDEX ?=
+TORCH := 2.13.0
+PYTHON_DEVICE ?= python3.13
+DEVICE_EXTRAS := onnxruntime,plots,images,heic,device,discovery,coordinator,completion,uvloop,s3,postgresql
+EXTRAS := $(DEVICE_EXTRAS),executorch,export,dev
 WORKERS ?= 2
 PYTEST := $(PY) -m pytest -n $(WORKERS)
 BENCH_OPTIONS ?= --students cnn3 --batches 32 --threads 1 --steps 40
@@ -22,13 +28,15 @@ PLATFORMS := $(foreach libc,manylinux_2_17 musllinux_1_1,$(addprefix $(libc)_,x8
 QUICK_OUTPUT := build/reproduce-quick
 EXPERIMENTS := methods heterogeneity scarcity latent-size federation poisoning privacy
 
-.PHONY: help setup check-machine demo test test-tiny test-unit test-contract test-long lint bench networks wheels \
+.PHONY: help setup ray check-machine demo test test-tiny test-unit test-contract test-device test-long lint bench networks wheels \
   digests fuzz reproduce-quick results performance clean
 
 help:
-	@echo 'make setup      creates $(VENV) and $(ORT_VENV) with pinned packages, builds the native runner'
+	@echo "make setup      creates $(VENV) and $(ORT_VENV) with pinned packages, builds the native runner; about 0.8 GB"
+	@echo "                to download with PyTorch's CPU build, 2.9 GB without; TORCH_INDEX=... names an index that has it"
 	@echo 'make demo       sets up and runs the main job'
 	@echo 'make test       lint and all tests under 15 minutes; also test-tiny, test-unit, test-contract, test-long'
+	@echo 'make test-device   tests of devices and coordinator without PyTorch on another Python; PYTHON_DEVICE=... (now $(PYTHON_DEVICE))'
 	@echo 'make lint       ruff'
 	@echo 'make bench      measures the training step on every engine; writes benchmarks/results/'
 	@echo 'make networks   exports, verifies and times every network of the corpus; ENGINE=..., KINDS=...; goes on where it stopped'
@@ -56,6 +64,8 @@ check-machine:
 	  echo 'error: no C++ compiler ($(CXX)). Install one (Debian: apt install g++) or name one: make setup CXX=...' \
 	       >&2; exit 1; }
 
+TORCH_FROM = $(if $(TORCH_INDEX),--index-url '$(TORCH_INDEX)')
+
 # The order-only prerequisite keeps a check that always runs from making the environment anew.
 $(STAMPS)/venv: | check-machine
 	'$(PYTHON)' -m venv $(VENV) || { \
@@ -64,8 +74,18 @@ $(STAMPS)/venv: | check-machine
 	touch $@
 
 # First and alone: asked for together with packages that name it in looser terms, pip does not find the CPU build.
+# Its dependencies come with the other packages, so the index need not have them.
 $(STAMPS)/torch: $(STAMPS)/venv
-	$(PIP) install torch==2.13.0
+	@if $(PIP) index versions torch $(TORCH_FROM) 2>/dev/null | grep -q '[ ,]$(TORCH)+cpu'; then \
+	  echo "PyTorch's CPU build is there: make setup downloads about 0.8 GB and takes 3.5 GB of disk"; \
+	elif [ -n '$(TORCH_INDEX)' ]; then \
+	  echo 'error: $(TORCH_INDEX) has no CPU build of PyTorch $(TORCH). Name another index: make setup TORCH_INDEX=...,' \
+	       "or use pip's own: make setup TORCH_INDEX=" >&2; exit 1; \
+	else \
+	  echo "pip's index has no CPU build of PyTorch $(TORCH): make setup downloads about 2.9 GB and takes 7 GB of disk."; \
+	  echo '0.8 GB and 3.5 GB with an index that has it: make setup TORCH_INDEX=... (see README)'; \
+	fi
+	$(PIP) install --no-deps $(TORCH_FROM) torch==$(TORCH)
 	touch $@
 
 # The build backend is pinned too, so it is installed first and used without isolation.
@@ -74,6 +94,13 @@ $(STAMPS)/packages: constraints.txt pyproject.toml Makefile $(STAMPS)/torch
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
 	# It declares an older attrs than the exporter of ExecuTorch needs, and works with the newer one.
 	$(PIP) install -c constraints.txt --no-deps dp-accounting absl-py
+	touch $@
+
+# What only the simulator's tests on a cluster need.
+ray: $(STAMPS)/ray
+
+$(STAMPS)/ray: constraints.txt pyproject.toml $(STAMPS)/packages
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[ray]'
 	touch $@
 
 $(STAMPS)/native: $(NATIVE_SOURCES) $(STAMPS)/packages
@@ -87,6 +114,14 @@ $(ORT_VENV)/.stamp: constraints-ort-training.txt | check-machine
 	$(ORT_VENV)/bin/python -m pip --disable-pip-version-check install -r constraints-ort-training.txt
 	touch $@
 
+# What devices and coordinator need, on another Python, and what their tests need; no PyTorch.
+$(DEVICE_VENV)/.stamp: constraints.txt pyproject.toml
+	'$(PYTHON_DEVICE)' -m venv --clear $(DEVICE_VENV)
+	$(DEVICE_VENV)/bin/python -m pip --disable-pip-version-check install -c constraints.txt setuptools
+	$(DEVICE_VENV)/bin/python -m pip --disable-pip-version-check install -c constraints.txt --no-build-isolation \
+	  -e '.[$(DEVICE_EXTRAS),dev]' onnx
+	touch $@
+
 demo: setup
 	$(VENV)/bin/edgestill demo --export
 
@@ -98,6 +133,11 @@ test: setup lint
 
 test-tiny test-unit test-contract: test-%: setup
 	$(PYTEST) -m $*
+
+test-device: $(STAMPS)/native $(DEVICE_VENV)/.stamp
+	$(PY) -m edgestill.simulation.demo_bundles
+	$(DEVICE_VENV)/bin/python -m pytest -n $(WORKERS) -m 'not long and not device' tests/runtime tests/coordinator \
+	  tests/simulation
 
 test-long: setup
 	$(PYTEST) -m long --timeout 3600
@@ -144,5 +184,5 @@ performance: setup
 	$(PY) -m edgestill.benchmarks.performance_page
 
 clean:
-	rm -rf $(VENV) $(ORT_VENV) build *.egg-info
+	rm -rf $(VENV) $(ORT_VENV) $(DEVICE_VENV) build *.egg-info
 	rm -f edge_runtime/native/*.so

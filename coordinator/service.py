@@ -46,6 +46,7 @@ from edgestill.coordinator.task.task import Task
 from edgestill.coordinator.uploads.acceptance import Uploads
 from edgestill.coordinator.uploads.checks import UploadTicket, parse_round_name
 from edgestill.coordinator.uploads.refusal_counts import RefusalCounts
+from edgestill.runtime.device.authority import fingerprint, with_fingerprint
 from edgestill.runtime.errors import UsageError
 
 __all__ = ["DeviceRecord", "Service", "Job", "UploadTicket"]
@@ -139,12 +140,24 @@ class Service:
         return True
 
     def issue_code(self, task_name: str, lifetime_s: float = 86_400.0) -> str:
-        """A code with which one device can enrol once. Errors: Problem `no_such_task`."""
+        """A code with which one device can enrol once, with the fingerprint of the task's authority where it has one.
+
+        Errors: Problem `no_such_task`.
+        """
         code = credentials.enrolment_code(self._entropy(credentials.CODE_BYTES))
         with self.store.write() as transaction:
             self._lock(transaction, task_name)
             transaction.add_code(credentials.hash_code(code), task_name, self.clock() + lifetime_s)
-        return code
+            task = self._progress.task(transaction, task_name)
+        return code if task.ca_cert is None else with_fingerprint(code, task.ca_cert)
+
+    def authority(self, wanted: str) -> str:
+        """The certificate, PEM, of this fingerprint that a task carries; for everyone. Errors: Problem `not_found`."""
+        for record in self.tasks():
+            certificate = record.task.ca_cert
+            if certificate is not None and fingerprint(certificate) == wanted:
+                return certificate
+        raise Problem("not_found", "no task has an authority with that fingerprint")
 
     # device
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgestill.runtime.bundle.manifest import DTYPES, KD_LOSSES, OBJECTIVES, OPTIMIZERS, InputSpec
-from edgestill.runtime.console import Progress, add_json_option
+from edgestill.runtime.console import Progress, add_image_options, add_json_option
 from edgestill.runtime.errors import UsageError
 
 
@@ -34,15 +34,22 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
         p.add_argument(flag, help=about, metavar=metavar, **({"type": kind} if kind else {}), **more)
 
     add("--student", "a student that comes with the product (docs/students.md), or your own as package.module:factory "
-        "or file.py:factory", "NAME", required=True)  # fmt: skip
-    add("--output", "folder of the bundle, or a file ending in .zip", "DIR", Path, required=True)
+        "or file.py:factory", "NAME")  # fmt: skip
+    add("--output", "folder of the bundle, or a file ending in .zip; with --inference a .onnx or .pte", "DIR", Path,
+        required=True)  # fmt: skip
+    p.add_argument("--inference", action="store_true",
+        help="instead of a bundle write one ordinary inference model of --bundle's student with the weights of "
+        "--state, samples in, probabilities out")  # fmt: skip
+    add("--bundle", "with --inference: the student's bundle", "BUNDLE", Path)
+    add("--state", "with --inference: a state of that bundle (its initial one)", "FILE", Path)
     add("--engines", "native, onnxruntime, executorch, onnxruntime-training, or all (native,onnxruntime,executorch)",
         "LIST", _engines, default=("native", "onnxruntime", "executorch"))  # fmt: skip
     add("--latent-size", "size of the latent (%(default)s)", "L", int, default=128)
     add("--classes", "number of classes (10, or as many as --class-names gives)", "K", int)
     add("--class-names", "what the outputs mean, in their order: names, or data whose names are taken, as --data of "
         "`edgestill train`", "NAME,…|DATA")  # fmt: skip
-    add("--batch", "samples a step, fixed (%(default)s)", "B", int, default=32)
+    add("--batch", "samples a step, fixed (32); with --inference samples a call (any number for .onnx, 1 for .pte)",
+        "B", int)  # fmt: skip
     add("--widths", "channels of each block of a built-in student", "W1,W2,…", _integers)
     add("--normalization", "after each convolution of a built-in student (%(default)s)", default="batch",
         choices=("batch", "group", "none"))  # fmt: skip
@@ -76,7 +83,17 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
     p.set_defaults(run=run_export)
 
 
+_OF_INFERENCE = ("--inference", "--bundle", "--state", "--output", "--student", "--batch", "--overwrite", "--json")
+
+
 def run_export(args: argparse.Namespace) -> int:
+    if args.inference:
+        return run_export_inference(args)
+    for flag in ("bundle", "state"):
+        if getattr(args, flag) is not None:
+            raise UsageError(f"--{flag} without --inference", "add --inference, or leave it out")
+    if args.student is None:
+        raise UsageError("which student?", "--student cnn3, or your own: --student package.module:factory")
     from edgestill.export.exporter import export_bundle, options_of
 
     options, start = options_of(vars(args)), time.monotonic()
@@ -87,6 +104,26 @@ def run_export(args: argparse.Namespace) -> int:
         print(json.dumps({"bundle": str(path), "engines": list(options.engines), "seconds": seconds}))
     else:
         print(f"next: `edgestill verify {shlex.quote(str(path))}`", file=sys.stderr)
+    return 0
+
+
+def run_export_inference(args: argparse.Namespace) -> int:
+    """Errors: UsageError for options that a bundle has decided already."""
+    given = [word.partition("=")[0] for word in args.typed if word.startswith("--")]
+    if others := [flag for flag in given if flag not in _OF_INFERENCE]:
+        raise UsageError(f"{others[0]} with --inference", "leave it out: the student is that of --bundle")
+    if args.bundle is None:
+        raise UsageError("--inference of which student?", "give the bundle that it was trained with: --bundle BUNDLE")
+    from edgestill.export.inference import export_inference
+
+    with Progress() as progress, redirect_stdout(sys.stderr):
+        path = export_inference(
+            args.bundle, args.state, args.output, args.student, args.batch, progress, args.overwrite
+        )
+    if args.json:
+        print(json.dumps({"model": str(path), "size_bytes": path.stat().st_size}))
+    else:
+        print(f"wrote {path}", file=sys.stderr)
     return 0
 
 
@@ -102,6 +139,7 @@ def _add_verify(subparsers: argparse._SubParsersAction) -> None:
     p.add_argument("--steps", type=int, default=20, help="training steps (%(default)s)")
     p.add_argument("--engines", type=_names, metavar="LIST", help="default: every engine in the bundle")
     p.add_argument("--data", metavar="NAME_OR_PATH", help=data)
+    add_image_options(p)
     p.add_argument("--student", metavar="NAME", help="where the student's factory is now, if it has moved")
     p.add_argument("--seed", type=int, default=0, help="of batches and teacher outputs (%(default)s)")
     p.add_argument("--threads", type=int, default=0, help="0: every core")
@@ -118,7 +156,8 @@ def run_verify(args: argparse.Namespace) -> int:
         raise UsageError(f"--steps must be at least 1, not {args.steps}")
     with Progress() as progress, redirect_stdout(sys.stderr):
         report = verify_bundle(
-            args.bundle, args.steps, args.engines, args.data, args.student, args.seed, args.threads, progress
+            args.bundle, args.steps, args.engines, args.data, args.student, args.seed, args.threads, progress,
+            args.resize, args.skip_broken,
         )
     if args.json:
         print(json.dumps({"engines": report}))

@@ -157,6 +157,7 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
         ("verify", "docs/lowering.md", "Parity"),
         ("train", "docs/training.md", "Options of `edgestill train`"),
         ("evaluate", "docs/training.md", "`edgestill evaluate`"),
+        ("predict", "docs/training.md", "`edgestill predict`"),
         ("bench step", "docs/benchmark.md", "The benchmark"),
     ],
 )

@@ -64,6 +64,8 @@ OPTIONS: dict[str, _Option] = {
     "class-names": _Option(
         "class_names", str, "what the outputs mean: NAME,… or data (the bundles' names, else those of labelled data)"
     ),
+    "ca-cert": _Option("ca_cert", str, "PEM file of your own authority's certificate: the codes then carry its "
+                       "fingerprint, and devices need no file"),
     "exchange": _Option("exchange", EXCHANGES, "what devices upload (latents)"),
     "mode": _Option("mode", MODES, "default: global with --global-bundle, else consensus"),
     "precision": _Option("precision", PRECISIONS, "of what is exchanged (fp16; parameters: fp32)"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -24,6 +25,7 @@ from edgestill.runtime.data.dataset import (
     load_transfer_samples,
 )
 from edgestill.runtime.data.notice import Notice, Tell, tell_on_stderr
+from edgestill.runtime.device.authority import only_certificate
 from edgestill.runtime.device.local_training import EXCHANGED_OUTPUTS, Transfer, parameters_of
 from edgestill.runtime.errors import DataError, UsageError
 from edgestill.runtime.randomness import SUBSET, permutation
@@ -35,7 +37,7 @@ from edgestill.runtime.training.teacher import TeacherOutputs
 
 SOURCES = (
     "bundles", "global_bundle", "transfer", "transfer_count", "transfer_labels", "test", "test_count", "seed",
-    "resize", "skip_broken",
+    "resize", "skip_broken", "ca_cert",
 )  # fmt: skip
 """Fields of a description that name files or data; every other field is the task's own."""
 
@@ -57,6 +59,8 @@ def make_task(
     for name in ("students", "global_student", "latent_size", "classes", "parameter_shapes"):
         if name in fields:
             raise UsageError(f"{name} comes from the bundles", "leave it out, and name the bundles instead")
+    if description.get("ca_cert") is not None:
+        fields["ca_cert"] = _certificate(_path(description["ca_cert"], "ca_cert"))
     drafted = parse_task(_with_stand_ins(fields, description))
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgestill-task-")))
@@ -79,7 +83,7 @@ def make_task(
                 Notice(
                     "classes",
                     "nobody says what the classes are: each device numbers its own in the order of their names, and "
-                    "must have the same ones; --class-names would say it, here or of `edgestill export`",
+                    "must have the same ones; --class-names says it, here or where the students are exported",
                 )
             )
         reading = _Reading(
@@ -108,6 +112,17 @@ def make_task(
             "classes": first.classes,
             "class_names": list(known.names),
         })  # fmt: skip
+
+
+def _certificate(path: Path) -> str:
+    """Errors: UsageError for a file that is not one certificate."""
+    try:
+        return only_certificate(path.read_text("ascii"))
+    except (OSError, ValueError, ssl.SSLError) as error:
+        raise UsageError(
+            f"--ca-cert {path}: not one certificate in PEM ({error})",
+            "give the certificate of the authority alone, without those below it and without any key",
+        ) from error
 
 
 def describe_bundle(bundle: Bundle, folder: Path, add_blob: AddBlob) -> dict[str, Any]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+import ssl
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from edgestill.coordinator.rounds.round import Rules
+from edgestill.runtime.device.authority import only_certificate
 from edgestill.runtime.device.local_settings import LocalSettings
 from edgestill.runtime.device.local_training import EXCHANGED_OUTPUTS, EXCHANGES
 from edgestill.runtime.device.outputs import MOST_CLASS_COUNTS, PRECISIONS
@@ -104,6 +106,8 @@ class Task:
     deadline_s: float = 3600.0
     parameter_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Of every parameter and statistic, with the exchange `parameters`."""
+    ca_cert: str | None = None
+    """The certificate, PEM, of the authority that vouches for the coordinator: devices take it by its fingerprint."""
 
     def as_json(self) -> dict[str, Any]:
         """What `parse_task` reads; lists for tuples, every field present."""
@@ -175,6 +179,7 @@ def parse_task(data: Any) -> Task:
         test=node.optional("test", _parse_transfer),
         latent_size=node.get("latent_size", 128).integer(1, 65_536),
         classes=node.get("classes", 10).integer(2, 100_000),
+        ca_cert=node.optional("ca_cert", _parse_certificate),
         class_names=tuple(name.text() for name in node.get("class_names", []).items(0, 100_000)),
         aggregation=_parse_aggregation(node.get("aggregation", {})),
         local=_parse_local(node.get("local", {})),
@@ -249,6 +254,13 @@ def _parse_distil(node: Node, labelled: bool) -> Distil:
     if given["alpha"] is None:
         given["alpha"] = HYPERPARAMETERS["alpha"].default if labelled else 1.0
     return Distil(**given, deadline_s=node.get("deadline_s", 600.0).number(0.001, 30 * _DAY_S))
+
+
+def _parse_certificate(node: Node) -> str:
+    try:
+        return only_certificate(node.text())
+    except (ValueError, ssl.SSLError) as error:
+        raise node.error("one certificate in PEM") from error
 
 
 def _parse_shapes(node: Node) -> dict[str, tuple[int, ...]]:

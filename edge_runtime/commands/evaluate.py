@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 
 from edgestill.runtime.bundle.bundle import Bundle
-from edgestill.runtime.console import add_image_options, add_json_option
+from edgestill.runtime.console import add_image_options, add_json_option, printable
+from edgestill.runtime.data.classes import names_of_outputs
 from edgestill.runtime.data.dataset import load_splits
 from edgestill.runtime.data.notice import Notices
 from edgestill.runtime.engines.registry import ENGINES, open_engine
@@ -77,9 +78,9 @@ def describe(result: Evaluation) -> str:
         f"loss      {result.loss:.4f}",
         f"samples   {result.samples}",
     ]
-    width = max([5, *map(len, result.class_names)])
+    names = [*map(printable, names_of_outputs(result.class_names, len(result.confusion)))]
+    width = max(5, *map(len, names))
     lines.append("")
-    for index, share in enumerate(result.per_class):
-        name = result.class_names[index] if index < len(result.class_names) else str(index)
+    for name, share in zip(names, result.per_class, strict=True):
         lines.append(f"{name:<{width}}  {'no samples' if share is None else f'{share:.3f}'}")
     return "\n".join(lines)

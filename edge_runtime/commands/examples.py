@@ -8,6 +8,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "export": (
         "edgestill export --student cnn3 --output cnn3-bundle",
         "edgestill export --student leaf.py:LeafNet --objective both --engines native --output leaf-bundle",
+        "edgestill export --inference --bundle leaf-bundle --state leaf.safetensors --output leaf.onnx",
     ),
     "verify": ("edgestill verify leaf-bundle", "edgestill verify leaf-bundle --steps 5 --engines native"),
     "train": (

@@ -12,7 +12,8 @@ from typing import Any
 
 from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.bundle.manifest import ROLES
-from edgestill.runtime.console import add_json_option
+from edgestill.runtime.console import add_json_option, printable
+from edgestill.runtime.data.classes import listed
 from edgestill.runtime.native.plan_work import read_plan
 
 
@@ -142,7 +143,7 @@ def describe(report: dict[str, Any]) -> str:
         f"input       {report['batch']} x {_form(report['input'])}"
         + "".join(f", {more['name']} {_form(more)}" for more in report["more_inputs"]),
         *([f"noise       {noise:,} numbers a step"] if noise else []),
-        f"output      latents of {report['latent_size']}, {report['classes']} classes",
+        f"output      latents of {report['latent_size']}, {report['classes']} classes{_named(report['class_names'])}",
         f"objective   {objective}, optimizer {report['optimizer']['name']}{nesterov}{clips}",
         f"frozen      {', '.join(report['freeze']) or 'nothing'}",
         f"a step      {f'{flops / 1e9:.3g} GFLOP' if flops else 'FLOP not counted'}",
@@ -213,3 +214,7 @@ def _parity(record: Mapping[str, Any] | None) -> str:
 
 def _megabytes(size_bytes: int) -> str:
     return f"{size_bytes / 1e6:.2f} MB" if size_bytes >= 10_000 else f"{size_bytes} B"
+
+
+def _named(names: list[str]) -> str:
+    return f": {printable(listed(names))}" if names else ""

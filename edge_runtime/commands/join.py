@@ -18,10 +18,11 @@ from edgestill.runtime.data.notice import Notice, Tell
 from edgestill.runtime.data.shares import deal, draw_tests, parse_share, share_of
 from edgestill.runtime.device.address import check_url
 from edgestill.runtime.device.assignment import fetch_assignment
+from edgestill.runtime.device.authority import fetch_authority
 from edgestill.runtime.device.client import HttpCoordinator
 from edgestill.runtime.device.conditions import Conditions, read_status
 from edgestill.runtime.device.device import Device, Watch
-from edgestill.runtime.device.enrolment import LONGEST_NAME, device_info, enrol, installation_hint
+from edgestill.runtime.device.enrolment import LONGEST_NAME, check_code, device_info, enrol, installation_hint
 from edgestill.runtime.device.journal import WorkFolder
 from edgestill.runtime.device.local_round import Equipment, Options, Privacy, warn_of_noise
 from edgestill.runtime.device.local_training import Transfer
@@ -34,7 +35,7 @@ from edgestill.runtime.engines.registry import (
     open_engine,
 )
 from edgestill.runtime.errors import DataError, EngineError, Interrupted, UsageError
-from edgestill.runtime.machine import peak_rss_bytes
+from edgestill.runtime.machine import memory_bytes, peak_rss_bytes
 from edgestill.runtime.stopping import handling
 from edgestill.runtime.training.checkpoint import classes_of
 
@@ -141,9 +142,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     gate.add_argument(
         "--min-memory",
         type=float,
-        default=round(defaults.minimum_memory_bytes / _MEGABYTE),
         metavar="MB",
-        help=f"free memory ({round(defaults.minimum_memory_bytes / _MEGABYTE)})",
+        help=f"free memory ({round(defaults.minimum_memory_bytes / _MEGABYTE)}, or an eighth of a small machine's)",
     )
     gate.add_argument("--allow-metered", action="store_true", help="take part over a metered network, too")
     gate.add_argument("--ignore-conditions", action="store_true", help="train whatever the device says")
@@ -176,7 +176,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "another device needs another --work-dir",
             )
         url = _address(arguments, None if identity is None else identity["url"], output)
-        coordinator = HttpCoordinator(url, ca_cert=arguments.ca_cert)
+        coordinator = HttpCoordinator(url, ca_cert=_trusted(arguments, url, keep, identity is not None))
         stack.callback(coordinator.close)
         if identity is None:
             identity = enrol(arguments, url, coordinator, keep)
@@ -275,12 +275,17 @@ def conditions_from(arguments: argparse.Namespace) -> Conditions | None:
     """None with --ignore-conditions. Errors: UsageError."""
     if arguments.ignore_conditions:
         return None
-    if not 0 <= arguments.min_memory < 1e9:
+    if arguments.min_memory is not None and not 0 <= arguments.min_memory < 1e9:
         raise UsageError(f"--min-memory {arguments.min_memory}", "give megabytes, 0 or more")
+    least_bytes = Conditions().minimum_memory_bytes
+    if arguments.min_memory is not None:
+        least_bytes = int(arguments.min_memory * _MEGABYTE)
+    elif (whole := memory_bytes()) is not None:  # a container of 200 MB never has 256 MiB free
+        least_bytes = min(least_bytes, whole // 8)
     return Conditions(
         minimum_battery=arguments.min_battery,
         maximum_temperature_c=arguments.max_temperature,
-        minimum_memory_bytes=int(arguments.min_memory * _MEGABYTE),
+        minimum_memory_bytes=least_bytes,
         allow_metered=arguments.allow_metered,
     )
 
@@ -376,6 +381,19 @@ def stop_requests(is_training: Callable[[], bool]) -> Iterator[list[int]]:
 
     with handling(note):
         yield received
+
+
+def _trusted(arguments: argparse.Namespace, url: str, keep: WorkFolder, enrolled: bool) -> Path | None:
+    """The file of certificates to trust; None for the system's. Errors: those of `check_code`, `fetch_authority`."""
+    if arguments.ca_cert is not None:
+        return arguments.ca_cert
+    if not enrolled and arguments.code is not None:
+        _, wanted = check_code(arguments.code)
+        if wanted is not None:
+            keep.write_authority(fetch_authority(url, wanted))
+        elif (left := keep.authority()) is not None:  # by a code that came to nothing
+            left.unlink()
+    return keep.authority()
 
 
 def _address(arguments: argparse.Namespace, known: str | None, output: EventOutput) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 
 from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.console import add_image_options, add_json_option, printable
+from edgestill.runtime.data.classes import names_of_outputs
 from edgestill.runtime.data.notice import Notices
 from edgestill.runtime.data.unlabelled import load_pictures, load_unlabelled
 from edgestill.runtime.engines.registry import ENGINES, open_engine
@@ -95,11 +96,11 @@ def run(arguments: argparse.Namespace) -> int:
             found = probabilities(encode_all(engine, first, bundle.batch, tuple(more)).logits)
         finally:
             engine.close()
-        classes = known.names or tuple(map(str, range(bundle.classes)))
+        classes = names_of_outputs(known.names, bundle.classes)
     if arguments.json:
         _print_json(samples.names, found, classes)
         print(json.dumps({"summary": {"samples": len(samples), "engine": engine.name,
-                                      "class_names": list(classes), "notices": notices.as_json()}}))  # fmt: skip
+                                      "class_names": classes, "notices": notices.as_json()}}))  # fmt: skip
     elif arguments.csv:
         _print_csv(samples.names, found, classes)
     else:

@@ -73,8 +73,7 @@ def translate(
         raise DataError(
             f"{where}: {'class' if len(strangers) == 1 else 'classes'} {listed(strangers)} not among those of "
             f"{known.whose}; the data's classes: {listed(own)}; {known.whose} has: {listed(known.names)}",
-            "rename the data's classes, remove what is of no class, or use a student of these classes "
-            "(--class-names of `edgestill export` names them)",
+            "rename the data's classes, remove what is of no class, or use a student of these classes",
         )
     renamed = {
         own[n]: known.names[p] for n in used if (p := found[n]) is not None and own[n] != known.names[p]
@@ -84,6 +83,11 @@ def translate(
         tell(Notice("classes", f"{where}: classes taken by name: {listed(pairs)}", {"renamed": renamed}))
     table = np.array([-1 if place is None else place for place in found], np.int64)
     return table[labels]
+
+
+def names_of_outputs(names: Sequence[str], outputs: int) -> list[str]:
+    """A name for each output: its number where it has none, as the data may have had fewer classes."""
+    return [*names, *map(str, range(len(names), outputs))][:outputs]
 
 
 def check_names(names: Sequence[str], what: str) -> tuple[str, ...]:

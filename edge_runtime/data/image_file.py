@@ -87,6 +87,9 @@ def read_picture(file: Path, form: InputSpec, resize: bool) -> Picture:
     """Errors: BrokenImage naming the file; DataError for one of another size without `resize`."""
     pillow = import_pillow()
     channels, height, width = form.shape
+    if (lacking := _missing(file.suffix.lower())) is not None:
+        what, _, remedy = lacking.partition(": ")
+        raise BrokenImage(f"{file.absolute()}: of {what}", remedy)
     try:
         if file.suffix.lower() in _BY_HEIF:
             _register_heif()

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from edgestill.runtime.console import printable
+
 
 @dataclass(frozen=True)
 class Notice:
@@ -25,7 +27,7 @@ Tell = Callable[[Notice], None]
 
 def tell_on_stderr(notice: Notice) -> None:
     """A `Tell` for people."""
-    print(f"edgestill: {notice.text}", file=sys.stderr)
+    print(f"edgestill: {printable(notice.text)}", file=sys.stderr)
 
 
 class Notices(list[Notice]):

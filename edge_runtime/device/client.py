@@ -108,7 +108,7 @@ class HttpCoordinator:
         random_share: Callable[[], float] = random.random,
         transport: Any = None,
     ) -> None:
-        self._httpx = _import_httpx2()
+        self._httpx = import_httpx2()
         self.url = check_url(url)
         self._ca_cert = ca_cert
         self._timeout_s, self._attempts, self._pause_s = timeout_s, attempts, pause_s
@@ -366,7 +366,7 @@ def _json_object(answer: _Answer, names: tuple[str, ...]) -> dict[str, Any]:
     return value
 
 
-def _import_httpx2() -> ModuleType:
+def import_httpx2() -> ModuleType:
     try:
         import httpx2
     except ImportError as error:

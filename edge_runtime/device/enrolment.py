@@ -12,6 +12,7 @@ from typing import Any
 
 from edgestill.runtime.data.dataset import find_source
 from edgestill.runtime.data.shares import parse_share
+from edgestill.runtime.device.authority import FINGERPRINT_LETTERS
 from edgestill.runtime.device.client import Coordinator
 from edgestill.runtime.device.journal import WorkFolder
 from edgestill.runtime.engines.registry import EngineStatus, available_engines
@@ -21,7 +22,8 @@ from edgestill.runtime.machine import processor, training_memory_bytes
 LONGEST_NAME = 80
 _MEGABYTE = 10**6
 _MOST_MEGABYTES = 1e9
-_CODE = re.compile("[A-Z2-7]{20}")
+_CODE_LETTERS = 20
+_CODE = re.compile(f"[A-Z2-7]{{{_CODE_LETTERS}}}([A-Z2-7]{{{FINGERPRINT_LETTERS}}})?")
 
 
 def enrol(
@@ -33,7 +35,7 @@ def enrol(
             f"{arguments.work_dir} holds no enrolled device",
             "give --code from `edgestill enrol`, or the --work-dir of an enrolled device",
         )
-    code = check_code(arguments.code)
+    code, _ = check_code(arguments.code)
     # A code works once: what is already wrong here must not cost it.
     for source in filter(None, (arguments.data, arguments.test)):
         find_source(source)
@@ -47,14 +49,17 @@ def enrol(
     return identity
 
 
-def check_code(code: str) -> str:
-    """The code as it is sent; nobody needs to be asked about one that cannot be a code. Errors: UsageError."""
-    if not _CODE.fullmatch("".join(letter for letter in code.upper() if letter.isalnum())):
+def check_code(code: str) -> tuple[str, str | None]:
+    """The code as it is sent, and the fingerprint of the authority to trust where it carries one; nobody needs to be
+    asked about what cannot be a code. Errors: UsageError."""
+    letters = "".join(letter for letter in code.upper() if letter.isalnum())
+    if not _CODE.fullmatch(letters):
         raise UsageError(
             f"--code {code.strip()[:40]!r} is no enrolment code" if code.strip() else "--code is empty",
-            "give what `edgestill enrol` prints: 20 letters A to Z and digits 2 to 7, as AAAAA-BBBBB-CCCCC-DDDDD",
+            "give what `edgestill enrol` prints: 20 or 40 letters A to Z and digits 2 to 7, as AAAAA-BBBBB-CCCCC-DDDDD",
         )
-    return code.strip().upper()
+    groups = (letters[start : start + 5] for start in range(0, _CODE_LETTERS, 5))
+    return "-".join(groups), letters[_CODE_LETTERS:] or None
 
 
 def device_name(given: str | None) -> str:

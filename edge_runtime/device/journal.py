@@ -3,6 +3,7 @@
 | file | what |
 | --- | --- |
 | `identity.json` | coordinator, device name, token; readable by the owner alone |
+| `authority.pem` | the certificate that the enrolment code named, which the coordinator is known by |
 | `journal.json` | where the device stands in which round (`participant.Participant`) |
 | `student-DIGEST.safetensors` | the student between rounds, of the bundle with this model digest |
 | `training-ROUND.safetensors` | checkpoint of a round's training, at its end the trained state |
@@ -162,6 +163,14 @@ class WorkFolder:
         """Keeps the token, for the owner's eyes alone."""
         text = json.dumps(dict(identity), indent=1)
         write_atomically(self.folder / "identity.json", [text.encode()], mode=0o600)
+
+    def authority(self) -> Path | None:
+        """The certificate that the code named; None where it named none."""
+        path = self.folder / "authority.pem"
+        return path if path.exists() else None
+
+    def write_authority(self, certificate: str) -> None:
+        write_atomically(self.folder / "authority.pem", [certificate.encode()])
 
     def read(self) -> Participant:
         path = self.folder / "journal.json"

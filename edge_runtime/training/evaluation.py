@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from edgestill.runtime.data.classes import names_of_outputs
 from edgestill.runtime.data.dataset import Dataset
 from edgestill.runtime.engines.registry import Engine
 from edgestill.runtime.errors import EdgestillError
@@ -84,7 +85,7 @@ def draw_confusion(evaluation: Evaluation, path: Path, title: str) -> None:
             "a PNG needs matplotlib", "pip install 'edgestill[plots]', or leave --confusion out"
         ) from error
     count = len(evaluation.confusion)
-    names = [*evaluation.class_names, *map(str, range(len(evaluation.class_names), count))][:count]
+    names = names_of_outputs(evaluation.class_names, count)
     shares = evaluation.confusion / np.maximum(1, evaluation.confusion.sum(axis=1, keepdims=True))
     side = max(4.0, min(14.0, 0.55 * count + 2.2))
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")

@@ -39,6 +39,8 @@ def verify_bundle(
     seed: int = 0,
     threads: int = 0,
     progress: Callable[[str], None] = lambda line: None,
+    resize: bool = False,
+    skip_broken: bool = False,
 ) -> dict[str, dict]:
     """Compares engines with eager PyTorch; returns and writes into the manifest their parity records (docs/bundle.md).
 
@@ -54,7 +56,7 @@ def verify_bundle(
         opened.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)
         model, random = rebuild_student(bundle, student), np.random.default_rng(seed)
-        batches = draw_batches(bundle, *_samples(bundle, model, data, random, progress), random)
+        batches = draw_batches(bundle, *_samples(bundle, model, data, random, progress, resize, skip_broken), random)
         for name in chosen:
             try:
                 running[name] = open_engine(bundle, name, threads)
@@ -189,7 +191,13 @@ def _judged(name: str, seen: dict[str, list], curves: dict[str, list], state: tu
 
 
 def _samples(
-    bundle: Bundle, student: nn.Module, data: str | None, random: np.random.Generator, progress: Callable
+    bundle: Bundle,
+    student: nn.Module,
+    data: str | None,
+    random: np.random.Generator,
+    progress: Callable,
+    resize: bool = False,
+    skip_broken: bool = False,
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """The tensors of some samples, and labels."""
     specs = bundle.samples
@@ -200,7 +208,7 @@ def _samples(
         count = 8 * bundle.batch
         return random_samples(student, specs, count, random), random.integers(0, bundle.classes, count)
     try:
-        train = load_splits(data, bundle.input, max(bundle.classes, 10)).train
+        train = load_splits(data, bundle.input, max(bundle.classes, 10), resize, skip_broken=skip_broken).train
     except DataError as error:
         raise UsageError(f"cannot verify on {data}: {error.message}", hint=error.hint) from error
     return [train.images], train.labels % bundle.classes

@@ -47,7 +47,7 @@ def test_from_a_task_to_a_code(place: Path, capsys: pytest.CaptureFixture[str]) 
         LATENT,
         CLASSES,
     )
-    assert "--class-names would say it" in task.pop("notices")[0]["text"] and task["class_names"] == []
+    assert "--class-names says it" in task.pop("notices")[0]["text"] and task["class_names"] == []
     assert task["transfer"]["samples"] == 8 and not task["transfer"]["labelled"] and task["test"]["labelled"]
     assert task["local"]["alpha"] == 0.25 and task["aggregation"]["rule"] == "median"
     assert len(task["students"]) == 2 and task["mode"] == "consensus"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zxingcpp
 
 from edgestill.coordinator.commands.serve import say
 from edgestill.coordinator.http import address
@@ -264,12 +265,16 @@ def test_the_address_is_one_that_others_reach_and_that_the_certificate_is_for(
 def test_a_terminal_gets_a_code_for_the_camera(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As segno draws it; another program's camera has read it by hand."""
+    """Which ZXing, another program, reads from what the terminal shows."""
     say("http://192.0.2.7:8000", False, True)
     assert "camera" not in capsys.readouterr().err, "no terminal"
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     say("http://192.0.2.7:8000", False, True)
-    drawn = capsys.readouterr().err
-    assert drawn.count("█") > 100
+    rows = [line for line in capsys.readouterr().err.splitlines() if set(line) <= set(" █▀▄")]
+    halves = {" ": (0, 0), "█": (255, 255), "▀": (255, 0), "▄": (0, 255)}  # two squares a letter
+    squares = np.array([[halves[letter] for letter in row] for row in rows], np.uint8)
+    picture = squares.transpose(0, 2, 1).reshape(2 * len(rows), -1).repeat(8, axis=0).repeat(8, axis=1)
+    (found,) = zxingcpp.read_barcodes(picture)
+    assert found.text == "http://192.0.2.7:8000"
     say("http://127.0.0.1:8000", False, False)
     assert "camera" not in capsys.readouterr().err, "a phone does not reach loopback"

@@ -117,6 +117,29 @@ def test_other_classes_are_refused_with_both_lists(
         assert "s.safetensors" in error and "hint: rename" in error
 
 
+def test_predictions_have_the_names_of_the_state(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_fruit(tmp_path, {"Date": "date", "who knows": "banana"}, each=2)
+    words = ["predict", str(work / "bundle"), "--json", "--state"]
+    capsys.readouterr()
+    assert main([*words, str(work / "s.safetensors"), str(tmp_path)]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["class"] for line in lines[:-1]] == ["date", "date", "banana", "banana"]
+    assert lines[-1]["summary"]["class_names"] == list(FRUIT)
+    # a state of fewer classes than the student has outputs: the others are called by their numbers
+    file = wire.load(work / "s.safetensors")
+    turned = {name: np.ascontiguousarray(array[::-1]) if name.startswith("output.") else array
+              for name, array in file.arrays.items()}  # fmt: skip
+    wire.save(tmp_path / "two.safetensors", turned, {"class_names": '["date", "cherry"]'})
+    assert main([*words, str(tmp_path / "two.safetensors"), str(tmp_path)]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["class"] for line in lines[:-1]] == ["date", "date", "2", "2"]
+    words = ["evaluate", str(work / "bundle"), "--state", str(tmp_path / "two.safetensors"), "--data", str(tmp_path)]
+    (tmp_path / "who knows").rename(tmp_path / "cherry")
+    assert main(words) == 0 and "\n2       no samples" in capsys.readouterr().out
+
+
 def test_a_state_keeps_its_names_for_the_official_library(work: Path) -> None:
     import safetensors
 

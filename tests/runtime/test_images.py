@@ -181,7 +181,7 @@ def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "avif", "tif"])
 def test_pictures_stand_upright(tmp_path: Path, orientation: int, ending: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -218,6 +218,9 @@ def test_what_needs_a_package_is_named_with_it(tmp_path: Path, monkeypatch: pyte
     image_file._missing.cache_clear()
     try:
         splits, (notice,) = load(tmp_path)
+        with pytest.raises(DataError, match="/b.HEIC: of HEIC images, which need another package") as error:
+            read(tmp_path / "cat/b.HEIC")
+        assert error.value.hint == "pip install pillow-heif"
     finally:
         image_file._missing.cache_clear()
     assert len(splits.train) == 1 and notice.kind == "skipped" and notice.details["count"] == 5

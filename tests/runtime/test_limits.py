@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
@@ -216,3 +217,18 @@ print(told, native.open_runner(0).threads)
     assert told == f"{200 * 2**20 - machine.PROCESS_BYTES} 1"
     text = doctor.describe(found)
     assert "0.2 of " in text and "210 MB of memory by" in text and "1 cores by" in text
+
+
+def test_a_small_container_need_not_have_free_what_a_large_one_should(monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgestill.runtime.commands import join
+
+    def least(given: float | None, whole: int | None) -> int:
+        monkeypatch.setattr(join, "memory_bytes", lambda: whole)
+        names = argparse.Namespace(
+            ignore_conditions=False, min_memory=given, min_battery=0.3, max_temperature=80.0, allow_metered=False
+        )
+        return join.conditions_from(names).minimum_memory_bytes
+
+    assert least(None, 200 * MB) == 25 * MB
+    assert least(None, 32 * 2**30) == least(None, None) == 256 * 2**20
+    assert least(300, 200 * MB) == 300 * MB

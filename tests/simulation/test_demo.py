@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgestill.runtime.bundle.bundle import Bundle
@@ -256,6 +256,7 @@ def png_size(path: Path) -> tuple[int, int]:
     return int.from_bytes(header[4:]), int.from_bytes(header[:4])
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=8), st.floats(0.1, 20))
 def test_labels_of_curves_stand_apart_and_in_order(values: list[float], gap: float) -> None:
     values.sort()
@@ -266,20 +267,34 @@ def test_labels_of_curves_stand_apart_and_in_order(values: list[float], gap: flo
         assert places == pytest.approx(values)
 
 
-@pytest.mark.long
-def test_the_whole_demo(tmp_path: Path) -> None:
+# The command where the package has the bundles in another folder, argument 1.
+DEMO = """
+import pathlib, sys
+from edgestill.simulation import demo_bundles
+demo_bundles.FOLDER = pathlib.Path(sys.argv.pop(1))
+from edgestill.runtime.cli import main
+raise SystemExit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("export", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_the_whole_demo(tmp_path: Path, export: bool) -> None:
+    """From the bundles that a wheel carries, and exported here."""
     words = [
         "--output",
         str(tmp_path / "demo"),
         "--rounds",
-        "2",
+        "2" if export else "1",
         "--local-epochs",
         "1",
         "--distil-epochs",
         "1",
+        "--transfer-count",
+        "64",
     ]
     ran = subprocess.run(
-        [sys.executable, "-m", "edgestill.runtime.cli", "demo", "--export", *words, "--transfer-count", "64"],
+        [sys.executable, "-c", DEMO, str(exported()), "demo", *words, *["--export"] * export],
         env={**os.environ, **ONE_THREAD},
         capture_output=True,
         text=True,

@@ -1,8 +1,12 @@
-"""The demo's bundles as a wheel carries them, exported once for the present code, whichever test process asks first."""
+"""The demo's bundles as a wheel carries them, exported once for the present code, whichever test process asks first.
+
+Without PyTorch they are those that `make test-device` exported before.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import shutil
 from pathlib import Path
 
@@ -15,6 +19,8 @@ BUILD = Path(__file__).resolve().parents[2] / "build" / "demo_bundles"
 
 def exported() -> Path:
     """The folder of their `.zip` files."""
+    if importlib.util.find_spec("torch") is None:
+        return demo_bundles.FOLDER
     decides = [demo_bundles.FOLDER.parent, *(BUILD.parents[1] / name for name in ("export", "edge_runtime"))]
     folder = BUILD / code_digest(decides)[:16]
     BUILD.mkdir(parents=True, exist_ok=True)

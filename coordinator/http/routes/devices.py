@@ -6,7 +6,7 @@ import asyncio
 import time
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
 
 from edgestill.coordinator.http.auth import device_of
 from edgestill.coordinator.http.context import Context, context_of, jittered_s
@@ -39,6 +39,20 @@ _BODY = ("malformed", "too_large", "invalid")
 async def enrol(context: Shared, body: Annotated[Enrolment, Depends(json_body(Enrolment))]) -> dict[str, Any]:
     """Turns a one-time code into a device's name and token."""
     return await context.call(context.service.enrol, body.code, body.device.model_dump())
+
+
+@router.get(
+    "/authorities/{fingerprint}", response_class=Response, responses={
+        200: {"description": "the certificate", "content": {"application/pem-certificate-chain": {}}},
+        **problems("not_found"),
+    },
+)  # fmt: skip
+async def authority(
+    context: Shared, fingerprint: Annotated[str, Path(description="20 letters, from an enrolment code")]
+) -> Response:
+    """The certificate of a task's own authority, for a device that knows it by the fingerprint in its code."""
+    certificate = await context.call(context.service.authority, fingerprint)
+    return Response(certificate, media_type="application/pem-certificate-chain")
 
 
 @router.put(
