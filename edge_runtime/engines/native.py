@@ -79,7 +79,7 @@ def open_runner(threads: int) -> Native:
 
 
 class Native:
-    """Loads plans; its threads share the work of each kernel."""
+    """Loads plans; its threads share the work of each kernel. Plain ones: concurrent.futures takes long to import."""
 
     allocate = staticmethod(allocate)
 
@@ -95,7 +95,7 @@ class Native:
         return PlanProgram(self, path, inputs, outputs)
 
     def run(self, call: Callable[[int], None]) -> None:
-        """call(0) … call(threads − 1) at the same time."""
+        """call(0) … call(threads − 1) at the same time; they meet at their ends, and call(0) has ended then."""
         if not self._jobs:
             call(0)
             return
@@ -127,11 +127,11 @@ class PlanProgram:
     def __init__(
         self, runner: Native, path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
     ) -> None:
-        data = np.fromfile(path, np.uint8)
-        self._plan = _aligned(data.nbytes)
-        self._plan[:] = data
+        with path.open("rb") as file:
+            self._plan = _aligned(os.fstat(file.fileno()).st_size)
+            file.readinto(self._plan)
         call = _WORD()
-        if wrong := _library().edgestill_check(self._plan.ctypes.data, data.nbytes, ctypes.byref(call)):
+        if wrong := _library().edgestill_check(self._plan.ctypes.data, self._plan.nbytes, ctypes.byref(call)):
             where = f" (call {call.value})" if call.value >= 0 else ""
             raise EngineError(f"{path.name}: {wrong.decode()}{where}", "export the bundle again")
         head = self._plan[: 8 * HEAD_WORDS].view(np.int64)
@@ -161,15 +161,12 @@ class PlanProgram:
         bases = np.array([arena.ctypes.data, constants, *given], np.uint64)
         state = _Run(self._plan.ctypes.data, bases.ctypes.data, scratch.ctypes.data, self._runner.threads, 0, 0, 0)
         level, plan = min(int(os.environ.get(LIMIT_VARIABLE, "4")), _library().edgestill_level()), self._plan
-        held = (bases, arena, scratch, plan)
+        held = (bases, arena, scratch, plan)  # by a thread that is on its way out, too
 
-        def call(thread: int) -> None:
+        def call(thread: int, held: tuple = held) -> None:
             _library().edgestill_run(ctypes.byref(state), thread, level)
 
-        def run(held: tuple = held) -> None:
-            self._runner.run(call)
-
-        return run
+        return lambda: self._runner.run(call)
 
     def close(self) -> None:
         self._memory = None

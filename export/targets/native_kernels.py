@@ -114,15 +114,17 @@ def _matmul(plan: Plan, node: Node, a: Value, b: Value) -> None:
         batches, m, left, right = 1, batches * m, (left[0], 0), right  # rows of all batches meet one matrix
     to = plan.result(value)
     panels = -(-n // LANES)
-    packed = plan.new((batches if right[1] else 1, panels * LANES, k))
+    ready = plan.packed.get(right) if right[0].base in plan.outside else None
+    packed = ready or plan.new((batches if right[1] else 1, panels * LANES, k))
+    plan.packed[right] = packed
     tiles = batches * -(-m // TASK_ROWS)
     each = max(1, min(panels, panels * tiles // 16))
     (lv, ls), (rv, rs) = left, right
     if lv.strides[-1] != 1:
         plan.scratch = max(plan.scratch, RUN * TASK_ROWS * 4)
     plan.call(
-        "product", "matmul", [lv, rv], [to, packed],
-        [lv, rv, to, packed, batches, m, n, k, ls, *lv.strides[-2:], rs, *rv.strides[-2:], each],
+        "product", "matmul", [lv, packed] if ready else [lv, rv], [to] if ready else [to, packed],
+        [lv, rv, to, packed, batches, m, n, k, ls, *lv.strides[-2:], rs, *rv.strides[-2:], each, int(bool(ready))],
     )  # fmt: skip
 
 

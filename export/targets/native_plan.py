@@ -123,6 +123,7 @@ class Plan:
         self.direct: dict[str, View] = {}  # where a value is wanted outside
         self.parts = self.fusion.parts()
         self.wholes: dict[str, View] = {}  # what has such parts, by name
+        self.packed: dict[tuple[View, int], View] = {}  # right sides of products, as kernels read them
         self.unpooled: dict[str, Unpooled] = {}
         self.winners: dict[str, View] = {}  # of each pooling, by its result
 

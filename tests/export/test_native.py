@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -254,6 +257,25 @@ def test_the_bits_do_not_depend_on_the_tile(tmp_path: Path, monkeypatch: pytest.
             patched.setattr(native_engine, "_library", lambda: other)
             second = run_native(graph, case.inputs, tmp_path)
         assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_an_interrupt_leaves_no_thread_waiting(threads: int) -> None:
+    runner, barrier = open_runner(threads), threading.Barrier(threads)
+    seen: list[int] = []
+
+    def call(number: int) -> None:
+        seen.append(number)
+        barrier.wait()
+        if number == 0 and len(seen) == threads:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(call)
+        threading.Event().wait(60)  # where the signal comes late
+    runner.run(call)
+    assert sorted(seen) == sorted([*range(threads)] * 2)
+    runner.close()
 
 
 def small_plan() -> tuple[Graph, bytes]:

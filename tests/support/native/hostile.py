@@ -134,6 +134,23 @@ def hostile_plans() -> Iterator[tuple[str, bytes, str | None]]:
     words.calls = [Call("map", [2**40, 1, 1, 1, 2**40, *[0] * 4, 1, 0])]
     yield "program-without-result", words.to_bytes(), "a program makes nothing"
 
+    # results in runs: over one another, which no memory bounds, of no whole runs, and beyond their memory
+    for run, (why, *changed_words) in enumerate((
+        ("a program's results overlap", 1, 0, 1),
+        ("a program's results overlap", 0, 36, 1),
+        ("a program's results overlap", 5, 36, 1),
+        ("a program's results overlap", 6, 11, 2 + 1),
+        ("an operand reaches beyond its memory", 6, 7, 1),
+        ("an operand reaches beyond its memory", 36, 0, 2),
+        ("a program's results overlap", 6, -7, 1),
+        ("a size is out of range", 36, 0, 2**40),
+    )):  # fmt: skip
+        words = Words(_plan(lambda x: x.apply("tanh"), (36,)))
+        program = words.call("map")
+        place = BODY + 9 * program[5] + 6 * program[6] + 3
+        program[place : place + 3] = changed_words
+        yield f"program-runs-{run}", words.to_bytes(), why
+
     # chained to no call: the memories' sizes were read as those of a convolution, without pixels and of 16 channels
     words = Words(plan)
     words.calls = [Call("map", [0, 1, 1, 1, 0, 0, 0, 0, 1, 16, 1, *[0] * 8])]
