@@ -28,13 +28,14 @@ PLATFORMS := $(foreach libc,manylinux_2_17 musllinux_1_1,$(addprefix $(libc)_,x8
 QUICK_OUTPUT := build/reproduce-quick
 EXPERIMENTS := methods heterogeneity scarcity latent-size federation poisoning privacy
 
-.PHONY: help setup ray check-machine demo test test-tiny test-unit test-contract test-device test-long lint bench networks wheels \
+.PHONY: help setup ray check-machine demo demo-seeds test test-tiny test-unit test-contract test-device test-long lint bench networks wheels \
   digests fuzz reproduce-quick results performance clean
 
 help:
 	@echo "make setup      creates $(VENV) and $(ORT_VENV) with pinned packages, builds the native runner; about 0.8 GB"
 	@echo "                to download with PyTorch's CPU build, 2.9 GB without; TORCH_INDEX=... names an index that has it"
 	@echo 'make demo       sets up and runs the main job'
+	@echo 'make demo-seeds its federation for ten seeds, with and without transfer labels; goes on where it stopped'
 	@echo 'make test       lint and all tests under 15 minutes; also test-tiny, test-unit, test-contract, test-long'
 	@echo 'make test-device   tests of devices and coordinator without PyTorch on another Python; PYTHON_DEVICE=... (now $(PYTHON_DEVICE))'
 	@echo 'make lint       ruff'
@@ -124,6 +125,10 @@ $(DEVICE_VENV)/.stamp: constraints.txt pyproject.toml
 
 demo: setup
 	$(VENV)/bin/edgestill demo --export
+
+# About an hour; a line a run in benchmarks/results/demo-seeds.jsonl, of which the demo shows those of its seed.
+demo-seeds: setup
+	$(PY) -m edgestill.benchmarks.demo_seeds
 
 lint: $(STAMPS)/packages
 	$(PY) -m ruff check .

@@ -42,9 +42,9 @@ def hash_token(token: str) -> str:
     return _sha256(token)
 
 
-def derive_seed(round_name: str, who: str) -> int:
-    """A seed of 48 bits for what `who` draws in a round; the same names always give the same seed."""
-    return int(_sha256(f"{round_name}/{who}")[:12], 16)
+def derive_seed(task_seed: int, round_number: int, who: str) -> int:
+    """A seed of 48 bits for what `who` draws in a round; the same arguments always give the same seed."""
+    return int(_sha256(f"{task_seed}.{round_number}/{who}")[:12], 16)
 
 
 def _sha256(text: str) -> str:

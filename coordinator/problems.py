@@ -50,6 +50,11 @@ CATALOG: dict[str, ProblemKind] = {
         404, "The device's task has no such round", "ask for work again and use the round in the answer"
     ),
     "no_such_task": ProblemKind(404, "There is no such task", "list the tasks with `edgestill task list`"),
+    "no_model": ProblemKind(
+        404,
+        "The task has no such global model",
+        "ask for the round `last`, or one that `edgestill task show TASK` lists as completed",
+    ),
     "method_not_allowed": ProblemKind(
         405, "This address does not take this method", "see docs/federation.md for what it takes"
     ),

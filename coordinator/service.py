@@ -96,16 +96,22 @@ class Service:
         blobs = [(entry.student, entry.bundle, entry.size_bytes) for entry in entries]
         blobs += [
             (name, samples.blob, samples.size_bytes)
-            for name, samples in (("transfer", task.transfer), ("test", task.test))
+            for name, samples in (
+                ("transfer", task.transfer), ("test", task.test), ("validation", task.validation)
+            )
             if samples is not None
         ]
+        if task.transfer.labels is not None:
+            blobs.append(("transfer.labels", task.transfer.labels, None))
         now_s = self.clock()
         with self.store.write() as transaction:
             transaction.lock_all_tasks()  # under which `Sweep` deletes blobs
             for what, digest, size_bytes in blobs:
-                if self.blobs.size(digest) != size_bytes:
+                found = self.blobs.size(digest)
+                if found is None or size_bytes not in (None, found):
                     raise UsageError(
-                        f"task {task.name}: {what}: no blob {digest} of {size_bytes} bytes",
+                        f"task {task.name}: {what}: no blob {digest}"
+                        + ("" if size_bytes is None else f" of {size_bytes} bytes"),
                         "store its blobs first",
                     )
             if transaction.lock_task(task.name):
@@ -170,11 +176,12 @@ class Service:
         token = credentials.access_token(self._entropy(credentials.TOKEN_BYTES))
         now_s = self.clock()
         with self.store.write() as transaction:
-            task = transaction.use_code(credentials.hash_code(code), name, now_s)
-            if task is None:
+            used = transaction.use_code(credentials.hash_code(code), name, now_s)
+            if used is None:
                 raise Problem("code_refused")
+            task, number = used
             check_unfinished(transaction, task)
-            transaction.add_device(name, task, credentials.hash_token(token), info, now_s)
+            transaction.add_device(name, task, credentials.hash_token(token), info, now_s, number)
             transaction.note(task, "device", now_s, device=name)
             transaction.say("device %s is enrolled for task %s", name, task)
         return {"device": name, "token": token, "task": task}
@@ -216,8 +223,9 @@ class Service:
                 transaction.set_device(device.name, student=student.student, bundle=student.bundle)
                 transaction.note(task.name, "device", self.clock(), device=device.name)
         described = task.as_json()
-        chosen = described["students"][task.students.index(student)]
-        return {"task": {k: v for k, v in described.items() if k != "students"}, "student": chosen}
+        chosen = described.pop("students")[task.students.index(student)]
+        del described["transfer"]["labels"]  # which the coordinator alone knows, and so not by their digest either
+        return {"task": described, "student": chosen}
 
     def ask(self, device: DeviceRecord, status: Mapping[str, Any]) -> dict[str, Any] | None:
         """WORK if the device is selected for the present round, which this may open, else None.
@@ -229,7 +237,7 @@ class Service:
             task = self._progress.task(transaction, device.task)
             check_unfinished(transaction, task.name)
             record = self._progress.load(transaction, task.name)
-            work = work_for(transaction, device, record, now_s)
+            work = work_for(transaction, task, device, record, now_s)
         student_of(task, device)
         if work is None and may_select(task, record, device, now_s):
             with self.store.write() as transaction:
@@ -241,7 +249,7 @@ class Service:
                     record = self._progress.open_next(transaction, task, record, now_s)
                 assert record is not None
                 record, _ = self._progress.apply(transaction, task, record, Ask(device.name), now_s)
-                work = work_for(transaction, device, record, now_s)
+                work = work_for(transaction, task, device, record, now_s)
             self._progress.remember(record)
         elif self._hearing.is_news(device, status, now_s):
             self._hear((device, status, now_s))
@@ -251,7 +259,8 @@ class Service:
         """STANDING of the present round of the device's task, for a device that waits for the others."""
         with self.store.read() as transaction:
             task = self._progress.task(transaction, device.task)
-            return standing_of(task, self._progress.load(transaction, task.name), self.clock())
+            record, best = self._progress.load(transaction, task.name), transaction.best_round(task.name)
+            return standing_of(task, record, self.clock(), best)
 
     def check_upload(
         self,

@@ -29,7 +29,7 @@ COMMANDS = {
     "inspect": ("edgestill.runtime.commands.inspect", "what is in a bundle", "onnxruntime"),
     "doctor": ("edgestill.runtime.commands.doctor", "which engines work here, and what to install", "onnxruntime"),
     "serve": ("edgestill.coordinator.commands.serve", "run the coordinator", "coordinator"),
-    "task": ("edgestill.coordinator.commands.task", "create, list and show tasks", "coordinator"),
+    "task": ("edgestill.coordinator.commands.task", "create, show, export and stop tasks", "coordinator"),
     "enrol": ("edgestill.coordinator.commands.enrol", "print codes for devices to join a task", "coordinator"),
     "backup": ("edgestill.coordinator.commands.backup", "copy a coordinator while it serves", "coordinator"),
     "restore": ("edgestill.coordinator.commands.backup", "make a coordinator of a backup", "coordinator"),

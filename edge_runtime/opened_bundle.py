@@ -21,12 +21,14 @@ from edgestill.runtime.data.dataset import (
     load_splits,
     load_transfer_samples,
 )
+from edgestill.runtime.data.image_file import SUFFIXES
 from edgestill.runtime.data.notice import tell_on_stderr
+from edgestill.runtime.data.unlabelled import Unlabelled, load_pictures, load_unlabelled
 from edgestill.runtime.engines.registry import open_engine
 from edgestill.runtime.errors import UsageError
 from edgestill.runtime.training.batches import TransferSet
 from edgestill.runtime.training.checkpoint import classes_of, load_named_state
-from edgestill.runtime.training.evaluation import Evaluation, evaluate
+from edgestill.runtime.training.evaluation import Evaluation, evaluate, probabilities
 from edgestill.runtime.training.hyperparameters import CHECKPOINT_EVERY, EPOCHS, TRANSFER_FRACTION
 from edgestill.runtime.training.plan import TrainSettings, plan
 from edgestill.runtime.training.schedule import Schedule
@@ -46,14 +48,25 @@ class Predictions(NamedTuple):
     logits: np.ndarray
 
 
+class Classified(NamedTuple):
+    """What a sample is, its class's name, and with what probability; `sample` is its file, or its place from 0."""
+
+    sample: str
+    class_name: str
+    probability: float
+
+
 class OpenedBundle:
     """A bundle on an engine; it begins with the bundle's initial state and keeps what it learns until it is closed.
 
-    engine: None is the first that works here. threads: 0 is the engine's own choice. Errors: BundleError, UsageError,
-    EngineError, which say what to do in their `hint`.
+    engine: None is the first that works here. threads: 0 is the engine's own choice. resize: images of another size,
+    in files, are scaled. Errors: BundleError, UsageError, EngineError, which say what to do in their `hint`.
     """
 
-    def __init__(self, bundle: str | Path, engine: str | None = None, threads: int = 0) -> None:
+    def __init__(
+        self, bundle: str | Path, engine: str | None = None, threads: int = 0, resize: bool = False
+    ) -> None:
+        self._resize = resize
         with ExitStack() as stack:
             self.bundle = stack.enter_context(Bundle.open(bundle))
             self._engine = open_engine(self.bundle, engine, threads)
@@ -166,6 +179,21 @@ class OpenedBundle:
         outputs = encode_all(self._engine, first, self.bundle.batch, tuple(more))
         return Predictions(outputs.latents, outputs.logits)
 
+    def classify(self, samples: str | Path | Samples) -> list[Classified]:
+        """The most probable class of each sample; a path is a picture, a folder of pictures, or data.
+
+        Errors: DataError, UsageError.
+        """
+        found = self._unlabelled(samples)
+        first, *more = found.samples
+        outputs = probabilities(encode_all(self._engine, first, self.bundle.batch, tuple(more)).logits)
+        names = self.class_names or tuple(map(str, range(self.bundle.classes)))
+        best = outputs.argmax(axis=1)
+        return [
+            Classified(sample, names[number], float(row[number]))
+            for sample, number, row in zip(found.names, best, outputs, strict=True)
+        ]
+
     def state(self) -> dict[str, np.ndarray]:
         """A copy of parameters, statistics and optimizer slots, by their PyTorch names."""
         return self._engine.state()
@@ -209,7 +237,9 @@ class OpenedBundle:
             labels = translate(data.labels, data.class_names, known, "data", tell_on_stderr)
             return replace(data, labels=labels, class_names=known.names)
         if isinstance(data, str | Path):
-            splits = load_splits(data, bundle.input, bundle.classes, more=bundle.more_inputs, known=known)
+            splits = load_splits(
+                data, bundle.input, bundle.classes, self._resize, bundle.more_inputs, known=known
+            )
             return splits.choose(split)
         if not isinstance(data, tuple) or len(data) != 2:
             raise UsageError(
@@ -221,8 +251,18 @@ class OpenedBundle:
     def _samples(self, samples: str | Path | Samples) -> tuple[np.ndarray, ...]:
         bundle = self.bundle
         if isinstance(samples, str | Path):
-            return load_transfer_samples(samples, bundle.input, more=bundle.more_inputs)
+            return load_transfer_samples(samples, bundle.input, self._resize, bundle.more_inputs)
         return fit_tensors(_tensors(samples), bundle.samples, "samples")
+
+    def _unlabelled(self, samples: str | Path | Samples) -> Unlabelled:
+        forms = self.bundle.samples
+        if not isinstance(samples, str | Path):
+            tensors = self._samples(samples)
+            return Unlabelled(tuple(map(str, range(len(tensors[0])))), tensors)
+        how = (self._resize, False, tell_on_stderr)
+        if Path(samples).suffix.lower() in SUFFIXES:
+            return load_pictures([Path(samples)], forms, *how)
+        return load_unlabelled(str(samples), forms, None, *how)
 
     def _taught(
         self, teacher: Any, samples: tuple[np.ndarray, ...], names: tuple[str, ...]

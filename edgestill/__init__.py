@@ -17,14 +17,18 @@ if TYPE_CHECKING:
 __all__ = ["export", "open"]
 
 
-def open(bundle: str | Path, engine: str | None = None, threads: int = 0) -> OpenedBundle:
+def open(
+    bundle: str | Path, engine: str | None = None, threads: int = 0, resize: bool = False
+) -> OpenedBundle:
     """Opens a bundle, a folder or a .zip, on an engine: None is the first that works here, 0 threads its own choice.
+
+    resize: images of another size, in files, are scaled.
 
     Errors: BundleError, UsageError, EngineError, which say what to do in their `hint`.
     """
     from edgestill.runtime.opened_bundle import OpenedBundle
 
-    return OpenedBundle(bundle, engine, threads)
+    return OpenedBundle(bundle, engine, threads, resize)
 
 
 def __getattr__(name: str) -> object:

@@ -46,14 +46,16 @@ class _Export(ModuleType):
         nesterov: bool = False,
         clip_gradients: bool = False,
         freeze: tuple[str, ...] = (),
+        common_head: bool = False,
         engines: tuple[str, ...] = ("native", "onnxruntime", "executorch"),
         seed: int = 0,
         overwrite: bool = False,
         progress: Callable[[str], None] = lambda line: None,
         engine: str | None = None,
         threads: int = 0,
+        resize: bool = False,
     ) -> OpenedBundle:
-        """Writes the bundle of a student to the folder or .zip `output`, and opens it on `engine` with `threads`.
+        """Writes the bundle of a student to the folder or .zip `output`, and opens it as `edgestill.open` does.
 
         student: a module, whose weights become the initial state and which stays as it is; a factory of one; a
         built-in student's name; or `package.module:factory`. latent_size, classes: read from a module, else 128 and 10.
@@ -71,7 +73,7 @@ class _Export(ModuleType):
             given[name] = tuple(given[name].split(",")) if isinstance(given[name], str) else tuple(given[name])
         also = (also_input,) if isinstance(also_input, str) else also_input
         given["more_inputs"] = tuple(read_input(text) for text in also)
-        return OpenedBundle(export_bundle(options_of(given), output, progress, overwrite), engine, threads)
+        return OpenedBundle(export_bundle(options_of(given), output, progress, overwrite), engine, threads, resize)
 
 
 sys.modules[__name__].__class__ = _Export

@@ -77,6 +77,8 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
         help="the step clips gradients by their global norm, which --clip-norm of `edgestill train` gives")  # fmt: skip
     add("--freeze", "do not train this module, or its first N blocks (perception, perception:2); repeatable",
         "MODULE[:N]", action="append")  # fmt: skip
+    p.add_argument("--common-head", action="store_true", help="for a federation: the one output layer that all "
+                   "students of so many classes and latents share, orthogonal and frozen")  # fmt: skip
     add("--seed", "of the initial weights (%(default)s)", "N", int, default=0)
     p.add_argument("--overwrite", action="store_true", help="replace a bundle that is there already")
     add_json_option(p, "one JSON object")

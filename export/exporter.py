@@ -18,7 +18,7 @@ from torch import nn
 from edgestill.export.lowering.capture import Captured, SampleSpec, capture
 from edgestill.export.lowering.graph import LoweringError
 from edgestill.export.parity.fidelity import check_fidelity
-from edgestill.export.parts import Parts, frozen_names, student_parts
+from edgestill.export.parts import Parts, frozen_names, set_common_head, student_parts
 from edgestill.export.step.graphs import build_train_step, count_flops
 from edgestill.export.step.objectives import complete, objective_parameters
 from edgestill.export.step.relational import HEADS
@@ -62,6 +62,7 @@ class ExportOptions:
     objective: Objective = field(default_factory=Objective)
     optimizer: Optimizer = field(default_factory=Optimizer)
     freeze: tuple[str, ...] = ()
+    common_head: bool = False
     engines: tuple[str, ...] = ("native", "onnxruntime", "executorch")
     seed: int = 0
     class_names: tuple[str, ...] = ()
@@ -77,6 +78,16 @@ class ExportOptions:
         shape = self.samples[0].shape
         options = StudentOptions(shape, self.latent_size, self.classes, self.widths, self.normalization)
         return build_student(self.student, options, self.seed)
+
+    @property
+    def output_layer(self) -> str:
+        """Where the output layer lies in the student."""
+        return self.split[-1] if self.split else "output"
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """What is not trained: what was asked for, and the common head."""
+        return (*self.freeze, self.output_layer) if self.common_head else self.freeze
 
     @property
     def samples(self) -> tuple[InputSpec, ...]:
@@ -142,7 +153,9 @@ def prepare_step(options: ExportOptions, student: nn.Module) -> StepSpec:
     check_options(options)
     samples = tuple(_with_statistics(given) for given in options.samples)
     _check_weights(student)
-    parts = student_parts(student, options.split, options.freeze)
+    parts = student_parts(student, options.split, options.frozen)
+    if options.common_head:
+        set_common_head(student, options.output_layer)
     names = [sample.name for sample in samples]
     _check_names(names, [], parts.own([*parts.named_parameters(), *parts.named_buffers()]))
     shapes = [
@@ -173,7 +186,7 @@ def prepare_step(options: ExportOptions, student: nn.Module) -> StepSpec:
         captured[False],
         initial | own,
         statistics,
-        frozen_names(student, options.freeze),
+        frozen_names(student, options.frozen),
         options.batch,
         samples,
         objective,
@@ -346,7 +359,8 @@ def _manifest(options: ExportOptions, spec: StepSpec, graphs: dict) -> dict:
         "more_inputs": more,
         "objective": {k: v for k, v in asdict(spec.objective).items() if k == "kd_loss" or v is not None},
         "optimizer": {k: v for k, v in asdict(options.optimizer).items() if k != "clips" or v},
-        "freeze": list(options.freeze),
+        "freeze": list(options.frozen),
+        "common_head": f"{options.output_layer}.weight" if options.common_head else None,
         "flops_per_step": count_flops(build_train_step(spec)),
         "state": {"file": "state.safetensors", "tensors": _entries(spec.state_specs())},
         "inputs": {"train_step": _entries(spec.step_inputs()), "encode": _entries(spec.encode_inputs())},

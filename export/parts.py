@@ -12,6 +12,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 from edgestill.export.students import Student
+from edgestill.runtime.bundle.common_head import common_head
 from edgestill.runtime.errors import UsageError
 
 PARTS = ("perception", "representation", "output")
@@ -168,3 +169,20 @@ def frozen_names(student: nn.Module, freeze: Sequence[str]) -> frozenset[str]:
         hint = "freeze only a part, e.g. --freeze perception"
         raise UsageError("nothing of the student is left to train", hint)
     return frozenset(frozen)
+
+
+def set_common_head(student: nn.Module, path: str) -> None:
+    """Gives the output layer at `path` the weights of the common head, and a bias of zero where it has one.
+
+    Errors: UsageError for an output that is not one linear layer, or of sizes that the common head cannot have.
+    """
+    layer = student.get_submodule(path)
+    if type(layer) is not nn.Linear:
+        raise UsageError(
+            f"--common-head takes the place of one linear layer, and {path} is {type(layer).__name__}",
+            hint="make the student's output layer nn.Linear(latent_size, classes), or leave --common-head out",
+        )
+    with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy(common_head(layer.out_features, layer.in_features)))
+        if layer.bias is not None:
+            layer.bias.zero_()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 SCALE = -10.0
 
 
-def spoil(arrays: Mapping[str, np.ndarray], attack: str, seed: int) -> dict[str, np.ndarray]:
+def spoil(arrays: Mapping[str, np.ndarray], attack: str, seed: int | Sequence[int]) -> dict[str, np.ndarray]:
     """Outputs of the same names and shapes, well formed, finite and harmful.
 
     `scale`: ten times too long, in the opposite direction. `shuffle`: the outputs of other samples (rows of a

@@ -1,7 +1,8 @@
 """`edgestill demo`: a coordinator, its global student, and four devices with three students, on this machine.
 
 Every step is an `edgestill` command, printed as one would type it. Coordinator and devices are processes of their
-own that talk HTTP; figures are read from what they report.
+own that talk HTTP; figures are read from what they report. The same seed gives the same figures, those of
+`make demo-seeds`, on every machine with the engine `native`.
 """
 
 from __future__ import annotations
@@ -18,66 +19,84 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TextIO
 
+from edgestill.coordinator.distillation.job import VALIDATION
 from edgestill.runtime.console import add_json_option
 from edgestill.simulation import demo_bundles
 from edgestill.simulation.demo_commands import Background, Commands, DemoFailed
-from edgestill.simulation.demo_page import DeviceResult, Results, summary_table, write_page
-
-DATA, TRANSFER, TASK = "cifar10-mini", "cifar100-transfer-mini", "demo"
-START_TIMEOUT_S = 60.0
-LATENT_SIZE = 64
-
-
-@dataclass(frozen=True)
-class DemoStudent:
-    """A student, narrow enough that four of them train beside each other on two cores."""
-
-    name: str
-    widths: str
-    engines: tuple[str, ...]
-
-
-STUDENTS = (
-    DemoStudent("cnn3", "16,32,64", ("native",)),
-    DemoStudent("cnn4", "16,32,64,64", ("native",)),
-    DemoStudent("cnn5", "16,32,64,64,128", ("native",)),
+from edgestill.simulation.demo_page import (
+    DeviceResult,
+    Results,
+    RoundResult,
+    summary_table,
+    write_page,
 )
-GLOBAL_STUDENT = "cnn5"
+from edgestill.simulation.seeds import (
+    RECORDS,
+    STUDENTS,
+    TOGETHER,
+    UNLABELLED,
+    WANTED,
+    of_seed,
+    read_records,
+    rows_of_seeds,
+    settings_of,
+)
+from edgestill.simulation.settings import TRANSFER
+from edgestill.simulation.students import narrow
+
+DATA, TASK = "cifar10-mini", "demo"
+START_TIMEOUT_S = 60.0
+DEFAULTS = settings_of(seed=0, labelled=True)
+GLOBAL_STUDENT = STUDENTS[-1]
+ENGINE = "native"
 
 
 @dataclass(frozen=True)
 class DemoDevice:
-    """A device with one engine; `memory_mb` is what it offers for training, None all."""
+    """A device; `memory_mb` is what it offers for training, None all."""
 
     name: str
-    engine: str
-    memory_mb: int | None = None
+    memory_mb: float | None = None
 
 
-# The coordinator gives each the largest student that fits its memory: cnn5, cnn4, cnn3 and cnn5.
-SMALL_MB, MEDIUM_MB = 10, 12
+# The coordinator gives each the largest student that fits its memory: cnn3, cnn4, cnn5 and cnn3, as a simulation deals.
 DEVICES = (
-    DemoDevice("phone", "native"),
-    DemoDevice("tablet", "native", MEDIUM_MB),
-    DemoDevice("camera", "native", SMALL_MB),
-    DemoDevice("watch", "native"),
+    DemoDevice("camera", 6.0),
+    DemoDevice("tablet", 7.0),
+    DemoDevice("phone"),
+    DemoDevice("watch", 6.0),
 )
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Sizes that show the idea in under four minutes on two cores."""
+    """What the demo is asked to do; with its defaults its figures are those of `make demo-seeds`."""
 
     output: Path = Path("demo")
-    gamma: float = 0.5
-    rounds: int = 3
-    local_epochs: int = 4
-    distil_epochs: int = 24
-    transfer_count: int = 500
-    seed: int = 0
+    gamma: float = DEFAULTS.gamma
+    rounds: int = DEFAULTS.rounds
+    local_epochs: int = DEFAULTS.local_epochs
+    distil_epochs: int = DEFAULTS.distil_epochs
+    transfer_count: int = DEFAULTS.transfer_count
+    seed: int = DEFAULTS.seed
     port: int = 0
     export: bool = False
     keep: bool = False
+
+    @property
+    def unpacks(self) -> bool:
+        """Whether the students are those that the package carries."""
+        return not self.export and demo_bundles.carried(STUDENTS)
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether these are the settings of `make demo-seeds`, whose records can stand beside the figures.
+
+        The bundles that the package carries have initial weights of one seed.
+        """
+        names = ("gamma", "rounds", "local_epochs", "distil_epochs", "transfer_count")
+        same = all(getattr(self, name) == getattr(DEFAULTS, name) for name in names)
+        return same and (self.seed == DEFAULTS.seed or not self.unpacks)
 
 
 def run_demo(settings: DemoSettings, screen: TextIO, tell: Callable[[Results], None]) -> None:
@@ -112,7 +131,7 @@ def run_demo(settings: DemoSettings, screen: TextIO, tell: Callable[[Results], N
         ]
         running += joined
         board.follow(joined, server)
-        show.heading("4. The same devices, each alone on the same data")
+        show.heading("4. The same devices, each alone on the same data: as many epochs, then as many steps")
         task = json.loads(show.run("task", "show", TASK, "--data-dir", data_dir, "--json"))
         results = collect(settings, task, board, train_alone(settings, data_dir, task, board))
         page = write_page(results, folder)
@@ -131,17 +150,17 @@ def run_demo(settings: DemoSettings, screen: TextIO, tell: Callable[[Results], N
 
 def lay_bundles(show: Commands, settings: DemoSettings) -> None:
     """Puts the students' bundles into the output folder: the package's, or exported. Errors: DemoFailed."""
-    names, folder = [student.name for student in STUDENTS], settings.output
-    if not settings.export and demo_bundles.carried(names):
-        show.heading(f"1. Three students of different architecture, exported before, laid in {folder}/")
-        demo_bundles.unpack(names, folder)
+    folder = settings.output
+    if settings.unpacks:
+        show.heading(f"1. Three students of different architecture with one common head, laid in {folder}/")
+        demo_bundles.unpack(STUDENTS, folder)
         return
     if not _is_installed("torch"):
         raise DemoFailed(
             "the students must be exported, and PyTorch is not installed here",
             "pip install 'edgestill[export]', or install a wheel that `make wheels` made: it carries their bundles",
         )
-    show.heading(f"1. Three students of different architecture, exported in {folder}/")
+    show.heading(f"1. Three students of different architecture with one common head, exported in {folder}/")
     show.run_beside([export_words(student, settings) for student in STUDENTS])
 
 
@@ -160,29 +179,30 @@ def next_commands(settings: DemoSettings) -> list[tuple[list[object], str]]:
         (["train", folder / GLOBAL_STUDENT, "--data", DATA, "--epochs", 2, "--state", folder / "own.safetensors"],
          "train one of the students by itself; --data takes your own images, a folder a class"),
         (["simulate", "--bundle", folder / "cnn3", "--bundle", folder / "cnn4",
-          "--global-bundle", folder / GLOBAL_STUDENT, "--exchange", "both", "--devices", 20, "--rounds", 3],
+          "--global-bundle", folder / GLOBAL_STUDENT, "--devices", 20, "--rounds", 3],
          "a larger federation, without processes and sockets"),
     ]  # fmt: skip
 
 
-def export_words(student: DemoStudent, settings: DemoSettings, packed: bool = False) -> list[object]:
+def export_words(student: str, settings: DemoSettings, packed: bool = False) -> list[object]:
     """The command that exports one student."""
     return [
-        "export", "--student", student.name, "--widths", student.widths, "--latent-size", LATENT_SIZE,
-        "--objective", "both", "--seed", settings.seed, "--engines", ",".join(student.engines),
-        "--output", settings.output / f"{student.name}{'.zip' if packed else ''}", "--overwrite",
+        "export", "--student", student, *narrow(student, DEFAULTS.width_divisor),
+        "--objective", DEFAULTS.exported_objective, "--optimizer", DEFAULTS.optimizer, "--common-head",
+        "--seed", settings.seed, "--engines", ENGINE,
+        "--output", settings.output / f"{student}{'.zip' if packed else ''}", "--overwrite",
     ]  # fmt: skip
 
 
 def task_words(settings: DemoSettings, data_dir: Path) -> list[object]:
     """What follows `edgestill task create`."""
-    bundles = [word for student in STUDENTS for word in ("--bundle", settings.output / student.name)]
+    bundles = [word for student in STUDENTS for word in ("--bundle", settings.output / student)]
     return [
         "--data-dir", data_dir, "--name", TASK, *bundles,
-        "--global-bundle", settings.output / GLOBAL_STUDENT, "--exchange", "both",
-        "--transfer", TRANSFER, "--transfer-count", settings.transfer_count, "--test", DATA,
-        "--rounds", settings.rounds, "--goal", len(DEVICES), "--minimum", 2, "--over-selection", 1,
-        "--deadline", 300, "--local-epochs", settings.local_epochs,
+        "--global-bundle", settings.output / GLOBAL_STUDENT, "--common-head",
+        "--transfer", TRANSFER, "--transfer-count", settings.transfer_count, "--transfer-labels",
+        "--validation", TRANSFER, "--test", DATA, "--rounds", settings.rounds, "--goal", len(DEVICES),
+        "--over-selection", 1, "--deadline", 300, "--local-epochs", settings.local_epochs,
         "--distil-epochs", settings.distil_epochs, "--seed", settings.seed,
     ]  # fmt: skip
 
@@ -192,7 +212,7 @@ def join_words(settings: DemoSettings, number: int) -> list[object]:
     device = DEVICES[number]
     memory = [] if device.memory_mb is None else ["--memory", device.memory_mb]
     return [
-        "--name", device.name, "--engine", device.engine, *memory, "--threads", 1,
+        "--name", device.name, "--engine", ENGINE, *memory, "--threads", 1,
         "--data", DATA, "--share", f"{number + 1}/{len(DEVICES)}", "--gamma", settings.gamma,
         "--seed", settings.seed, "--work-dir", settings.output / f"device-{device.name}",
         "--ignore-conditions", "--json",
@@ -305,8 +325,8 @@ def note(seen: Seen, event: dict[str, Any]) -> None:
 
 def train_alone(
     settings: DemoSettings, data_dir: Path, task: dict[str, Any], board: Board
-) -> list[dict[str, float | None]]:
-    """Accuracies of every device's student after as many epochs on its own data alone."""
+) -> list[tuple[dict[str, float | None], dict[str, float | None]]]:
+    """Accuracies of every device's student after as many epochs, and after as many steps, on its own data alone."""
     from edgestill.coordinator.store.blobs import FileBlobs
     from edgestill.simulation.pool import LocalFile, open_pool
     from edgestill.simulation.virtual_device import AloneJob, Setup, train_alone
@@ -322,45 +342,69 @@ def train_alone(
             {"task": task["task"], "student": entries[bundles[seen.device]]},
             {digest: LocalFile(stored.path(digest)) for digest in (bundles[seen.device], transfer)},
             len(seen.reports),
-            DEVICES[number].engine,
+            ENGINE,
+            taught,
         )
         for number, seen in enumerate(board.seen)
+        # as many steps: all rounds but the first had global outputs
+        for taught in (0, len(seen.reports) - 1)
     ]
     with open_pool(2, ray=False) as pool:
-        return list(pool.map(train_alone, jobs))
+        found = list(pool.map(train_alone, jobs))
+    return list(zip(found[::2], found[1::2], strict=True))
 
 
 def collect(
-    settings: DemoSettings, task: dict[str, Any], board: Board, alone: list[dict[str, float | None]]
+    settings: DemoSettings,
+    task: dict[str, Any],
+    board: Board,
+    alone: list[tuple[dict[str, float | None], dict[str, float | None]]],
 ) -> Results:
     """The figures of the page."""
     devices = []
-    for device, seen, own in zip(DEVICES, board.seen, alone, strict=True):
+    records = read_records(RECORDS) if settings.is_recorded else []
+    recorded = of_seed(records, settings.seed)
+    unlabelled = recorded[UNLABELLED]["devices"] if UNLABELLED in recorded else [None] * len(DEVICES)
+    for device, seen, (epochs, steps), other in zip(DEVICES, board.seen, alone, unlabelled, strict=True):
         first, last = seen.reports[0], seen.reports[-1]
         devices.append(
             DeviceResult(
                 name=device.name,
                 student=seen.student,
-                engine=device.engine,
+                engine=ENGINE,
                 samples=seen.samples,
                 class_counts=tuple(last["class_counts"]),
                 before=first["before"],
                 after=[report["after"] for report in seen.reports],
-                alone=own,
+                alone=epochs,
+                alone_steps=steps,
+                unlabelled=other,
                 step_ms=last["step_ms"],
                 bytes_up=[report["bytes_up"] for report in seen.reports],
                 bytes_down=[report["bytes_down"] for report in seen.reports],
                 peak_rss_bytes=last["peak_rss_bytes"],
             )
         )
-    rounds = [(one["number"], one["phase"], one["metrics"].get("t_uni")) for one in task["rounds"]]
+    rounds = [
+        RoundResult(one["number"], one["phase"], metrics.get("t_uni"), metrics.get(VALIDATION), one["best"])
+        for one in task["rounds"]
+        if (metrics := one["metrics"]) is not None
+    ]
+    together = recorded[TOGETHER]["devices"] if TOGETHER in recorded else None
+    same = None
+    if together is not None:
+        same = [{name: one.after[-1][name] for name in WANTED} for one in devices] == together
     return Results(
         gamma=settings.gamma,
         local_epochs=settings.local_epochs,
         global_student=GLOBAL_STUDENT,
         transfer_samples=task["task"]["transfer"]["samples"],
+        validation_samples=task["task"]["validation"]["samples"],
         devices=tuple(devices),
         rounds=tuple(rounds),
+        seed=settings.seed,
+        same_as_recorded=same,
+        rows_of_seeds=tuple(rows_of_seeds(records)),
     )
 
 

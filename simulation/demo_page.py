@@ -1,4 +1,4 @@
-"""The demo's page: one table for the terminal, and the same with two pictures as HTML."""
+"""The demo's page: tables for the terminal, and the same with two pictures as HTML."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgestill.runtime.console import align
+from edgestill.simulation.seeds import EXPLAINED
 
 # Okabe and Ito's palette, told apart with any colour vision
 PRIVATE, UNIFORM, GLOBAL, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
@@ -20,7 +21,8 @@ Scores = Mapping[str, float | None]
 
 @dataclass(frozen=True)
 class DeviceResult:
-    """One device: accuracies before its first training, after each round, and had it trained alone."""
+    """One device: accuracies before its first training, after each round, and had it trained alone for as many epochs,
+    and for as many steps; `unlabelled`: together without transfer labels, as recorded, or None."""
 
     name: str
     student: str
@@ -30,6 +32,8 @@ class DeviceResult:
     before: Scores
     after: list[Scores]
     alone: Scores
+    alone_steps: Scores
+    unlabelled: Scores | None
     step_ms: float
     bytes_up: list[int]
     bytes_down: list[int]
@@ -46,69 +50,140 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class RoundResult:
+    """One round, and the accuracy of its global student on test and on validation images; `best` by the latter."""
+
+    number: int
+    phase: str
+    t_uni: float | None
+    validation_accuracy: float | None
+    best: bool
+
+
+@dataclass(frozen=True)
 class Results:
-    """Everything that the page shows; `rounds` are (number, phase, T_uni of the global student)."""
+    """Everything that the page shows.
+
+    `same_as_recorded`: whether the figures are those that `make demo-seeds` has recorded of the seed; None where it has
+    not, or with other settings. `rows_of_seeds`: its table, empty where there are no records.
+    """
 
     gamma: float
     local_epochs: int
     global_student: str
     transfer_samples: int
+    validation_samples: int
     devices: tuple[DeviceResult, ...]
-    rounds: tuple[tuple[int, str, float | None], ...]
+    rounds: tuple[RoundResult, ...]
+    seed: int = 0
+    same_as_recorded: bool | None = None
+    rows_of_seeds: tuple[tuple[str, ...], ...] = ()
 
 
-def table_rows(results: Results) -> list[tuple[str, ...]]:
+COLUMNS = ("alone, epochs", "alone, steps", "no labels", "together")
+
+
+def scores_of(device: DeviceResult) -> tuple[Scores, ...]:
+    """What stands in COLUMNS."""
+    return (device.alone, device.alone_steps, device.unlabelled or {}, device.after[-1])
+
+
+def accuracy_rows(results: Results) -> list[tuple[str, ...]]:
     """A heading, a row a device, and the means."""
-    rows = [
-        ("device", "student", "engine", "T_priv before", "after", "alone", "T_uni before", "after", "alone",
-         "kB up", "kB down", "ms a step")
-    ]  # fmt: skip
+    rows = [("device", "student", *(f"{test} {name}" for test in ("T_priv", "T_uni") for name in COLUMNS))]
     for device in results.devices:
-        last = device.after[-1]
+        scores = [one.get(test) for test in ("t_priv", "t_uni") for one in scores_of(device)]
+        rows.append((device.name, device.student, *map(_share, scores)))
+    means = [
+        _mean([scores_of(device)[i].get(test) for device in results.devices])
+        for test in ("t_priv", "t_uni")
+        for i in range(len(COLUMNS))
+    ]
+    return [*rows, ("mean", "", *map(_share, means))]
+
+
+def effort_rows(results: Results) -> list[tuple[str, ...]]:
+    """A heading and a row a device: what it has, sends and takes."""
+    rows = [("device", "student", "engine", "images", "kB up", "kB down", "ms a step", "peak MB")]
+    for device in results.devices:
         rows.append(
             (
                 device.name,
                 device.student,
                 device.engine,
-                *(_share(one["t_priv"]) for one in (device.before, last, device.alone)),
-                *(_share(one["t_uni"]) for one in (device.before, last, device.alone)),
+                str(device.samples),
                 _kilobytes(device.bytes_up),
                 _kilobytes(device.bytes_down[1:]),
                 f"{device.step_ms:.1f}",
+                "–" if device.peak_rss_bytes is None else f"{device.peak_rss_bytes / 1e6:.0f}",
             )
         )
-    triples = [(device.before, device.after[-1], device.alone) for device in results.devices]
-    means = [_mean([triple[i][name] for triple in triples]) for name in ("t_priv", "t_uni") for i in range(3)]
-    rows.append(("mean", "", "", *map(_share, means), "", "", ""))
     return rows
 
 
-def gains(results: Results) -> dict[str, float]:
-    """Mean accuracy after the last round minus that of training alone, by T_priv and T_uni."""
+def gains(results: Results, steps: bool = False) -> dict[str, float]:
+    """Mean accuracy after the last round minus that of training alone for as many epochs, or steps."""
     found = {}
     for name in ("t_priv", "t_uni"):
         differences = [
             after - alone
             for device in results.devices
-            if (after := device.after[-1][name]) is not None and (alone := device.alone[name]) is not None
+            if (after := device.after[-1][name]) is not None
+            and (alone := (device.alone_steps if steps else device.alone)[name]) is not None
         ]
         found[name] = sum(differences) / len(differences) if differences else 0.0
     return found
 
 
-def summary_table(results: Results) -> str:
-    """The table for the terminal."""
-    gain = gains(results)
-    last = [accuracy for _, _, accuracy in results.rounds if accuracy is not None]
-    lines = [
-        align(table_rows(results), texts=3),
-        "",
-        f"together − alone: T_priv {100 * gain['t_priv']:+.1f} points, T_uni {100 * gain['t_uni']:+.1f} points",
-    ]
-    if last:
-        lines.append(
-            f"the global student ({results.global_student}): T_uni {last[-1]:.1%}, from the devices' outputs alone"
+def labels_known(results: Results) -> tuple[tuple[str, str], ...]:
+    """Which images there are, and who knows their classes."""
+    return (
+        ("each device's private images", "that device alone; neither they nor their classes leave it"),
+        (
+            f"{results.transfer_samples} transfer images",
+            "the coordinator alone: devices get the images without classes, and none of them is a private image",
+        ),
+        (
+            f"{results.validation_samples} validation images",
+            "the coordinator alone, which chooses the best round by them",
+        ),
+        ("test images", "nobody trains or chooses by them: T_priv and T_uni of devices, T_uni of the global student"),
+    )
+
+
+def words_of_records(results: Results) -> str:
+    """Where the column without transfer labels comes from, and whether this run's figures are the recorded ones."""
+    if results.same_as_recorded is None:
+        return (
+            "no labels: not recorded for these settings and this seed; `make demo-seeds` runs ten seeds of the demo's, "
+            "with and without transfer labels"
         )
+    told = "no labels: as `make demo-seeds` has recorded it, not run again here; "
+    if results.same_as_recorded:
+        return told + f"every figure of this run is the recorded one of seed {results.seed}, to the last digit"
+    return told + (
+        f"the figures of this run are NOT the recorded ones of seed {results.seed}: another version of edgestill, or "
+        "a mistake worth reporting"
+    )
+
+
+def summary_table(results: Results) -> str:
+    """The tables for the terminal."""
+    epochs, steps = gains(results), gains(results, steps=True)
+    lines = [align(accuracy_rows(results), texts=2), "", align(effort_rows(results), texts=3), ""]
+    for gain, what in ((epochs, "as many epochs"), (steps, "as many steps")):
+        lines.append(
+            f"together − alone for {what}: T_priv {100 * gain['t_priv']:+.1f} points, "
+            f"T_uni {100 * gain['t_uni']:+.1f} points"
+        )
+    lines.append(words_of_records(results))
+    lines += [f"classes of {images}: {who}" for images, who in labels_known(results)]
+    for one in results.rounds:
+        if one.best and one.t_uni is not None:
+            lines.append(
+                f"the global student ({results.global_student}) of round {one.number}, the best on validation images: "
+                f"T_uni {one.t_uni:.1%}"
+            )
     return "\n".join(lines)
 
 
@@ -122,53 +197,72 @@ def write_page(results: Results, folder: Path) -> Path:
 
 def page_html(results: Results, pictures: Sequence[Picture]) -> str:
     """The page."""
-    head, *body, means = table_rows(results)
-    gain = gains(results)
-
-    # on a narrow screen every cell says itself what it is
-    tests = ["T_priv"] * 3 + ["T_uni"] * 3
-    labels = head[1:3] + tuple(
-        f"{test} {name.split()[-1]}" for test, name in zip(tests, head[3:9], strict=True)
-    )
-    labels += head[9:]
-
-    def cells(row: Sequence[str]) -> str:
-        first = f'<th scope="row">{html.escape(row[0])}</th>'
-        rest = zip(labels, row[1:], strict=True)
-        return first + "".join(f'<td data-label="{label}">{html.escape(cell)}</td>' for label, cell in rest)
-
-    heads = "".join(f'<th scope="col">{name}</th>' for name in head)
-    rows = "\n".join(f"<tr>{cells(row)}</tr>" for row in body)
+    epochs, steps = gains(results), gains(results, steps=True)
     rounds = "".join(
-        f"<li>round {number}: {html.escape(phase)}"
-        + (f", global student T_uni {accuracy:.1%}" if accuracy is not None else "")
+        f"<li>round {one.number}: {html.escape(one.phase)}"
+        + (f", global student T_uni {one.t_uni:.1%}" if one.t_uni is not None else "")
+        + (f", validation {one.validation_accuracy:.1%}" if one.validation_accuracy is not None else "")
+        + (" – <strong>the best on validation images, kept</strong>" if one.best else "")
         + "</li>"
-        for number, phase, accuracy in results.rounds
+        for one in results.rounds
     )
     figures = "\n".join(
         f'<figure><picture><source media="(max-width: {NARROW_REM}rem)" srcset="{html.escape(one.narrow)}">'
         f'<img src="{html.escape(one.wide)}" alt="{html.escape(one.text)}"></picture></figure>'
         for one in pictures
     )
+    known = "".join(
+        f"<dt>{html.escape(images)}</dt><dd>{html.escape(who)}</dd>" for images, who in labels_known(results)
+    )
+    seeds = ""
+    if results.rows_of_seeds:
+        head, *body, means = results.rows_of_seeds
+        seeds = f"<h2>Ten seeds</h2><p>{html.escape(EXPLAINED)}</p>{_table(head, body, means)}"
+    head, *body, means = accuracy_rows(results)
+    effort_head, *effort = effort_rows(results)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Four devices and a coordinator on this machine</title><style>{_STYLE}</style></head><body><main>
-<h1>Four devices, three students</h1>
-<p>Each device trained {results.local_epochs} epochs a round on its own share (Dirichlet, gamma {results.gamma:g})
-and exchanged nothing but its latents and logits on {results.transfer_samples} transfer images.</p>
-<p class="gain">Together against alone: <strong>T_priv {100 * gain["t_priv"]:+.1f}</strong> points,
-<strong>T_uni {100 * gain["t_uni"]:+.1f}</strong> points</p>
+<h1>Four devices, three students, one common head</h1>
+<p>Each device trained {results.local_epochs} epochs a round on its own share (Dirichlet, gamma {results.gamma:g},
+seed {results.seed}) and exchanged nothing but its latents on {results.transfer_samples} transfer images.</p>
+<p class="gain">Together against alone for as many epochs: <strong>T_priv {100 * epochs["t_priv"]:+.1f}</strong> points,
+<strong>T_uni {100 * epochs["t_uni"]:+.1f}</strong> points; for as many steps: T_priv {100 * steps["t_priv"]:+.1f},
+T_uni {100 * steps["t_uni"]:+.1f} points</p>
 {figures}
 <h2>Every device</h2>
-<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>
-{rows}
-</tbody><tfoot><tr>{cells(means)}</tr></tfoot></table></div>
-<p>T_priv: test images of the device's own class distribution. T_uni: all classes alike. Alone: the same student, as
-many epochs on the same data, no exchange. kB: a round's mean upload, and its mean download of global outputs; in the
-first round a device downloads its student and the transfer set instead.</p>
+{_table(head, body, means)}
+<p>T_priv: test images of the device's own class distribution. T_uni: all classes alike. Alone: the same student on the
+same data, no exchange, for as many epochs, and for as many steps (a batch of the federation is half of transfer images,
+so its epochs take more steps).</p>
+<p>{html.escape(words_of_records(results)[0].upper() + words_of_records(results)[1:])}.</p>
+<h2>Who knows which classes</h2><dl>{known}</dl>
+<h2>What it takes</h2>
+{_table(effort_head, effort)}
+<p>kB: a round's mean upload, and its mean download of global outputs; in the first round a device downloads its student
+and the transfer set instead.</p>
+{seeds}
 <h2>Rounds</h2><ul>{rounds}</ul>
 </main></body></html>
 """
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]], foot: Sequence[str] | None = None) -> str:
+    """A table whose cells say themselves what they are, for narrow screens."""
+
+    def cells(row: Sequence[str]) -> str:
+        first = f'<th scope="row">{html.escape(row[0])}</th>'
+        rest = zip(head[1:], row[1:], strict=True)
+        return first + "".join(
+            f'<td data-label="{html.escape(label)}">{html.escape(cell)}</td>' for label, cell in rest
+        )
+
+    heads = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in head)
+    rows = "\n".join(f"<tr>{cells(row)}</tr>" for row in body)
+    feet = "" if foot is None else f"<tfoot><tr>{cells(foot)}</tr></tfoot>"
+    return f"""<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>
+{rows}
+</tbody>{feet}</table></div>"""
 
 
 def draw(results: Results, folder: Path) -> list[Picture]:
@@ -182,7 +276,8 @@ def draw(results: Results, folder: Path) -> list[Picture]:
     for name, text, draw_panels in (
         (
             "accuracy",
-            "Bars of each device's accuracy before, alone and together; the table has the numbers",
+            "Bars of each device's accuracy alone, for as many epochs and steps, and together; the table has the "
+            "numbers",
             _draw_accuracy,
         ),
         (
@@ -213,8 +308,8 @@ def _draw_accuracy(results: Results, figure: Any, rows: int, columns: int) -> No
         strict=True,
     ):
         for shift, label, tint, values in (
-            (-0.27, "before", "#DDDDDD", [device.before[key] for device in results.devices]),
-            (0.0, "alone", GREY, [device.alone[key] for device in results.devices]),
+            (-0.27, "alone, epochs", "#CCCCCC", [device.alone[key] for device in results.devices]),
+            (0.0, "alone, steps", GREY, [device.alone_steps[key] for device in results.devices]),
             (0.27, "together", colour, [device.after[-1][key] for device in results.devices]),
         ):
             heights = [100 * (value or 0.0) for value in values]
@@ -238,7 +333,7 @@ def _draw_rounds(results: Results, figure: Any, rows: int, columns: int) -> None
         curves.plot(range(len(shares)), shares, marker="osD^v<>p"[index % 8], markersize=4, linewidth=1.5,
                     color=colour, linestyle=dashes)  # fmt: skip
         ends.append((len(shares) - 1, shares[-1], f"{device.name} ({device.student})", colour))
-    points = [(number, 100 * accuracy) for number, _, accuracy in results.rounds if accuracy is not None]
+    points = [(one.number, 100 * one.t_uni) for one in results.rounds if one.t_uni is not None]
     if points:
         curves.plot(*zip(*points, strict=True), marker="*", markersize=9, color=GLOBAL, linewidth=3)
         ends.append((*points[-1], f"global ({results.global_student})", GLOBAL))
@@ -305,7 +400,8 @@ img { display: block; width: 100%; height: auto; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .5rem; text-align: right; vertical-align: bottom; }
-th:first-child, td:nth-child(2), td:nth-child(3), thead th:nth-child(-n+3) { text-align: left; }
+th:first-child, td:nth-child(2), thead th:nth-child(-n+2) { text-align: left; }
+dt { font-weight: 600; }
 tfoot { font-weight: 600; }
 @media (max-width: 50rem) {
   img { max-width: 28rem; margin: 0 auto; }

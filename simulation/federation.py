@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from edgestill.coordinator.distillation.job import VALIDATION
 from edgestill.coordinator.problems import Problem
 from edgestill.coordinator.service import Service
 from edgestill.coordinator.store.blobs import FileBlobs
@@ -22,6 +23,7 @@ from edgestill.coordinator.store.overview import RoundOverview
 from edgestill.coordinator.store.records import DeviceRecord
 from edgestill.coordinator.task.creation import make_task
 from edgestill.coordinator.task.task import Task
+from edgestill.runtime.data.notice import Notice, Notices
 from edgestill.simulation.pool import Pool, SharedFile
 from edgestill.simulation.population import Turn, poisoners, turns
 from edgestill.simulation.settings import SimulationSettings
@@ -53,14 +55,17 @@ class Tally:
     setup_bytes: int = 0
     times: dict[int, int] = field(default_factory=dict)
     """How often each device trained."""
+    taught: dict[int, int] = field(default_factory=dict)
+    """How often of these with global outputs."""
     after: dict[int, Mapping[str, float | None]] = field(default_factory=dict)
     """What each device measured after its last training; poisoners are left out."""
 
     def add(self, other: Tally) -> None:
         for name in ("trainings", "wall_s", "bytes_up", "bytes_down", "setup_bytes"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for device, times in other.times.items():
-            self.times[device] = self.times.get(device, 0) + times
+        for mine, others in ((self.times, other.times), (self.taught, other.taught)):
+            for device, times in others.items():
+                mine[device] = mine.get(device, 0) + times
         self.after |= other.after
 
 
@@ -71,13 +76,16 @@ class Federation:
         self, settings: SimulationSettings, bundles: list[Path], global_bundle: Path | None, work_dir: Path
     ) -> None:
         self.settings = settings
+        self.notices = Notices()
         self.clock = VirtualClock()
         self._files = FileBlobs(work_dir / "blobs")
         self.service = Service(
             Store("sqlite://"), self._files, self.clock, SeededEntropy(settings.seed),
             engine_threads=1,
         )  # fmt: skip
-        task = make_task(describe_task(settings, bundles, global_bundle), self.service.add_blob)
+        task = make_task(
+            describe_task(settings, bundles, global_bundle), self.service.add_blob, tell=self._tell
+        )
         self.task: Task = self.service.create_task(rank_students(task))
         self.poisoners = poisoners(settings)
         self.tally = Tally()
@@ -85,7 +93,8 @@ class Federation:
         self._states = work_dir / "devices"
         self._states.mkdir(parents=True, exist_ok=True)
         self._shared: dict[str, SharedFile] = {}
-        self._devices = [self._enrol(index) for index in range(settings.devices)]
+        codes = [self.service.issue_code(TASK) for _ in range(settings.devices)]
+        self._devices = self._enrol_all(codes)
         self._assignments = [self.service.assignment(device) for device in self._devices]
 
     def run_round(self, number: int, pool: Pool) -> dict[str, Any]:
@@ -103,13 +112,15 @@ class Federation:
             "accepted": len(overview.accepted),
             **mean_accuracies(list(tally.after.values())),
             "global_t_uni": overview.metrics.get("t_uni"),
+            VALIDATION: overview.metrics.get(VALIDATION),
+            "best": overview.best,
             "bytes_up": tally.bytes_up,
             "bytes_down": tally.bytes_down,
             "published": overview.published,
         }
 
-    def train_alone(self, pool: Pool) -> Means:
-        """Mean accuracies, had each device trained as many epochs on its own data alone."""
+    def train_alone(self, pool: Pool, as_many_steps: bool = False) -> dict[int, Means]:
+        """Accuracies of each device, had it trained as many epochs, or steps, on its own data alone."""
         setup = self._setup(pool)
         jobs = (
             AloneJob(
@@ -118,10 +129,11 @@ class Federation:
                 self._assignments[index],
                 self._blobs(pool, self._assignments[index]),
                 self.tally.times[index],
+                taught=self.tally.taught.get(index, 0) if as_many_steps else 0,
             )
             for index in sorted(self.tally.after)
         )
-        return mean_accuracies(list(pool.map(train_alone, jobs)))
+        return dict(zip(sorted(self.tally.after), pool.map(train_alone, jobs), strict=True))
 
     def refusals(self) -> dict[str, int]:
         """How often the coordinator refused what, over all rounds."""
@@ -130,7 +142,10 @@ class Federation:
             counts[refusal.kind] = counts.get(refusal.kind, 0) + refusal.count
         return dict(sorted(counts.items()))
 
-    def _enrol(self, index: int) -> DeviceRecord:
+    def _enrol_all(self, codes: Sequence[str]) -> list[DeviceRecord]:
+        return [self._enrol(index, code) for index, code in enumerate(codes)]
+
+    def _enrol(self, index: int, code: str) -> DeviceRecord:
         students = sorted(self.task.students, key=lambda entry: entry.memory_bytes)
         entry = students[index % len(students)]
         info = {
@@ -141,7 +156,7 @@ class Federation:
             "processor": "simulated",
             "version": "simulation",
         }
-        enrolled = self.service.enrol(self.service.issue_code(TASK), info)
+        enrolled = self.service.enrol(code, info)
         return self.service.authenticate(enrolled["token"])
 
     def _select(self, number: int) -> list[tuple[Turn, dict[str, Any]]]:
@@ -182,7 +197,10 @@ class Federation:
         settings, data = self.settings, Path(self.settings.data)
         source = self._share(pool, data.resolve()) if data.exists() else settings.data
         gamma = None if settings.by_user else settings.gamma
-        return Setup(source, settings.devices, gamma, settings.seed, settings.test_samples)
+        apart = [one.blob for one in (self.task.transfer, self.task.validation) if one is not None]
+        reserved = tuple(self._share(pool, self._files.path(blob)) for blob in apart)
+        return Setup(source, settings.devices, gamma, settings.seed, settings.test_samples, reserved,
+                     settings.resize, settings.skip_broken)  # fmt: skip
 
     def _blobs(self, pool: Pool, assignment: Mapping[str, Any]) -> dict[str, SharedFile]:
         """What a device downloads once, or would."""
@@ -205,11 +223,13 @@ class Federation:
         tally = Tally()
         opened_s, started_s = self.clock.now_s, time.perf_counter()
         outcomes = pool.map(run_round, self._jobs(selected, pool))
-        for (turn, _), outcome in zip(selected, outcomes, strict=True):
+        for (turn, work), outcome in zip(selected, outcomes, strict=True):
             self.clock.advance_to(opened_s + turn.uploads_after_s)
             tally.trainings += 1
             tally.bytes_down += outcome.bytes_down
             tally.setup_bytes += outcome.setup_bytes
+            for notice in outcome.notices:
+                self._tell(notice)
             if outcome.body is None or outcome.student is None:
                 continue
             tally.bytes_up += len(outcome.body)
@@ -218,10 +238,16 @@ class Federation:
             if taken or self.task.exchange != "parameters":
                 self._state_path(turn.device).write_bytes(outcome.student)
                 tally.times[turn.device] = 1
+                tally.taught[turn.device] = int(work["global_outputs"] is not None)
                 if turn.device not in self.poisoners:
                     tally.after[turn.device] = outcome.after
         tally.wall_s = time.perf_counter() - started_s
         return tally
+
+    def _tell(self, notice: Notice) -> None:
+        """Says once what every worker notices; devices that share one data set need no names for their classes."""
+        if notice not in self.notices and notice.kind != "unnamed":
+            self.notices(notice)
 
     def _hand_in(self, device: DeviceRecord, outcome: Outcome, body: bytes) -> bool:
         """Upload and report as the HTTP routes hand them in; whether the upload was taken.
@@ -263,9 +289,12 @@ def describe_task(
         "global_bundle": None if global_bundle is None else str(global_bundle),
         "transfer": settings.transfer,
         "transfer_count": settings.transfer_count,
-        "transfer_labels": settings.transfer_labels,
+        "transfer_labels": settings.labelled,
+        "validation": settings.validation_source,
         "test": settings.data if settings.distils or settings.exchange == "parameters" else None,
         "seed": settings.seed,
+        "resize": settings.resize,
+        "skip_broken": settings.skip_broken,
         "exchange": settings.exchange,
         "mode": "global" if settings.distils else "consensus",
         "aggregation": {
@@ -282,7 +311,7 @@ def describe_task(
             "weight_decay": settings.weight_decay,
             "alpha": settings.alpha,
             "transfer_fraction": settings.transfer_fraction,
-            "augment": settings.augment,
+            **({} if settings.augment is None else {"augment": settings.augment}),
         },
         "distil": {"epochs": settings.distil_epochs, "learning_rate": settings.distil_learning_rate},
         "precision": settings.precision,

@@ -39,7 +39,7 @@ def simulate(
         alone: dict[str, float | None] = {"t_priv": None, "t_uni": None}
         if settings.local_only:
             progress(f"the same {len(federation.tally.after)} devices, each alone")
-            alone = federation.train_alone(pool)
+            alone = mean_accuracies(list(federation.train_alone(pool).values()))
     yield {"summary": summarise(federation, lines, alone, time.perf_counter() - started_s)}
 
 
@@ -48,6 +48,7 @@ def summarise(
 ) -> dict[str, Any]:
     """The figures of a whole simulation."""
     tally = federation.tally
+    best = next((line for line in reversed(lines) if line["best"]), None)
     completed = [line for line in lines if line["phase"] == "completed"]
     means = mean_accuracies(list(tally.after.values()))
     trainings = max(1, tally.trainings)
@@ -61,6 +62,8 @@ def summarise(
         "trainings_per_s": tally.trainings / tally.wall_s if tally.wall_s else 0.0,
         "digest": completed[-1]["published"] if completed else None,
         "global_t_uni": completed[-1]["global_t_uni"] if completed else None,
+        "best_round": best["round"] if best else None,
+        "best_global_t_uni": best["global_t_uni"] if best else None,
         "devices": federation.settings.devices,
         "devices_took_part": len(tally.times),
         "poisoners": len(federation.poisoners),
@@ -69,5 +72,6 @@ def summarise(
         "trainings": tally.trainings,
         "setup_bytes_per_device": round(tally.setup_bytes / max(1, len(tally.times))),
         "refusals": federation.refusals(),
+        "notices": federation.notices.as_json(),
         "wall_s": wall_s,
     }

@@ -6,11 +6,14 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgestill.coordinator.task.creation import DISTIL, LOCAL, ROUNDS
 from edgestill.coordinator.task.task import EXCHANGES, MODES, RULES
 from edgestill.runtime.device.local_round import Privacy
 from edgestill.runtime.errors import UsageError
-from edgestill.runtime.training.hyperparameters import EPOCHS, HYPERPARAMETERS, TRANSFER_FRACTION
+from edgestill.runtime.training.hyperparameters import HYPERPARAMETERS, TRANSFER_FRACTION
 
+TRANSFER = "cifar10-transfer-mini"
+"""The shipped transfer set: other images of the classes of `cifar10-mini`."""
 ATTACKS = ("scale", "shuffle", "random")
 OBJECTIVES = {"latents": "lkd", "logits": "kd", "both": "both", "parameters": "ce"}
 """What students are trained with by default, so that what is exchanged can be their teacher."""
@@ -46,7 +49,7 @@ class SimulationSettings:
     """
 
     devices: int = 8
-    rounds: int = 3
+    rounds: int = ROUNDS
     gamma: float = 0.5
     by_user: bool = False
     """Every device is one of the users that the data name; gamma says nothing then."""
@@ -61,6 +64,9 @@ class SimulationSettings:
     batch: int = 32
     objective: str | None = None
     """Of exported students; None: by what is exchanged."""
+    optimizer: str = "adamw"
+    common_head: bool | None = None
+    """Of exported students; None: unless parameters are exchanged."""
     exchange: str = "latents"
     mode: str = "global"
     aggregation: str = "mean"
@@ -79,25 +85,30 @@ class SimulationSettings:
     dropout: float = 0.0
     poison: Poison | None = None
     data: str = "cifar10-mini"
-    transfer: str = "cifar100-transfer-mini"
-    transfer_count: int = 500
-    transfer_labels: bool = False
-    """Whether the coordinator knows the classes of the transfer set; devices never do."""
+    transfer: str = TRANSFER
+    transfer_count: int = 600
+    transfer_labels: bool | None = None
+    """Whether the coordinator knows the classes of the transfer set, which devices never do; None: of the shipped."""
+    validation: str | None = None
+    """What the best round is chosen by; None: the shipped transfer set's own, "" nothing."""
+    resize: bool = False
+    skip_broken: bool = False
+    """Of images in folders."""
     test_samples: int = 200
     """Of a device's T_priv, and of its T_uni."""
     noise_multiplier: float | None = None
     """Of the devices' differential privacy; None: no privacy."""
     privacy_clip: float = 1.0
     """The norm that private outputs are shortened to, a row."""
-    local_epochs: int = int(EPOCHS.default)
+    local_epochs: int = LOCAL["epochs"]
     learning_rate: float | None = None
     weight_decay: float | None = None
-    alpha: float | None = None
+    alpha: float | None = LOCAL["alpha"]
     transfer_fraction: float = TRANSFER_FRACTION.default
-    augment: str = ""
-    distil_epochs: int = 2
+    augment: str | None = None
+    distil_epochs: int = DISTIL["epochs"]
     distil_learning_rate: float | None = None
-    """Of these, None is the default of each student's step."""
+    """Of these, None is the default of `edgestill task create`."""
     local_only: bool = True
     seed: int = 0
     workers: int = 1
@@ -142,6 +153,20 @@ class SimulationSettings:
                 f"--minimum {self.minimum_uploads} with a goal of {self.goal_uploads} uploads",
                 "give a minimum of at least 1 and at most the goal",
             )
+
+    @property
+    def labelled(self) -> bool:
+        return self.transfer == TRANSFER if self.transfer_labels is None else self.transfer_labels
+
+    @property
+    def validation_source(self) -> str | None:
+        if self.validation is None:
+            return TRANSFER if self.transfer == TRANSFER and self.labelled else None
+        return self.validation or None
+
+    @property
+    def exports_common_head(self) -> bool:
+        return self.exchange != "parameters" if self.common_head is None else self.common_head
 
     @property
     def number_of_students(self) -> int:

@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from edgestill.coordinator.task.task import EXCHANGES, MODES, RULES, clip_value
-from edgestill.runtime.bundle.manifest import OBJECTIVES
+from edgestill.runtime.bundle.manifest import OBJECTIVES, OPTIMIZERS
 from edgestill.runtime.console import about, add_json_option
 from edgestill.runtime.errors import UsageError
 from edgestill.runtime.training.hyperparameters import HYPERPARAMETERS
@@ -57,6 +57,9 @@ def add_parser(subparsers: Any) -> None:
     add("--width-divisor", "divides the channels of exported students; 1: as they are", type=int, metavar="N")
     add("--latent-size", "of exported students", type=int, metavar="L")
     add("--batch", "of exported students", type=int, metavar="B")
+    add("--optimizer", "of exported students", choices=OPTIMIZERS)
+    add("--common-head", "export students with one frozen output layer for all (default: unless parameters are "
+        "exchanged)", action=argparse.BooleanOptionalAction)  # fmt: skip
     add("--objective", "of exported students (default: lkd, kd or both, by what is exchanged)", choices=OBJECTIVES)
     add("--exchange", "what is exchanged", choices=EXCHANGES)
     add("--mode", "whether the coordinator distils a global student", choices=MODES)
@@ -78,8 +81,12 @@ def add_parser(subparsers: Any) -> None:
     add("--data", "private data and test split", metavar="NAME_OR_PATH")
     add("--transfer", "images of the transfer set", metavar="NAME_OR_PATH")
     add("--transfer-count", "images of it that are used, drawn by the seed", type=int, metavar="N")
-    add("--transfer-labels", "the coordinator knows the transfer set's classes, as class_mean needs",
-        action="store_true")  # fmt: skip
+    add("--transfer-labels", "the coordinator knows the transfer set's classes, devices never do (default: for the "
+        "shipped one)", action=argparse.BooleanOptionalAction)  # fmt: skip
+    add("--validation", "labelled images that the best round is chosen by (default: those of the shipped transfer set, "
+        "else a part of a labelled one)", metavar="NAME_OR_PATH")  # fmt: skip
+    add("--resize", "scale images of another size", action="store_true")
+    add("--skip-broken", "leave out images that cannot be read; they are counted and named", action="store_true")
     add("--test-samples", "of each device's T_priv and T_uni", type=int, metavar="N")
     add("--noise-multiplier", "differential privacy: noise in units of the sensitivity (default: none)", type=float,
         metavar="Z")  # fmt: skip
@@ -90,7 +97,7 @@ def add_parser(subparsers: Any) -> None:
     add("--weight-decay", f"of local training: {HYPERPARAMETERS['weight_decay'].help}", type=float, metavar="X")
     add("--alpha", f"of local training: {HYPERPARAMETERS['alpha'].help}", type=float, metavar="X")
     add("--transfer-fraction", "share of a batch that comes from the transfer set", type=float, metavar="X")
-    add("--augment", "any of flip,crop, on private images", metavar="LIST")
+    add("--augment", "any of flip,crop, on private images (default flip)", metavar="LIST")
     add("--distil-epochs", "epochs of the global student a round", type=int, metavar="N")
     add("--distil-learning-rate", "of the global student", type=float, metavar="X")
     add("--no-local-only", "leave out the comparison with training alone", action="store_true",

@@ -54,8 +54,10 @@ def prepare_students(
 
     def export(student: str) -> Path:
         options = ("--seed", str(settings.seed % 2**31), *narrow(student, settings.width_divisor))
+        if settings.exports_common_head:
+            options += ("--common-head",)
         request = BundleRequest(
-            student, settings.batch, settings.latent_size, settings.exported_objective, options=options
+            student, settings.batch, settings.latent_size, settings.exported_objective, settings.optimizer, options
         )
         return prepare_bundle(request, [ENGINE], cache, progress)[0]
 

@@ -7,6 +7,7 @@ machine. It keeps engines of the students it met last open, and the data dealt o
 from __future__ import annotations
 
 import hashlib
+import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +20,9 @@ import numpy as np
 from edgestill.runtime.bundle import wire
 from edgestill.runtime.bundle.bundle import Bundle, InputSpec
 from edgestill.runtime.data.classes import KnownClasses, names_as_metadata
-from edgestill.runtime.data.dataset import load_splits
+from edgestill.runtime.data.dataset import Splits, load_splits
+from edgestill.runtime.data.disjoint import without
+from edgestill.runtime.data.notice import Notice
 from edgestill.runtime.data.shares import TEST_SAMPLES, DeviceData, deal
 from edgestill.runtime.device.assignment import Assignment, fetch_assignment
 from edgestill.runtime.device.device import Device
@@ -29,6 +32,7 @@ from edgestill.runtime.device.local_settings import LocalSettings
 from edgestill.runtime.device.local_training import Transfer, train_locally
 from edgestill.runtime.device.outputs import pack, unpack
 from edgestill.runtime.engines.registry import Engine, open_engine
+from edgestill.runtime.training.plan import transfer_count
 from edgestill.simulation.attack import spoil
 from edgestill.simulation.pool import SharedFile
 
@@ -43,6 +47,10 @@ class Setup:
     """None: every device is a user of the data."""
     seed: int
     test_samples: int = TEST_SAMPLES
+    reserved: tuple[SharedFile, ...] = ()
+    """The task's transfer and validation sets, whose samples no device has, nor is tested on."""
+    resize: bool = False
+    skip_broken: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ class RoundJob:
 class Outcome:
     """What a device sends; `body` is None when it gave the round up.
 
-    `student`: its encoded state after the training.
+    `student`: its encoded state after the training. `notices`: what was noticed while the data were read.
     """
 
     round_name: str
@@ -80,6 +88,7 @@ class Outcome:
     report: Mapping[str, Any]
     bytes_down: int
     setup_bytes: int
+    notices: tuple[Notice, ...] = ()
 
     @property
     def after(self) -> Mapping[str, float | None]:
@@ -89,7 +98,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class AloneJob:
-    """The comparison: as many epochs as in `times` rounds, on private data alone."""
+    """The comparison: as many epochs as in `times` rounds, on private data alone.
+
+    `taught`: as many steps at least, in whole epochs, of rounds of which so many had global outputs; 0: as many epochs.
+    A batch of such a round is partly of transfer samples, so that an epoch takes more steps.
+    """
 
     setup: Setup
     index: int
@@ -97,6 +110,7 @@ class AloneJob:
     blobs: Mapping[str, SharedFile]
     times: int
     engine: str | None = None
+    taught: int = 0
 
 
 class InProcessCoordinator:
@@ -135,7 +149,7 @@ class InProcessCoordinator:
         job = self._job
         if isinstance(job, RoundJob) and job.attack is not None:
             arrays, metadata = unpack(body, content_encoding, job.expected)
-            spoiled = spoil(arrays, job.attack, int(job.work["seed"]))
+            spoiled = spoil(arrays, job.attack, [int(job.work["seed"]), job.index])
             packed = pack(spoiled, metadata["precision"], metadata)
             body, content_encoding = packed.body, packed.content_encoding
         self.body, self.content_encoding = body, content_encoding
@@ -149,7 +163,7 @@ def run_round(job: RoundJob) -> Outcome:
     coordinator = InProcessCoordinator(job)
     student = None if job.student is None else wire.decode(job.student).arrays
     keep = WorkMemory(_folder(), student)
-    equipment = _equip(job.setup, job.index, fetch_assignment(coordinator, keep), job.engine)
+    equipment, notices = _equip(job.setup, job.index, fetch_assignment(coordinator, keep), job.engine)
     if job.privacy is not None:
         equipment = replace(equipment, options=Options(privacy=job.privacy))
     setup_bytes = coordinator.bytes_down
@@ -168,6 +182,7 @@ def run_round(job: RoundJob) -> Outcome:
         coordinator.report_sent,
         coordinator.bytes_down - setup_bytes,
         setup_bytes if job.student is None else 0,
+        notices,
     )
 
 
@@ -176,12 +191,12 @@ def _encoded(state: Mapping[str, np.ndarray], class_names: tuple[str, ...]) -> b
 
 
 def train_alone(job: AloneJob) -> dict[str, float | None]:
-    """Accuracies of the device's student after as many epochs without any exchange."""
+    """Accuracies of the device's student after as many epochs, or steps, without any exchange."""
     coordinator = InProcessCoordinator(job)
     keep = WorkMemory(_folder())
-    kit = _equip(job.setup, job.index, fetch_assignment(coordinator, keep), job.engine)
+    kit, _ = _equip(job.setup, job.index, fetch_assignment(coordinator, keep), job.engine)
     settings = LocalSettings.from_json(kit.task.get("local", {}))
-    settings = replace(settings, epochs=job.times * settings.epochs)
+    settings = replace(settings, epochs=_epochs_alone(job, settings, len(kit.private), kit.bundle.batch))
     digest = hashlib.sha256(f"alone {job.setup.seed} {job.index}".encode()).digest()
     seed = int.from_bytes(digest[:8], "big") >> 1
     initial = kit.bundle.initial_state()
@@ -190,14 +205,24 @@ def train_alone(job: AloneJob) -> dict[str, float | None]:
     return score_tests(kit)
 
 
-def _equip(setup: Setup, index: int, assignment: Assignment, engine_name: str | None) -> Equipment:
+def _epochs_alone(job: AloneJob, settings: LocalSettings, samples: int, batch: int) -> int:
+    alone = math.ceil(samples / batch)
+    taught = math.ceil(samples / (batch - transfer_count(batch, settings.transfer_fraction)))
+    steps = settings.epochs * ((job.times - job.taught) * alone + job.taught * taught)
+    return math.ceil(steps / alone)
+
+
+def _equip(
+    setup: Setup, index: int, assignment: Assignment, engine_name: str | None
+) -> tuple[Equipment, tuple[Notice, ...]]:
     bundle, engine = _opened(str(assignment.bundle_path), engine_name)
     form = replace(bundle.input, mean=(), std=())  # which students normalise by, each its own way
     named = tuple(assignment.task.get("class_names") or ()) or bundle.class_names
-    data = _dealt(setup, form, bundle.classes, KnownClasses(named, "the task"))[index]
+    how = (setup, form, bundle.classes, KnownClasses(named, "the task"))
+    data = _dealt(*how)[index]
     transfer = None if assignment.transfer_path is None else _transfer(str(assignment.transfer_path))
     tests = {"t_priv": data.t_priv, "t_uni": data.t_uni}
-    return Equipment(assignment.task, bundle, engine, data.train, transfer, tests)
+    return Equipment(assignment.task, bundle, engine, data.train, transfer, tests), _read(*how)[1]
 
 
 @lru_cache(maxsize=16)
@@ -207,13 +232,27 @@ def _opened(path: str, engine_name: str | None) -> tuple[Bundle, Engine]:
 
 
 @lru_cache(maxsize=1)
-def _dealt(setup: Setup, form: InputSpec, classes: int, known: KnownClasses) -> list[DeviceData]:
-    source = setup.data if isinstance(setup.data, str) else setup.data.path(_folder())
-    splits = load_splits(source, form, classes, known=known, tell=lambda _: None)
-    return deal(
-        splits.train, setup.devices, setup.gamma, setup.seed,
-        held_out=splits.test, test_samples=setup.test_samples,
+def _read(
+    setup: Setup, form: InputSpec, classes: int, known: KnownClasses
+) -> tuple[Splits, tuple[Notice, ...]]:
+    """The data, and what was noticed, for the parent to say once."""
+    notices: list[Notice] = []
+    splits = load_splits(
+        setup.data if isinstance(setup.data, str) else setup.data.path(_folder()), form, classes, setup.resize,
+        known=known, skip_broken=setup.skip_broken, tell=notices.append,
     )  # fmt: skip
+    return splits, tuple(notices)
+
+
+@lru_cache(maxsize=1)
+def _dealt(setup: Setup, form: InputSpec, classes: int, known: KnownClasses) -> list[DeviceData]:
+    splits, _ = _read(setup, form, classes, known)
+    reserved = [Transfer.load(file.path(_folder())).images for file in setup.reserved]
+    train, _ = without(splits.train, *reserved)
+    held_out = None if splits.test is None else without(splits.test, *reserved)[0]
+    return deal(
+        train, setup.devices, setup.gamma, setup.seed, held_out=held_out, test_samples=setup.test_samples
+    )
 
 
 @lru_cache(maxsize=2)

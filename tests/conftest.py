@@ -9,6 +9,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# How long a drawn example takes says how busy the machine is, and nothing else.
+settings.register_profile("edgestill", deadline=None)
+settings.load_profile("edgestill")
 
 # Two workers on two cores: a library that starts a thread a core would only fight its neighbour.
 # Set before any test module imports numpy or torch.

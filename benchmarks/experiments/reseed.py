@@ -24,6 +24,9 @@ def reseed_bundle(source: Path, output: Path, seed: int) -> Path:
     with Bundle.open(source) as bundle:
         _, parameters, buffers = called_parts(bundle, build_anew(bundle, seed))
         own = {name: tensor.detach().numpy() for name, tensor in (parameters | buffers).items()}
+        if bundle.manifest.common_head is not None:  # the same whatever the seed
+            layer = bundle.manifest.common_head.rpartition(".")[0] + "."
+            own = {name: array for name, array in own.items() if not name.startswith(layer)}
         own |= objective_parameters(bundle.objective, bundle.latent_size, seed)
         state = {name: own.get(name, array) for name, array in bundle.initial_state().items()}
         manifest = json.loads(bundle.file("manifest.json").read_bytes()) | {"parity": {}}

@@ -22,17 +22,21 @@ from edgestill.simulation.run import simulate
 from edgestill.simulation.settings import Poison, SimulationSettings
 from edgestill.simulation.students import narrow, prepare_students
 
-COMMON_HEAD = "edgestill.benchmarks.experiments.common_head"
 WIDTH_DIVISOR = 4
-"""Of all students, as in common_head.py."""
+"""Of all students."""
+AS_RECORDED = {
+    "optimizer": "sgd", "common_head": False, "augment": "", "alpha": None, "local_epochs": 1, "distil_epochs": 2,
+    "transfer_labels": False, "validation": "",
+}  # fmt: skip
+"""What the committed records were made with where their settings do not say; a simulation has other defaults."""
 KEPT = ("round", "phase", "t_priv", "t_uni", "global_t_uni", "bytes_up", "bytes_down", "accepted")
 """What is recorded of every round."""
 
 
 @dataclass(frozen=True)
 class Bundles:
-    """How students are exported: with the output layer of common_head.py, frozen, or with one of their own; and once
-    an architecture, or `independent` times with other initial weights, one a device."""
+    """How students are exported: with the common head, or with an output layer of their own; and once an architecture,
+    or `independent` times with other initial weights, one a device."""
 
     objective: str
     common_head: bool = False
@@ -50,7 +54,7 @@ def run_federation(
     from the test split.
     """
     known = {field.name for field in fields(SimulationSettings)}
-    given = {name: value for name, value in settings.items() if name in known}
+    given = AS_RECORDED | {name: value for name, value in settings.items() if name in known}
     given["students"] = tuple(settings["students"])
     if given.get("poison") is not None:
         given["poison"] = Poison.parse(given["poison"])
@@ -87,12 +91,11 @@ def export_bundles(settings: Mapping[str, Any], bundles: Bundles, cache: Path) -
     exported = []
     for student in settings["students"]:
         for number in range(bundles.independent or 1):
+            options = narrow(student, WIDTH_DIVISOR)
             if bundles.common_head:
-                name, options = f"{COMMON_HEAD}:{student}", ("--freeze", "output")
-            else:
-                name, options = student, narrow(student, WIDTH_DIVISOR)
+                options += ("--common-head",)
             request = BundleRequest(
-                name,
+                student,
                 settings["batch"],
                 settings["latent_size"],
                 bundles.objective,

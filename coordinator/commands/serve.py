@@ -18,7 +18,7 @@ from typing import Any
 import segno
 import uvicorn
 
-from edgestill.coordinator.http.address import EncryptedKey, certifies, is_loopback, risks_of, url_of
+from edgestill.coordinator.http.address import EncryptedKey, is_loopback, objection, risks_of, url_of
 from edgestill.coordinator.http.announcement import announce
 from edgestill.coordinator.http.app import make_app
 from edgestill.coordinator.http.context import Context
@@ -145,7 +145,7 @@ def check_tls(certificate: Path, key: Path) -> None:
             f"--tls-cert {certificate}: no certificate", "give the PEM file of the certificate chain"
         ) from error
     try:
-        certifies(certificate, key, "localhost")  # whatever it says, both could be read
+        objection(certificate, key, "localhost")  # whatever it says, both could be read
     except EncryptedKey:
         return  # uvicorn asks for the password
     except (ssl.SSLError, OSError) as error:

@@ -1,4 +1,4 @@
-"""`edgestill task create`, `list`, `show` and `stop`: works on the store, whether or not a coordinator runs."""
+"""`edgestill task create`, `list`, `show`, `export`, `stop`: on the store, whether or not a coordinator runs."""
 
 from __future__ import annotations
 
@@ -7,16 +7,27 @@ import json
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from edgestill.coordinator.commands import export_task
+from edgestill.coordinator.distillation.job import VALIDATION
 from edgestill.coordinator.opening import check_shared, open_existing, open_service, task_creation
 from edgestill.coordinator.rounds.round import COMPLETED
 from edgestill.coordinator.service import Service
 from edgestill.coordinator.settings import STORE_SETTINGS, add_flags, place_words, settings_from
 from edgestill.coordinator.store.overview import RoundOverview
 from edgestill.coordinator.store.records import DeviceRecord, TaskRecord
-from edgestill.coordinator.task.creation import SOURCES, make_task
+from edgestill.coordinator.task.creation import (
+    AUGMENT,
+    DISTIL,
+    DISTIL_RATE,
+    LOCAL,
+    ROUNDS,
+    SOURCES,
+    make_task,
+)
 from edgestill.coordinator.task.task import EXCHANGES, MODES, PRECISIONS, RULES, TASK_NAME, Task, clip_value
 from edgestill.runtime.console import add_json_option
 from edgestill.runtime.data.notice import Notices
@@ -27,6 +38,8 @@ from edgestill.runtime.training.hyperparameters import (
     HYPERPARAMETERS,
     TRANSFER_FRACTION,
 )
+
+DEFAULTS = {"local": LOCAL, "distil": DISTIL}
 
 
 class _Option(NamedTuple):
@@ -46,9 +59,14 @@ def _clip(text: str) -> float | str:
 
 def _training_options(part: str, whose: str, prefix: str = "") -> dict[str, _Option]:
     """Options for what a task says of a training, with the defaults of the one table."""
-    found = {f"{part}-epochs": _Option(f"{part}.epochs", int, f"{whose}: {EPOCHS.help}")}
+    epochs = replace(EPOCHS, default=DEFAULTS[part]["epochs"])
+    found = {f"{part}-epochs": _Option(f"{part}.epochs", int, f"{whose}: {epochs.help}")}
     for name, row in HYPERPARAMETERS.items():
         kind = int if row.whole else float
+        if name in DEFAULTS[part]:
+            row = replace(row, default=DEFAULTS[part][name])
+        if part == "distil" and name == "learning_rate":
+            row = replace(row, instead={**row.instead, **DISTIL_RATE})
         found[prefix + name.replace("_", "-")] = _Option(f"{part}.{name}", kind, f"{whose}: {row.help}")
     return found
 
@@ -60,6 +78,8 @@ OPTIONS: dict[str, _Option] = {
     "transfer-count": _Option("transfer_count", int, "take this many of its samples, drawn by --seed"),
     "test": _Option("test", str, "labelled data that the global student is evaluated on"),
     "test-count": _Option("test_count", int, "take this many of its samples, drawn by --seed"),
+    "validation": _Option("validation", str, "labelled data that the best round is chosen by; never the test's"),
+    "validation-count": _Option("validation_count", int, "take this many of its samples, drawn by --seed"),
     "seed": _Option("seed", int, "of the draw of samples (0)"),
     "class-names": _Option(
         "class_names", str, "what the outputs mean: NAME,… or data (the bundles' names, else those of labelled data)"
@@ -69,7 +89,7 @@ OPTIONS: dict[str, _Option] = {
     "exchange": _Option("exchange", EXCHANGES, "what devices upload (latents)"),
     "mode": _Option("mode", MODES, "default: global with --global-bundle, else consensus"),
     "precision": _Option("precision", PRECISIONS, "of what is exchanged (fp16; parameters: fp32)"),
-    "rounds": _Option("rounds", int, "how many rounds (10)"),
+    "rounds": _Option("rounds", int, f"how many rounds ({ROUNDS})"),
     "goal": _Option("goal", int, "accepted uploads that end a round's collection (2)"),
     "over-selection": _Option("over_selection", float, "devices selected for each that is needed (1.3)"),
     "minimum": _Option("minimum", int, "accepted uploads that are enough at the deadline (half of the goal)"),
@@ -80,7 +100,7 @@ OPTIONS: dict[str, _Option] = {
     "byzantine": _Option("aggregation.byzantine", float, "krum: share of hostile devices to stand (0.2)"),
     **_training_options("local", "of devices"),
     "transfer-fraction": _Option("local.transfer_fraction", float, TRANSFER_FRACTION.help),
-    "augment": _Option("local.augment", str, "augmentations of private samples, separated by commas"),
+    "augment": _Option("local.augment", str, f"augmentations of private samples ({AUGMENT}, of images)"),
     "checkpoint-every": _Option("local.checkpoint_every", int, CHECKPOINT_EVERY.help),
     **_training_options("distil", "of step 5", "distil-"),
     "distil-deadline": _Option("distil.deadline_s", float, "seconds for step 5 (600)"),
@@ -88,14 +108,17 @@ OPTIONS: dict[str, _Option] = {
 _SWITCHES = {
     "resize": _Option("resize", bool, "scale images of another size"),
     "skip-broken": _Option("skip_broken", bool, "leave out images that cannot be read"),
-    "transfer-labels": _Option("transfer_labels", bool, "publish the transfer set's labels, too"),
+    "transfer-labels": _Option(
+        "transfer_labels", bool, "step 5 learns the transfer set's classes, which no device gets to know"
+    ),
+    "common-head": _Option("common_head", bool, "refuse students that were exported without --common-head"),
     "align": _Option("aggregation.align", bool, "rotate each device's latents to the global ones first"),
     "screen": _Option("aggregation.screen", bool, "leave out uploads that disagree with the others"),
 }
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subparsers.add_parser("task", help="create, list, show and stop tasks", description=__doc__)
+    parser = subparsers.add_parser("task", help="create, list, show, export and stop tasks", description=__doc__)
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     create = actions.add_parser("create", help="make a task from bundles and data", allow_abbrev=False)
     create.add_argument("--file", type=Path, metavar="TASK.toml", help="the task as TOML; flags win over it")
@@ -121,6 +144,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )  # fmt: skip
     stop.add_argument("name", metavar="TASK", help="its name; `edgestill task list` has them all")
     listing = actions.add_parser("list", help="all tasks", allow_abbrev=False)
+    export_task.add_parser(actions)
     for action, run in ((create, run_create), (listing, run_list), (show, run_show), (stop, run_stop)):
         add_json_option(action, "one JSON object")
         add_flags(action, STORE_SETTINGS)
@@ -202,6 +226,7 @@ def run_show(arguments: argparse.Namespace) -> int:
             "task": task.as_json(),
             "finished": record.finished,
             "stopped": record.stopped_s is not None,
+            "best_round": record.best_round,
             "rounds": [one.as_json() for one in rounds],
             "devices": [one.as_json() for one in devices],
             "refusals": [one.as_json() for one in service.refusals(name)],
@@ -212,8 +237,9 @@ def run_show(arguments: argparse.Namespace) -> int:
     print(_standing(record, rounds, devices))
     for one in rounds:
         reason = f"  {one.reason}" if one.reason else ""
+        best = f"  best on validation images ({one.metrics[VALIDATION]:.3f})" if one.best else ""
         print(
-            f"round {one.number:<4} {one.phase:<12} {len(one.accepted)} of {len(one.selected)} uploads{reason}"
+            f"round {one.number:<4} {one.phase:<12} {len(one.accepted)} of {len(one.selected)} uploads{best}{reason}"
         )
     for device in devices:
         print(f"{device.name}  {device.student or 'no student yet'}  {device.info.get('name', '')}")

@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from edgestill.coordinator.dashboard.formats import format_bytes
+from edgestill.coordinator.distillation.job import VALIDATION
 from edgestill.coordinator.liveness import SILENT, Liveness
 from edgestill.coordinator.problems import CATALOG
 from edgestill.coordinator.rounds.round import ABANDONED, COMPLETED, FINAL_PHASES
@@ -48,6 +49,9 @@ class RoundView:
     bytes_down: int | None
     global_t_uni: float | None
     global_loss: float | None
+    best: bool
+    """Whether its global model is the best so far on the validation images."""
+    validation_accuracy: float | None
     before: Means
     after: Means
     alone: Means
@@ -311,6 +315,8 @@ def _view_round(one: RoundOverview, goal: int, refused: int) -> RoundView:
         bytes_down=int(sum(down)) if down else None,
         global_t_uni=_number(one.metrics.get("t_uni")),
         global_loss=_number(one.metrics.get("loss")),
+        best=one.best,
+        validation_accuracy=_number(one.metrics.get(VALIDATION)),
         before=_means(reports, "before"),
         after=_means(reports, "after"),
         alone=_means(reports, "alone"),

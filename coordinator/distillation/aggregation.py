@@ -2,7 +2,7 @@
 
 First every upload is clipped, then (on request) its latents are turned towards a reference, then (on request) uploads
 that disagree with the others are left out, then the rule combines the uploads value by value. All sums are float64 and
-run in the order of the devices' names; results are float32.
+run in the order of the devices' numbers, then names; results are float32.
 Rules: weighted mean (McMahan et al. 2017), median and trimmed mean (Yin et al. 2018), Krum (Blanchard et al. 2017).
 """
 
@@ -40,6 +40,8 @@ class Upload:
     arrays: Mapping[str, np.ndarray]
     samples: int
     class_counts: tuple[int, ...] | None = None
+    number: int = 0
+    """The device's, by the code that it enrolled with: unlike its name the same whenever a federation is repeated."""
 
 
 def aggregate(
@@ -65,7 +67,7 @@ def aggregate(
       say of themselves. `trimmed_mean` cuts the share `trim` of the uploads at either end, rounded up, so that a
       hostile share of at most that is always outvoted, and leaves the median at least.
     - `krum` gives the one upload that lies nearest to its n − f − 2 nearest others, f = `byzantine` · n rounded
-      down; ties go to the device first by name.
+      down; ties go to the first device in order.
 
     Errors: AggregationError for no upload, a device twice, arrays that differ in names or shapes or hold NaN.
     """
@@ -140,15 +142,17 @@ def _around(views: Sequence[_View], base: np.ndarray | None) -> Iterator[np.ndar
 
 
 def _in_order(uploads: Sequence[Upload], previous: Mapping[str, np.ndarray] | None) -> list[Upload]:
-    ordered = sorted(uploads, key=lambda upload: upload.device)
+    ordered = sorted(uploads, key=lambda upload: (upload.number, upload.device))
     if not ordered:
         raise AggregationError("there is nothing to aggregate", "accept at least one upload")
+    if len({upload.device for upload in ordered}) < len(ordered):
+        names = sorted(upload.device for upload in ordered)
+        twice = next(one for one, other in zip(names, names[1:], strict=False) if one == other)
+        raise AggregationError(f"there are two uploads of {twice}", "accept one upload a device")
     shapes = {name: np.shape(array) for name, array in ordered[0].arrays.items()}
     if not shapes:
         raise AggregationError(f"the upload of {ordered[0].device} is empty", "upload outputs or parameters")
-    for before, upload in zip([None, *ordered], ordered, strict=False):
-        if before is not None and before.device == upload.device:
-            raise AggregationError(f"there are two uploads of {upload.device}", "accept one upload a device")
+    for upload in ordered:
         if not 0 <= upload.samples <= _MAX_SAMPLES:
             raise AggregationError(
                 f"{upload.device} says it has {upload.samples} samples", "refuse the upload"

@@ -51,10 +51,11 @@ def reference_device(readers: Sequence[Callable[[], np.ndarray]]) -> int:
     """Index of the device whose latents the others fit best, to align to when there are no global latents yet.
 
     It is the one with the smallest median distance to the others after alignment, among at most `MAX_CANDIDATES`
-    spread evenly over the devices' names, which the coordinator draws at random. The distance is 1 − the nuclear
-    norm of the cross-covariance of both, each scaled to norm 1: 0 where a rotation makes them equal, 1 where they
-    have nothing in common. So neither large nor vanishing latents help a hostile device, and as long as most
-    candidates are honest, one of them wins. `readers` give each device's latents [N, l]; ties go to the first.
+    spread evenly over the devices' order, which no device chooses: by the numbers of their codes, then by name. The
+    distance is 1 − the nuclear norm of the cross-covariance of both, each scaled to norm 1: 0 where a rotation makes
+    them equal, 1 where they have nothing in common. So neither large nor vanishing latents help a hostile device, and
+    as long as most candidates are honest, one of them wins. `readers` give each device's latents
+    [N, l]; ties go to the first.
     """
     indices = sorted({round(i) for i in np.linspace(0, len(readers) - 1, min(len(readers), MAX_CANDIDATES))})
     if len(indices) < 3:

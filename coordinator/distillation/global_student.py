@@ -72,17 +72,17 @@ def distil(
 
 
 def evaluate_global(
-    bundle: Bundle, engine: Engine, state: Mapping[str, np.ndarray], test: Transfer
+    bundle: Bundle, engine: Engine, state: Mapping[str, np.ndarray], test: Transfer, name: str = "test"
 ) -> Evaluation:
-    """How well the global student classifies a labelled test set: accuracy, accuracy a class, loss.
+    """How well the global student classifies a labelled set called `name`: accuracy, accuracy a class, loss.
 
     Errors: UsageError for a set without labels, or labels beyond the classes; DataError for other images.
     """
     check_transfer(bundle, test)
     if test.labels is None or test.labels.min() < 0 or test.labels.max() >= bundle.classes:
         raise UsageError(
-            f"the test set has no labels, or labels outside 0 … {bundle.classes - 1}",
-            "give the task a labelled test set of the students' classes",
+            f"the {name} set has no labels, or labels outside 0 … {bundle.classes - 1}",
+            f"give the task a labelled {name} set of the students' classes",
         )
     engine.load_state(bundle.check_state(state, source="the global student's state"))
     return evaluate(engine, Dataset(test.images, test.labels, ()), bundle.batch, bundle.classes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,10 +24,13 @@ from edgestill.coordinator.task.task import StudentEntry, Task
 from edgestill.runtime.bundle import wire
 from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.device import outputs
-from edgestill.runtime.device.local_training import Transfer, with_parameters
-from edgestill.runtime.engines.registry import open_engine
+from edgestill.runtime.device.local_training import Transfer, load_labels, with_parameters
+from edgestill.runtime.engines.registry import Engine, open_engine
 from edgestill.runtime.errors import EdgestillError, Interrupted
 from edgestill.runtime.training.evaluation import score
+
+VALIDATION = "validation_accuracy"
+"""The metric by which the best round is chosen; `t_uni`, of the test set, never is."""
 
 Read = TypeVar("Read")
 Stop = Callable[[], bool]
@@ -61,6 +64,8 @@ class Inputs:
     """Blob of the global outputs before."""
     student_state: str | None
     """Blob of the global student's state before."""
+    numbers: Mapping[str, int] = field(default_factory=dict)
+    """Of the devices that have one, by name."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,10 @@ def compute(
     """
     started_s, task = time.perf_counter(), inputs.task
     expected = task.expected_upload()
-    uploads = [_load_upload(upload, blobs, expected, job) for upload in inputs.uploads]
+    uploads = [
+        _load_upload(upload, inputs.numbers.get(upload.device, 0), blobs, expected, job)
+        for upload in inputs.uploads
+    ]
     previous = None
     if inputs.previous is not None:
         previous, _ = outputs.unpack(
@@ -93,7 +101,7 @@ def compute(
         )
     transfer = None
     if task.global_student is not None or (task.transfer.labelled and task.exchange != "parameters"):
-        transfer = _load(blobs, task.transfer.blob, "the transfer set", Transfer.load)
+        transfer = _load_transfer(task, blobs)
     labels = None if transfer is None else transfer.labels
     aggregated = aggregate(uploads, task.aggregation, previous, labels)
     metrics: dict[str, Any] = {
@@ -135,13 +143,26 @@ def _load(blobs: Blobs, digest: str, what: str, read: Callable[[Path], Read]) ->
         ) from error
 
 
+def _load_transfer(task: Task, blobs: Blobs) -> Transfer:
+    """The transfer set with its labels, which lie apart, where no device may read them."""
+    transfer = _load(blobs, task.transfer.blob, "the transfer set", Transfer.load)
+    if task.transfer.labels is None:
+        return transfer
+    labels = _load(blobs, task.transfer.labels, "the transfer set's labels", load_labels)
+    if labels.shape != (len(transfer),):
+        raise EdgestillError(
+            f"the transfer set has {len(transfer)} samples and {len(labels)} labels", "make the task again"
+        )
+    return replace(transfer, labels=labels)
+
+
 def _load_upload(
-    upload: UploadRecord, blobs: Blobs, expected: Mapping[str, tuple[int, ...]], job: Job
+    upload: UploadRecord, number: int, blobs: Blobs, expected: Mapping[str, tuple[int, ...]], job: Job
 ) -> Upload:
     source = f"round {job.round_name}: the outputs of {upload.device}"
     body = read_blob(blobs, upload.digest)
     arrays, _ = outputs.unpack(body, upload.content_encoding, expected, source=source)
-    return Upload(upload.device, arrays, upload.samples, upload.class_counts)
+    return Upload(upload.device, arrays, upload.samples, upload.class_counts, number)
 
 
 def _distil(
@@ -163,13 +184,10 @@ def _distil(
             state = bundle.initial_state()
         else:
             state = _load(blobs, inputs.student_state, "the global student's state", wire.load).arrays
-        seed = derive_seed(job.round_name, "coordinator")
+        seed = derive_seed(task.seed, job.number, "coordinator")
         result = distil(bundle, engine, state, transfer, aggregated, task.distil, seed, should_stop)
         metrics |= {"distil_loss": result.loss, "distil_steps": result.steps}
-        if task.test is not None:
-            test = _load(blobs, task.test.blob, "the test set", Transfer.load)
-            evaluation = evaluate_global(bundle, engine, result.state, test)
-            metrics |= {"t_uni": evaluation.accuracy, "loss": evaluation.loss}
+        _evaluate(task, bundle, engine, result.state, blobs, metrics)
     exchanged = {name: result.outputs[name] for name in task.expected_upload()}
     return result.state, exchanged
 
@@ -181,11 +199,27 @@ def _evaluate_parameters(
     metrics: dict[str, Any],
     threads: int,
 ) -> None:
-    if task.test is None:
+    if task.test is None and task.validation is None:
         return
-    test = _load(blobs, task.test.blob, "the test set", Transfer.load)
     with _load(blobs, task.students[0].bundle, "the student's bundle", Bundle.open) as bundle:
         engine = open_engine(bundle, threads=threads)
         state = with_parameters(bundle, bundle.initial_state(), aggregated)
+        _evaluate(task, bundle, engine, state, blobs, metrics)
+
+
+def _evaluate(
+    task: Task,
+    bundle: Bundle,
+    engine: Engine,
+    state: Mapping[str, np.ndarray],
+    blobs: Blobs,
+    metrics: dict[str, Any],
+) -> None:
+    """How good the global model is: on test images for people, on validation images for the choice of the best."""
+    if task.test is not None:
+        test = _load(blobs, task.test.blob, "the test set", Transfer.load)
         evaluation = evaluate_global(bundle, engine, state, test)
-    metrics |= {"t_uni": evaluation.accuracy, "loss": evaluation.loss}
+        metrics |= {"t_uni": evaluation.accuracy, "loss": evaluation.loss}
+    if task.validation is not None:
+        validation = _load(blobs, task.validation.blob, "the validation set", Transfer.load)
+        metrics[VALIDATION] = evaluate_global(bundle, engine, state, validation, "validation").accuracy

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from edgestill.coordinator.distillation.job import Job
+from edgestill.coordinator.distillation.job import VALIDATION, Job
 from edgestill.coordinator.rounds.progress import Progress, may_open
 from edgestill.coordinator.rounds.round import AGGREGATING, Begun, Failed, Published, Tick
 from edgestill.coordinator.store.database import Store
@@ -75,12 +75,15 @@ class JobQueue:
             if record is None or record.round.phase != AGGREGATING or owner != job.owner:
                 return False
             check()
-            values = {"published_bytes": published_bytes, "metrics": dict(metrics or {})}
+            measured = dict(metrics or {})
+            values = {"published_bytes": published_bytes, "metrics": measured, "student_state": state}
             seconds = now_s - (record.round.begun_s or now_s)
             transaction.say("step 5 of %s has ended after %.1f s", record.name, seconds)
             record, _ = self._progress.apply(transaction, task, record, event, now_s, **values)
             if state is not None:
                 transaction.set_task(job.task, student_state=state)
+            if _is_best(transaction, job, measured):
+                transaction.set_task(job.task, best_round=job.number)
         self._progress.remember(record)
         return True
 
@@ -141,3 +144,12 @@ class JobQueue:
 
     def _job(self, record: RoundRecord) -> Job:
         return Job(record.task, record.number, self._owner, record.round.deadline_s)
+
+
+def _is_best(transaction: Transaction, job: Job, metrics: Mapping[str, Any]) -> bool:
+    """Whether a round is better on the validation images than all before it; of equals the first one stays."""
+    accuracy, best = metrics.get(VALIDATION), transaction.best_round(job.task)
+    if accuracy is None or best is None:
+        return accuracy is not None
+    head = transaction.round_head(job.task, best)
+    return head is None or accuracy > head.metrics[VALIDATION]

@@ -61,7 +61,10 @@ class JobRunner:
                 )
             previous = transaction.last_published(job.task, before=job.number)
             uploads = transaction.uploads(job.task, job.number)
-        return distillation.Inputs(record.task, uploads, previous and previous[0], record.student_state)
+            numbers = transaction.numbers_of_uploads(job.task, job.number)
+        return distillation.Inputs(
+            record.task, uploads, previous and previous[0], record.student_state, numbers
+        )
 
     def _publish(self, job: Job, result: distillation.Result, work_folder: Path) -> None:
         """Stores and publishes a result; nothing when the job has lost its right or the round has ended meanwhile."""

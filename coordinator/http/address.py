@@ -22,7 +22,7 @@ def url_of(settings: Settings, port: int) -> str:
     if host in EVERYWHERE:
         # few networks resolve a bare host name, so an address of the network is better
         reachable = [*lan_addresses(host), socket.getfqdn(), socket.gethostname()]
-        host = next((name for name in reachable if _is_certified(settings, name)), reachable[0])
+        host = next((name for name in reachable if _objection(settings, name) is None), reachable[0])
     host = f"[{host}]" if ":" in host else host
     return f"{'https' if settings.tls_cert else 'http'}://{host}:{port}"
 
@@ -51,12 +51,16 @@ def is_loopback(host: str) -> bool:
 
 
 def risks_of(settings: Settings, url: str) -> list[str]:
-    """What anyone on the network can do or nobody can, a sentence each, with what to do; none on loopback."""
-    if is_loopback(settings.host):
-        return []
+    """What anyone on the network can do or nobody can, a sentence each, and what to do; on loopback validity alone."""
     found = []
     host = urlsplit(url).hostname or ""
-    if not settings.public_url and not _is_certified(settings, host):
+    said = _objection(settings, host) or ""
+    if "has expired" in said or "not yet valid" in said:
+        when = "has run out" if "expired" in said else "begins later than now"
+        found.append(f"the certificate {when}, so devices will refuse it: give one that holds, or set this clock")
+    if is_loopback(settings.host):
+        return found
+    if said and not found and not settings.public_url:
         found.append(
             f"the certificate is not for {host}, so devices will refuse it: give --public-url with a name that it has"
         )
@@ -72,8 +76,9 @@ def risks_of(settings: Settings, url: str) -> list[str]:
     return found
 
 
-def certifies(certificate: Path, key: Path, name: str) -> bool:
-    """Whether a client that trusts the certificate takes it for that host, by a handshake with ourselves.
+def objection(certificate: Path, key: Path, name: str) -> str | None:
+    """Why a client that trusts the certificate does not take it for that host, in OpenSSL's words, by a handshake with
+    ourselves; None where it does.
 
     Errors: SSLError, OSError for files that cannot be used.
     """
@@ -94,20 +99,20 @@ def certifies(certificate: Path, key: Path, name: str) -> bool:
                 side.do_handshake()
             except ssl.SSLWantReadError:
                 continue
-            except ssl.SSLCertVerificationError:
-                return False
+            except ssl.SSLCertVerificationError as error:
+                return error.verify_message
             if side is client:
-                return True
-    return False
+                return None
+    return "the handshake did not end"
 
 
-def _is_certified(settings: Settings, name: str) -> bool:
+def _objection(settings: Settings, name: str) -> str | None:
     if settings.tls_cert is None or settings.tls_key is None:
-        return True
+        return None
     try:
-        return certifies(settings.tls_cert, settings.tls_key, name)
+        return objection(settings.tls_cert, settings.tls_key, name)
     except (ssl.SSLError, OSError, EncryptedKey, ValueError):
-        return True  # a key with a password, which uvicorn asks for
+        return None  # a key with a password, which uvicorn asks for
 
 
 class EncryptedKey(Exception):

@@ -15,7 +15,7 @@ from edgestill.coordinator.http.context import Context
 from edgestill.coordinator.http.hosts import KnownHosts, known_hosts
 from edgestill.coordinator.http.metrics import Measured
 from edgestill.coordinator.http.problem_responses import SCHEMA, add_problem_handlers
-from edgestill.coordinator.http.routes import blobs, description, devices, operations, uploads
+from edgestill.coordinator.http.routes import blobs, description, devices, models, operations, uploads
 from edgestill.coordinator.service import Service
 from edgestill.coordinator.settings import Settings
 
@@ -41,7 +41,7 @@ def make_app(
                   lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)  # fmt: skip
     app.state.context = context
     add_problem_handlers(app, context)
-    for router in (devices.router, uploads.router, blobs.router, operations.router, description.router):
+    for router in (devices.router, uploads.router, blobs.router, models.router, operations.router, description.router):
         app.include_router(router)
     app.include_router(make_dashboard_router(service, settings, context.upload_memory.devices), include_in_schema=False)
     if (known := known_hosts(settings)) is not None:

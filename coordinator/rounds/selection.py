@@ -87,7 +87,7 @@ def may_select(task: Task, record: RoundRecord | None, device: DeviceRecord, now
 
 
 def work_for(
-    transaction: Transaction, device: DeviceRecord, record: RoundRecord | None, now_s: float
+    transaction: Transaction, task: Task, device: DeviceRecord, record: RoundRecord | None, now_s: float
 ) -> dict[str, Any] | None:
     """WORK for a device that is selected and has not uploaded."""
     if record is None or not record.round.collects(now_s) or device.name in record.round.accepted:
@@ -101,12 +101,15 @@ def work_for(
         "deadline_s": record.round.deadline_s - now_s,
         "global_outputs": digest,
         "size_bytes": size_bytes,
-        "seed": credentials.derive_seed(record.name, device.name),
+        # not from its name, which is drawn anew each time that it enrols
+        "seed": credentials.derive_seed(task.seed, record.number, str(device.number or device.name)),
     }
 
 
-def standing_of(task: Task, record: RoundRecord | None, now_s: float) -> dict[str, Any]:
-    """STANDING of docs/federation.md: how far the task's present round is."""
+def standing_of(
+    task: Task, record: RoundRecord | None, now_s: float, best_round: int | None
+) -> dict[str, Any]:
+    """STANDING of docs/federation.md: how far the task's present round is, and which round is the best so far."""
     round = None if record is None else record.round
     return {
         "round": None if record is None else record.name,
@@ -114,4 +117,5 @@ def standing_of(task: Task, record: RoundRecord | None, now_s: float) -> dict[st
         "uploads": 0 if round is None else len(round.accepted),
         "goal": task.goal,
         "seconds_left": None if round is None or round.final else max(0.0, round.deadline_s - now_s),
+        "best_round": best_round,
     }

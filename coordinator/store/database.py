@@ -19,6 +19,7 @@ from sqlalchemy.pool import StaticPool
 
 from edgestill.coordinator.settings import place_words
 from edgestill.coordinator.store import migrations
+from edgestill.coordinator.store.migrations.definitions import CannotGoBack
 from edgestill.coordinator.store.schema import metadata
 from edgestill.coordinator.store.transaction import Transaction
 from edgestill.runtime.errors import EdgestillError
@@ -95,6 +96,12 @@ class Store:
         try:
             with self._errors():
                 return migrations.downgrade(self.engine, version)
+        except CannotGoBack as error:
+            task, field = error.args
+            raise StoreError(
+                f"{self.url!r}: task {task} runs by {field}, which no version before has",
+                f"`edgestill task stop {task}{self._place}` ends it; or restore the backup from before the upgrade",
+            ) from error
         except migrations.UnknownVersion as error:
             if str(error) != version:
                 raise self._unknown(str(error)) from error
@@ -144,12 +151,15 @@ class Store:
     def _unknown(self, version: str) -> StoreError:
         """The error for a database whose version is not known here, with the way back to one that is."""
         newest = migrations.versions()[-1]
-        place = place_words({"database": self.url.render_as_string(hide_password=False)})
         return StoreError(
             f"{self.url!r}: the database is of version {version}, this edgestill knows versions up to {newest}",
-            f"use the newer edgestill that made it so; or with that one run `edgestill downgrade --to {newest}{place}` "
-            "and then this one",
+            f"use the newer edgestill that made it so; or with that one run `edgestill downgrade --to {newest}"
+            f"{self._place}` and then this one",
         )
+
+    @property
+    def _place(self) -> str:
+        return place_words({"database": self.url.render_as_string(hide_password=False)})
 
     @contextmanager
     def _exclusive(self, needed: bool) -> Iterator[None]:

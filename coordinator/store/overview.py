@@ -30,6 +30,10 @@ class RoundOverview:
     metrics: Mapping[str, Any]
     reports: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """REPORT by device."""
+    student_state: str | None = None
+    """Blob with the global student after this round; of the best and of the last one it is there."""
+    best: bool = False
+    """Whether its global model is the best of the task on the validation images."""
 
     @property
     def name(self) -> str:
@@ -53,6 +57,7 @@ def overview_of_rounds(transaction: Transaction, task: str) -> list[RoundOvervie
     for report in transaction.reports(task):
         reports[report.number][report.device] = report.report
     found = []
+    best = transaction.best_round(task)
     for head in transaction.round_heads(task):
         number, round = head.number, head.round
         found.append(
@@ -71,6 +76,8 @@ def overview_of_rounds(transaction: Transaction, task: str) -> list[RoundOvervie
                 published_bytes=head.published_bytes,
                 metrics=head.metrics,
                 reports=reports[number],
+                student_state=head.student_state,
+                best=number == best,
             )
         )
     return found

@@ -24,11 +24,15 @@ class TaskRecord:
     """Blob with the global student's state after the last completed round."""
     stopped_s: float | None = None
     """When the operator stopped it; it is finished, too, then."""
+    best_round: int | None = None
+    """Whose global model is the best on the validation images; None without such images, or before the first round."""
 
     @classmethod
     def from_row(cls, row: Row[Any]) -> TaskRecord:
         task = parse_task(row.definition)
-        return cls(row.name, task, row.created_s, row.finished, row.student_state, row.stopped_s)
+        return cls(
+            row.name, task, row.created_s, row.finished, row.student_state, row.stopped_s, row.best_round
+        )
 
     @property
     def ended(self) -> str | None:
@@ -57,6 +61,9 @@ class DeviceRecord:
     seen_s: float
     stored_bytes: int
     """Uploads stored in this task."""
+    number: int | None = None
+    """From 1, by the code with which it enrolled: what it draws and where it stands follow from this, not from its
+    name, so that a federation can be repeated. None for devices of older coordinators."""
 
     @classmethod
     def from_row(cls, row: Row[Any]) -> DeviceRecord:
@@ -70,6 +77,7 @@ class DeviceRecord:
             row.enrolled_s,
             row.seen_s,
             row.stored_bytes,
+            row.number,
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -85,8 +93,11 @@ class RoundRecord:
     closed_s: float | None
     published_bytes: int | None
     metrics: Mapping[str, Any]
-    """Of step 5: t_uni, loss, distil_loss, steps, seconds, uploads, …; empty until completed."""
+    """Of step 5: t_uni, loss, validation_accuracy, distil_loss, steps, seconds, uploads, …; empty until completed."""
     version: int
+    student_state: str | None = None
+    """Blob with the global student's state after this round. Of the best and of the last completed round it is kept,
+    others are deleted when they have lain for a day."""
 
     @classmethod
     def from_row(cls, row: Row[Any]) -> RoundRecord:
@@ -99,7 +110,10 @@ class RoundRecord:
             reason=row.reason,
             published=row.published,
         )
-        return cls(row.task, round, row.closed_s, row.published_bytes, json_object(row.metrics), row.version)
+        metrics = json_object(row.metrics)
+        return cls(
+            row.task, round, row.closed_s, row.published_bytes, metrics, row.version, row.student_state
+        )
 
     @property
     def number(self) -> int:

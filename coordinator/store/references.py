@@ -35,6 +35,9 @@ class References:
             select(uploads.digest).join(s.rounds, of_round).where(rounds.phase.not_in(FINAL_PHASES)),
             select(rounds.published),
             select(s.tasks.c.student_state),
+            select(rounds.student_state).join(
+                s.tasks, and_(s.tasks.c.name == rounds.task, s.tasks.c.best_round == rounds.number)
+            ),
         )
 
     def perhaps_deleted(self, digests: Collection[str]) -> set[str]:

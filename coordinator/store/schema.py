@@ -53,6 +53,10 @@ tasks = Table(
     Column("student_state", _DIGEST),
     # when the operator stopped it before its last round
     Column("stopped_s", Double),
+    # the round whose global student is the best on the validation images
+    Column("best_round", Integer),
+    # how many codes were issued
+    Column("codes", Integer),
 )
 
 devices = Table(
@@ -68,6 +72,8 @@ devices = Table(
     Column("enrolled_s", Double, nullable=False),
     Column("seen_s", Double, nullable=False),
     Column("stored_bytes", BigInteger, nullable=False),
+    # that of the code with which it enrolled
+    Column("number", Integer),
 )
 
 codes = Table(
@@ -77,6 +83,8 @@ codes = Table(
     _task_key(),
     Column("expires_s", Double, nullable=False),
     Column("device", _DEVICE),
+    # from 1, in the order in which the task's codes were issued
+    Column("number", Integer),
 )
 
 rounds = Table(
@@ -98,6 +106,8 @@ rounds = Table(
     Column("version", Integer, nullable=False),
     # when its uploads' blobs were deleted
     Column("swept_s", Double),
+    # the global student after this round, a blob; those of the best and of the last completed round are kept
+    Column("student_state", _DIGEST),
 )
 
 selections = Table(

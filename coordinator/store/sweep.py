@@ -108,5 +108,6 @@ class Sweep:
 def blobs_of(task: Task) -> set[str]:
     """The digests that a task's definition names."""
     entries = [*task.students, *([task.global_student] if task.global_student else [])]
-    samples = [one for one in (task.transfer, task.test) if one is not None]
-    return {entry.bundle for entry in entries} | {one.blob for one in samples}
+    samples = [one for one in (task.transfer, task.test, task.validation) if one is not None]
+    digests = {entry.bundle for entry in entries} | {one.blob for one in samples}
+    return digests | ({task.transfer.labels} if task.transfer.labels else set())

@@ -89,26 +89,44 @@ class Transaction:
     # codes and devices
 
     def add_code(self, code_hash: str, task: str, expires_s: float) -> None:
+        """The next code of a task, numbered from 1."""
+        tasks = s.tasks.c
+        number = self._connection.scalar(
+            update(s.tasks)
+            .where(tasks.name == task)
+            .values(codes=func.coalesce(tasks.codes, 0) + 1)
+            .returning(tasks.codes)
+        )
         self._connection.execute(
-            insert(s.codes).values(code_hash=code_hash, task=task, expires_s=expires_s, device=None)
+            insert(s.codes).values(
+                code_hash=code_hash, task=task, expires_s=expires_s, device=None, number=number
+            )
         )
 
-    def use_code(self, code_hash: str, device: str, now_s: float) -> str | None:
-        """The task of the code, which is used up by this; None when it is unknown, used or expired."""
+    def use_code(self, code_hash: str, device: str, now_s: float) -> tuple[str, int | None] | None:
+        """Task and number of the code, which is used up by this; None when it is unknown, used or expired."""
         codes = s.codes.c
         # one statement, so that of two devices with the same code only one gets a row
         row = self._connection.execute(
             update(s.codes)
             .where(codes.code_hash == code_hash, codes.device.is_(None), codes.expires_s > now_s)
             .values(device=device)
-            .returning(codes.task)
+            .returning(codes.task, codes.number)
         ).one_or_none()
-        return None if row is None else str(row.task)
+        return None if row is None else (str(row.task), row.number)
 
     def add_device(
-        self, name: str, task: str, token_hash: str, info: Mapping[str, Any], now_s: float
+        self,
+        name: str,
+        task: str,
+        token_hash: str,
+        info: Mapping[str, Any],
+        now_s: float,
+        number: int | None = None,
     ) -> None:
+        """`number`: of the code with which it enrolled."""
         values = {"name": name, "task": task, "token_hash": token_hash, "info": dict(info), "status": {}}
+        values |= {"number": number}
         times = {"enrolled_s": now_s, "seen_s": now_s}
         self._connection.execute(insert(s.devices).values(**values, **times, stored_bytes=0))
 
@@ -238,6 +256,13 @@ class Transaction:
         query = select(s.uploads).where(table.task == task, table.number == number).order_by(table.device)
         return [UploadRecord.from_row(row) for row in self._connection.execute(query)]
 
+    def numbers_of_uploads(self, task: str, number: int) -> dict[str, int]:
+        """Of the devices whose uploads a round has accepted, those that have a number."""
+        uploads, devices = s.uploads.c, s.devices.c
+        query = select(devices.name, devices.number).join(s.uploads, uploads.device == devices.name)
+        query = query.where(uploads.task == task, uploads.number == number, devices.number.is_not(None))
+        return {row.name: row.number for row in self._connection.execute(query)}
+
     def selections(self, task: str) -> list[tuple[int, str]]:
         """Round and device of every selection of a task, ordered."""
         table = s.selections.c
@@ -251,6 +276,10 @@ class Transaction:
         query = select(table.number, table.device, table.size_bytes).where(table.task == task)
         rows = self._connection.execute(query.order_by(table.number, table.device))
         return [(row.number, row.device, row.size_bytes) for row in rows]
+
+    def best_round(self, task: str) -> int | None:
+        """The round whose global model is the best on the task's validation images."""
+        return self._connection.scalar(select(s.tasks.c.best_round).where(s.tasks.c.name == task))
 
     def last_published(self, task: str, before: int | None = None) -> tuple[str, int] | None:
         """Digest and size of the newest global outputs, of rounds before `before` where it is given."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from edgestill.coordinator.task.task import Task, parse_task
 from edgestill.runtime.bundle.bundle import Bundle
+from edgestill.runtime.bundle.common_head import common_head
 from edgestill.runtime.bundle.writer import zip_bundle
 from edgestill.runtime.data.classes import KnownClasses, first_known, listed
 from edgestill.runtime.data.dataset import (
@@ -24,9 +25,15 @@ from edgestill.runtime.data.dataset import (
     load_splits,
     load_transfer_samples,
 )
+from edgestill.runtime.data.disjoint import apart
 from edgestill.runtime.data.notice import Notice, Tell, tell_on_stderr
 from edgestill.runtime.device.authority import only_certificate
-from edgestill.runtime.device.local_training import EXCHANGED_OUTPUTS, Transfer, parameters_of
+from edgestill.runtime.device.local_training import (
+    EXCHANGED_OUTPUTS,
+    Transfer,
+    parameters_of,
+    save_labels,
+)
 from edgestill.runtime.errors import DataError, UsageError
 from edgestill.runtime.randomness import SUBSET, permutation
 from edgestill.runtime.training.batches import TransferSet
@@ -36,10 +43,17 @@ from edgestill.runtime.training.plan import TrainSettings, plan
 from edgestill.runtime.training.teacher import TeacherOutputs
 
 SOURCES = (
-    "bundles", "global_bundle", "transfer", "transfer_count", "transfer_labels", "test", "test_count", "seed",
-    "resize", "skip_broken", "ca_cert",
+    "bundles", "global_bundle", "transfer", "transfer_count", "transfer_labels", "test", "test_count", "validation",
+    "validation_count", "seed", "resize", "skip_broken", "ca_cert",
 )  # fmt: skip
 """Fields of a description that name files or data; every other field is the task's own."""
+ROUNDS = 8
+LOCAL: Mapping[str, Any] = {"epochs": 2, "alpha": 0.8}
+AUGMENT = "flip"
+"""Of images."""
+DISTIL: Mapping[str, Any] = {"epochs": 8}
+DISTIL_RATE = {"adamw": 0.002}
+"""Defaults of a description, with which a federation is worth it (docs/simulation.md); a task as JSON has others."""
 
 AddBlob = Callable[[Path], str]
 Warn = Callable[[str], None]
@@ -72,6 +86,9 @@ def make_task(
         everyone = [*bundles, *([] if whole is None else [whole])]
         _check_alike(everyone)
         _refuse_several_tensors(everyone)
+        fields = _with_defaults(fields, bundles, whole)
+        fields["common_head"] = _check_heads(everyone, drafted, fields.get("common_head"), warn)
+        drafted = parse_task(_with_stand_ins(fields, description))
         if drafted.exchange != "parameters":
             _check_objectives(bundles, whole, drafted.exchange)
             _warn_of_control_arms(bundles, drafted.exchange, warn)
@@ -81,7 +98,7 @@ def make_task(
         if not known:
             tell(
                 Notice(
-                    "classes",
+                    "unnamed",
                     "nobody says what the classes are: each device numbers its own in the order of their names, and "
                     "must have the same ones; --class-names says it, here or where the students are exported",
                 )
@@ -89,27 +106,44 @@ def make_task(
         reading = _Reading(
             first, known, bool(description.get("resize")), bool(description.get("skip_broken")), tell
         )
-        transfer = load_transfer(
+        transfer, rest = load_transfer(
             _text(description, "transfer"), reading, bool(description.get("transfer_labels")),
             _count(description, "transfer_count", 1), seed,
         )  # fmt: skip
         _warn_of_fewer(description, "transfer", transfer, warn)
+        evaluated = whole is not None or drafted.exchange == "parameters"
+        if description.get("validation") is None and evaluated and transfer.labels is not None:
+            transfer, rest = (transfer, rest) if len(rest) else _hold_out(transfer, seed)
+        else:
+            rest = _NOTHING
         if drafted.exchange != "parameters":
             _check_training(bundles, whole, drafted, transfer)
-        test = None
-        if description.get("test") is not None:
-            test = load_test(str(description["test"]), reading, _count(description, "test_count", 1), seed)
-            _warn_of_fewer(description, "test", test, warn)
+        held = {}
+        for name in ("test", "validation"):
+            if description.get(name) is not None:
+                count = _count(description, f"{name}_count", 1)
+                held[name] = load_test(str(description[name]), reading, count, seed)
+                _warn_of_fewer(description, name, held[name], warn)
+        if len(rest):
+            held["validation"] = rest
+        reserved = [("the transfer set", transfer)]
+        for name in held:
+            held[name] = _apart(held[name], name, reserved, warn)
+            reserved.append((f"the {name} set", held[name]))
         if fields.get("exchange") == "parameters":
             fields["parameter_shapes"] = parameter_shapes(first)
         return parse_task({
             **fields,
             "students": [describe_bundle(bundle, folder, add_blob) for bundle in bundles],
             "global_student": None if whole is None else describe_bundle(whole, folder, add_blob),
-            "transfer": describe_samples(transfer, folder / "transfer.safetensors", add_blob),
-            "test": None if test is None else describe_samples(test, folder / "test.safetensors", add_blob),
+            "transfer": describe_transfer(transfer, folder, add_blob),
+            **{
+                name: describe_samples(samples, folder / f"{name}.safetensors", add_blob)
+                for name, samples in held.items()
+            },
             "latent_size": first.latent_size,
             "classes": first.classes,
+            "seed": seed,
             "class_names": list(known.names),
         })  # fmt: skip
 
@@ -160,7 +194,9 @@ def _known_classes(
     Errors: UsageError for students whose outputs mean different things.
     """
     if given:
-        if not isinstance(given, str | Sequence):
+        if not isinstance(given, str) and not (
+            isinstance(given, Sequence) and all(isinstance(name, str) for name in given)
+        ):
             raise UsageError(f"class_names is {given!r}", 'write class_names = ["apple", "banana"]')
         known = KnownClasses(class_names_from(given), "the task")
     else:
@@ -202,8 +238,10 @@ class _Reading:
         return load_transfer_samples(source, form, self.resize, **how)[0]
 
 
-def load_transfer(source: str, reading: _Reading, labelled: bool, count: int | None, seed: int) -> Transfer:
-    """At most `count` samples of a data set, drawn by the seed; a .safetensors file is taken as it is."""
+def load_transfer(
+    source: str, reading: _Reading, labelled: bool, count: int | None, seed: int
+) -> tuple[Transfer, Transfer]:
+    """At most `count` samples of a data set, drawn by the seed, and up to half as many of the others."""
     if Path(source).suffix == ".safetensors" and Path(source).is_file():
         samples = Transfer.load(Path(source))
         images, labels = samples.images, samples.labels if labelled else None
@@ -216,7 +254,21 @@ def load_transfer(source: str, reading: _Reading, labelled: bool, count: int | N
         images, labels = dataset.images, dataset.labels
     else:
         images, labels = reading.unlabelled(source), None
-    return _take(Transfer(images, labels), count, seed)
+    samples = Transfer(images, labels)
+    if count is None or count >= len(samples):
+        return samples, _NOTHING
+    order = permutation(seed, SUBSET, 0, len(samples))
+    return _select(samples, order[:count]), _select(samples, order[count : count + max(1, count // 2)])
+
+
+def describe_transfer(transfer: Transfer, folder: Path, add_blob: AddBlob) -> dict[str, Any]:
+    """Stores a transfer set, and apart from it its labels, which no device gets; its entry in a task."""
+    entry = describe_samples(Transfer(transfer.images), folder / "transfer.safetensors", add_blob)
+    if transfer.labels is None:
+        return entry
+    path = folder / "labels.safetensors"
+    save_labels(path, transfer.labels)
+    return entry | {"labelled": True, "labels": add_blob(path)}
 
 
 def load_test(source: str, reading: _Reading, count: int | None, seed: int) -> Transfer:
@@ -233,9 +285,80 @@ def parameter_shapes(bundle: Bundle) -> dict[str, list[int]]:
 def _take(samples: Transfer, count: int | None, seed: int) -> Transfer:
     if count is None or count >= len(samples.images):
         return samples
-    chosen = np.sort(permutation(seed, SUBSET, 0, len(samples.images))[:count])
+    return _select(samples, permutation(seed, SUBSET, 0, len(samples.images))[:count])
+
+
+def _select(samples: Transfer, chosen: np.ndarray) -> Transfer:
+    """Those of the samples, in their old order."""
+    chosen = np.sort(chosen)
     labels = None if samples.labels is None else samples.labels[chosen]
     return Transfer(samples.images[chosen], labels)
+
+
+_NOTHING = Transfer(np.zeros((0, 1), np.uint8))
+
+
+def _hold_out(transfer: Transfer, seed: int) -> tuple[Transfer, Transfer]:
+    """Nine tenths of a labelled transfer set, and the tenth that the best round is chosen by."""
+    order = permutation(seed, SUBSET, 1, len(transfer))
+    count = len(transfer) // 10
+    return (_select(transfer, order[count:]), _select(transfer, order[:count])) if count else (transfer, _NOTHING)
+
+
+def _apart(samples: Transfer, name: str, reserved: Sequence[tuple[str, Transfer]], warn: Warn) -> Transfer:
+    """Without what is in the reserved sets. Errors: UsageError where nothing is left."""
+    for what, others in reserved:
+        kept = apart(samples.images, others.images)
+        if len(kept) == 0:
+            raise UsageError(
+                f"every sample of --{name} is in {what}, too", f"give a {name} set of other samples"
+            )
+        if len(kept) < len(samples):
+            warn(f"{len(samples) - len(kept)} samples of the {name} set are in {what}, too, and are left out of it")
+            samples = _select(samples, kept)
+    return samples
+
+
+def _with_defaults(
+    fields: Mapping[str, Any], bundles: Sequence[Bundle], whole: Bundle | None
+) -> dict[str, Any]:
+    """The fields with this module's defaults for what is not given."""
+
+    def given(name: str) -> dict[str, Any]:
+        return {key: value for key, value in (fields.get(name) or {}).items() if value is not None}
+
+    local, distil = dict(LOCAL), dict(DISTIL)
+    if all(bundle.input.is_image for bundle in bundles):
+        local["augment"] = AUGMENT
+    if whole is not None and whole.optimizer.name in DISTIL_RATE:
+        distil["learning_rate"] = DISTIL_RATE[whole.optimizer.name]
+    return {"rounds": ROUNDS, **fields, "local": local | given("local"), "distil": distil | given("distil")}
+
+
+def _check_heads(bundles: Sequence[Bundle], drafted: Task, wanted: bool | None, warn: Warn) -> bool:
+    """Whether all students have the common head. Errors: UsageError where the task wants it and one has another."""
+    for bundle in bundles:
+        name = bundle.manifest.common_head
+        if name is None:
+            continue
+        weights = bundle.initial_state()[name]
+        if not np.array_equal(weights, common_head(bundle.classes, bundle.latent_size)):
+            raise UsageError(
+                f"{bundle.source}: its {name} is not the common head that its manifest names",
+                "export it again with --common-head",
+            )
+    own = [bundle for bundle in bundles if not bundle.has_common_head]
+    if own and wanted:
+        raise UsageError(
+            f"the task wants the common head, and {_named(own)} has an output layer of its own",
+            "export it again with --common-head, or leave --common-head out here",
+        )
+    if 0 < len(own) < len(bundles) and drafted.exchange != "parameters" and wanted is None:
+        warn(
+            f"heads are mixed: {_named(own)} has an output layer of its own, the others have the common head; a latent "
+            "of the one means nothing to the other; export all with --common-head"
+        )
+    return not own
 
 
 def _with_stand_ins(fields: Mapping[str, Any], description: Mapping[str, Any]) -> dict[str, Any]:
@@ -248,7 +371,11 @@ def _with_stand_ins(fields: Mapping[str, Any], description: Mapping[str, Any]) -
         "students": students,
         "global_student": None if description.get("global_bundle") is None else {**entry, "bundle": "f" * 64},
         "transfer": {**samples, "labelled": bool(description.get("transfer_labels"))},
-        "test": None if description.get("test") is None else {**samples, "labelled": True},
+        **{
+            name: {**samples, "labelled": True}
+            for name in ("test", "validation")
+            if description.get(name) is not None
+        },
         **({"parameter_shapes": {"x": [1]}} if fields.get("exchange") == "parameters" else {}),
     }
 

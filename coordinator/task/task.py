@@ -50,12 +50,14 @@ class StudentEntry:
 
 @dataclass(frozen=True)
 class TransferEntry:
-    """Samples in the blobs: the transfer set, or what the global student is evaluated on."""
+    """Samples in the blobs: the transfer set, or what the global student is evaluated or chosen on."""
 
     blob: str
     samples: int
     size_bytes: int
     labelled: bool
+    labels: str | None = None
+    """Of a transfer set: the blob with its classes, which no device may read. Else labels lie beside the images."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ class Task:
     mode: str = "consensus"
     global_student: StudentEntry | None = None
     test: TransferEntry | None = None
+    validation: TransferEntry | None = None
+    """What the best round is chosen by."""
     latent_size: int = 128
     classes: int = 10
     class_names: tuple[str, ...] = ()
@@ -98,12 +102,16 @@ class Task:
     aggregation: Aggregation = Aggregation()
     local: LocalSettings = LocalSettings()
     distil: Distil = Distil()
+    common_head: bool = False
+    """Whether all students, the global one too, have the common head."""
     precision: str = "fp16"
     rounds: int = 10
     goal: int = 2
     over_selection: float = 1.3
     minimum: int = 1
     deadline_s: float = 3600.0
+    seed: int = 0
+    """Of everything that rounds draw: batches, augmentation, dropout."""
     parameter_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Of every parameter and statistic, with the exchange `parameters`."""
     ca_cert: str | None = None
@@ -126,10 +134,12 @@ class Task:
                 f"Krum with --byzantine {spec.byzantine:g} of --minimum {self.minimum} uploads reckons with no hostile "
                 "device, for the share is rounded down; raise --minimum and --goal, or --byzantine"
             )
-        if self.mode == "global" and self.exchange == "latents" and not self._labels_are_distilled:
+        deaf = not self._labels_are_distilled and not self.common_head
+        if self.mode == "global" and self.exchange == "latents" and deaf:
             found.append(
-                "the global student cannot classify: latents without labels do not train its output layer; take "
-                "--exchange both, or a labelled transfer set (--transfer-labels) with --distil-alpha below 1"
+                "the global student cannot classify: latents without labels do not train its output layer; export "
+                "students with --common-head, or take --exchange both, or a labelled transfer set (--transfer-labels) "
+                "with --distil-alpha below 1"
             )
         return found
 
@@ -177,6 +187,7 @@ def parse_task(data: Any) -> Task:
         mode=node.get("mode", "consensus" if global_student is None else "global").one_of(MODES),
         global_student=global_student,
         test=node.optional("test", _parse_transfer),
+        validation=node.optional("validation", _parse_transfer),
         latent_size=node.get("latent_size", 128).integer(1, 65_536),
         classes=node.get("classes", 10).integer(2, 100_000),
         ca_cert=node.optional("ca_cert", _parse_certificate),
@@ -184,12 +195,14 @@ def parse_task(data: Any) -> Task:
         aggregation=_parse_aggregation(node.get("aggregation", {})),
         local=_parse_local(node.get("local", {})),
         distil=_parse_distil(node.get("distil", {}), transfer.labelled),
+        common_head=node.get("common_head", False).flag(),
         precision=node.get("precision", "fp32" if exchange == "parameters" else "fp16").one_of(PRECISIONS),
         rounds=node.get("rounds", 10).integer(1, 1_000_000),
         goal=goal,
         over_selection=node.get("over_selection", 1.3).number(1.0, 100.0),
         minimum=node.get("minimum", math.ceil(goal / 2)).integer(1, _MAX_GOAL),
         deadline_s=node.get("deadline_s", 3600.0).number(0.001, 30 * _DAY_S),
+        seed=node.get("seed", 0).integer(0, 2**63 - 1),
         parameter_shapes=_parse_shapes(node.get("parameter_shapes", {})),
     )
     _check_consistency(task)
@@ -219,6 +232,7 @@ def _parse_transfer(node: Node) -> TransferEntry:
         samples=node.get("samples").integer(1, 10_000_000),
         size_bytes=node.get("size_bytes").integer(1, _MAX_BYTES),
         labelled=node.get("labelled").flag(),
+        labels=node.optional("labels", Node.digest),
     )
 
 
@@ -292,8 +306,9 @@ def _check_consistency(task: Task) -> None:
         raise field_error("global_student", None, "a student in mode global; or choose mode consensus")
     if task.mode == "consensus" and task.global_student is not None:
         raise field_error("global_student", task.global_student.student, "null in mode consensus")
-    if task.test is not None and not task.test.labelled:
-        raise field_error("test.labelled", False, "true: accuracy needs labels")
+    for name, samples in (("test", task.test), ("validation", task.validation)):
+        if samples is not None and not samples.labelled:
+            raise field_error(f"{name}.labelled", False, "true: accuracy needs labels")
     if spec.rule == "class_mean" and (task.exchange == "parameters" or not task.transfer.labelled):
         raise field_error(
             "aggregation.rule", spec.rule, "class_mean only for outputs on a labelled transfer set"

@@ -132,6 +132,10 @@ class Bundle:
         return tuple(self.manifest.graphs)
 
     @property
+    def has_common_head(self) -> bool:
+        return self.manifest.common_head is not None
+
+    @property
     def state_specs(self) -> tuple[TensorSpec, ...]:
         return self.manifest.state
 

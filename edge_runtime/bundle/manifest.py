@@ -171,6 +171,8 @@ class Manifest:
     objective: Objective
     optimizer: Optimizer
     freeze: tuple[str, ...]
+    common_head: str | None
+    """The state tensor with the weights of the common head; None where the student has an output layer of its own."""
     flops_per_step: int | None
     state_file: str
     state: tuple[TensorSpec, ...]
@@ -224,6 +226,7 @@ def parse_manifest(text: bytes) -> Manifest:
             *(optimizer.get(key, False).expect(bool) for key in ("nesterov", "clips")),
         ),
         freeze=tuple(entry.text() for entry in root.get("freeze", []).items()),
+        common_head=None if root.get("common_head", None).value is None else root.get("common_head").text(),
         flops_per_step=root.optional_size("flops_per_step"),
         state_file=state.get("file").file_name(),
         state=tuple(_parse_tensor(entry, of_state=True) for entry in state.get("tensors").items()),
@@ -312,6 +315,11 @@ def _check_consistency(manifest: Manifest) -> None:
                 raise BundleError(f"{where}.outputs lacks {min(outputs - set(graph.outputs))!r}")
             if graph.file not in manifest.files:
                 raise BundleError(f"{where}.file: {graph.file!r} is not listed in files")
+    if manifest.common_head is not None and manifest.common_head not in state_names:
+        raise BundleError(
+            f"manifest.json: common_head: there is no state tensor {manifest.common_head!r}",
+            "export the bundle again",
+        )
     names = manifest.class_names
     if names and (len(names) != manifest.classes or len(set(names)) != len(names) or not all(names)):
         raise BundleError(

@@ -37,6 +37,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "task list": ("edgestill task list --data-dir federation",),
     "task show": ("edgestill task show --data-dir federation birds",),
+    "task export": (
+        "edgestill task export --data-dir federation birds --output birds.safetensors --bundle birds-bundle",
+        "edgestill task export --data-dir federation birds --round last --output birds.safetensors",
+    ),
     "task stop": ("edgestill task stop --data-dir federation birds",),
     "enrol": ("edgestill enrol --data-dir federation --task birds --count 5",),
     "backup": ("edgestill backup --data-dir federation --output /var/backups/federation",),

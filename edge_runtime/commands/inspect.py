@@ -85,6 +85,7 @@ def examine(bundle: Bundle) -> dict[str, Any]:
         "optimizer": {"name": manifest.optimizer.name, "nesterov": manifest.optimizer.nesterov}
         | ({"clips": True} if manifest.optimizer.clips else {}),
         "freeze": list(manifest.freeze),
+        "common_head": manifest.common_head,
         "flops_per_step": manifest.flops_per_step,
         "training_memory_bytes": bundle.training_memory_bytes,
         "state": state,
@@ -145,7 +146,8 @@ def describe(report: dict[str, Any]) -> str:
         *([f"noise       {noise:,} numbers a step"] if noise else []),
         f"output      latents of {report['latent_size']}, {report['classes']} classes{_named(report['class_names'])}",
         f"objective   {objective}, optimizer {report['optimizer']['name']}{nesterov}{clips}",
-        f"frozen      {', '.join(report['freeze']) or 'nothing'}",
+        f"frozen      {', '.join(report['freeze']) or 'nothing'}"
+        + (f"; {report['common_head']} is the common head" if report["common_head"] else ""),
         f"a step      {f'{flops / 1e9:.3g} GFLOP' if flops else 'FLOP not counted'}",
         f"training    {_megabytes(report['training_memory_bytes'])} by plan: what --memory of join must allow",
         f"bundle      {_megabytes(report['size_bytes'])} in {len(report['files'])} files, "

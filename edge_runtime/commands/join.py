@@ -14,6 +14,7 @@ from edgestill.runtime.commands.events import EventOutput
 from edgestill.runtime.console import add_image_options, add_json_option
 from edgestill.runtime.data.classes import KnownClasses, first_known
 from edgestill.runtime.data.dataset import Dataset, Splits, load_splits
+from edgestill.runtime.data.disjoint import without
 from edgestill.runtime.data.notice import Notice, Tell
 from edgestill.runtime.data.shares import deal, draw_tests, parse_share, share_of
 from edgestill.runtime.device.address import check_url
@@ -198,10 +199,10 @@ def run(arguments: argparse.Namespace) -> int:
         engine = open_task_engine(bundle, arguments.engine, arguments.threads)
         stack.callback(engine.close)
         known = known_classes(assignment.task, bundle)
-        private, tests = load_private(
-            arguments, bundle, known, lambda notice: output("notice", **notice.as_json())
-        )
         transfer = None if assignment.transfer_path is None else Transfer.load(assignment.transfer_path)
+        private, tests = load_private(
+            arguments, bundle, known, lambda notice: output("notice", **notice.as_json()), transfer
+        )
         student = (assignment.bundle_path, keep.student_path(bundle))
         device = Device(
             name=identity["device"],
@@ -291,15 +292,25 @@ def conditions_from(arguments: argparse.Namespace) -> Conditions | None:
 
 
 def load_private(
-    arguments: argparse.Namespace, bundle: Bundle, known: KnownClasses | None, tell: Tell
+    arguments: argparse.Namespace,
+    bundle: Bundle,
+    known: KnownClasses | None,
+    tell: Tell,
+    transfer: Transfer | None = None,
 ) -> tuple[Dataset, dict[str, Dataset]]:
-    """This device's training samples, and its tests `t_priv` and `t_uni`. Errors: UsageError, DataError."""
+    """This device's training samples, and its tests `t_priv` and `t_uni`, without those that the transfer set holds.
+
+    Errors: UsageError, DataError.
+    """
 
     def load(source: str, known: KnownClasses | None) -> Splits:
         return load_splits(
             source, bundle.input, bundle.classes, arguments.resize, bundle.more_inputs,
             known=known, skip_broken=arguments.skip_broken, tell=tell,
         )  # fmt: skip
+
+    def apart(dataset: Dataset, source: str) -> Dataset:
+        return dataset if transfer is None else _apart(dataset, transfer, source, tell)
 
     splits = load(arguments.data, known)
     private = splits.train
@@ -319,6 +330,7 @@ def load_private(
                 {"names": list(private.class_names)},
             )
         )
+    private = apart(private, arguments.data)
     number = 1
     if arguments.share is not None:
         number, devices = parse_share(arguments.share)
@@ -328,6 +340,7 @@ def load_private(
     if arguments.test is not None:
         held_out = load(arguments.test, known).choose(None)
     if held_out is not None:
+        held_out = apart(held_out, arguments.test or arguments.data)
         t_priv, t_uni = draw_tests(private.labels, held_out.labels, arguments.seed, device=number - 1)
         return private, {"t_priv": held_out.select(t_priv), "t_uni": held_out.select(t_uni)}
     try:
@@ -336,6 +349,25 @@ def load_private(
     except DataError:  # too few samples to hold any out
         return private, {}
     return own.train, {"t_priv": own.t_priv, "t_uni": own.t_uni}
+
+
+def _apart(dataset: Dataset, transfer: Transfer, source: str, tell: Tell) -> Dataset:
+    """The samples that are not in the transfer set. Errors: DataError where none is left."""
+    kept, lost = without(dataset, transfer.images)
+    if len(kept) == 0:
+        raise DataError(
+            f"{source}: every sample is in the task's transfer set, too", "give samples that nobody else has"
+        )
+    if lost:
+        tell(
+            Notice(
+                "shared",
+                f"{lost} samples of {source} are in the task's transfer set, too, and are left out: what is private "
+                "stays apart from what is shared",
+                {"samples": lost},
+            )
+        )
+    return kept
 
 
 def known_classes(task: Mapping[str, Any], bundle: Bundle) -> KnownClasses | None:

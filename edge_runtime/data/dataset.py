@@ -16,14 +16,6 @@ from edgestill.runtime.bundle.manifest import InputSpec
 from edgestill.runtime.data.cifar import find_cifar, read_cifar
 from edgestill.runtime.data.classes import KnownClasses, check_names, translate
 from edgestill.runtime.data.datasets import SHIPPED
-from edgestill.runtime.data.image_folder import (
-    class_folders,
-    find_splits,
-    is_image_folder,
-    read_image_folder,
-    read_unlabelled_folder,
-    walk,
-)
 from edgestill.runtime.data.notice import Tell, tell_on_stderr
 from edgestill.runtime.data.partition import dirichlet_partition
 from edgestill.runtime.errors import DataError, UsageError
@@ -148,7 +140,9 @@ def class_names_of(source: str | Path) -> tuple[str, ...]:
     path = find_source(source)
     if find_cifar(path):
         names = read_cifar(path)[2]
-    elif is_image_folder(path):
+    elif path.is_dir():
+        from edgestill.runtime.data.image_folder import class_folders, find_splits, walk
+
         names = class_folders(find_splits(walk(path))["train"])
     else:
         names = _names_in(_load_npz(path, ("classes", "class_names")))
@@ -216,7 +210,7 @@ def _read(
 ) -> dict[str, _Part]:
     """By split, `train` first."""
     path = find_source(source)
-    if not (find_cifar(path) or is_image_folder(path)):
+    if not (find_cifar(path) or path.is_dir()):
         return _read_npz(path, [spec.name for spec in more], labelled)
     if more:
         raise DataError(
@@ -229,10 +223,12 @@ def _read(
             "train": _Part([train.images], train.labels, names),
             "test": _Part([test.images], test.labels, names),
         }
+    from edgestill.runtime.data import image_folder  # imported when first needed: it delays the start
+
     if not labelled:
-        images = read_unlabelled_folder(path, form, resize, skip_broken, tell)
+        images = image_folder.read_unlabelled_folder(path, form, resize, skip_broken, tell)
         return {"train": _Part([images], np.zeros(0, np.int64), ())}
-    found = read_image_folder(path, form, resize, skip_broken, tell)
+    found = image_folder.read_image_folder(path, form, resize, skip_broken, tell)
     return {name: _Part([split.images], split.labels, split.names) for name, split in found.items()}
 
 

@@ -162,7 +162,7 @@ def _eight_bits(pillow: ModuleType, image: object) -> tuple[object, int | None]:
     """The picture with eight bits a channel, and the brightest of its 16-bit grey levels. Errors: BrokenImage."""
     mode, made_of = image.mode, getattr(image, "format", None)  # type: ignore[attr-defined]
     if mode.startswith("I;16") or (mode == "I" and made_of in ("PNG", "PPM")):
-        levels = np.asarray(image).astype(np.int64)
+        levels = np.asarray(image)
         return pillow.fromarray((levels >> 8).astype(np.uint8)), int(levels.max(initial=0))
     if mode == "I":
         raise _without_range(image, "32-bit whole numbers")

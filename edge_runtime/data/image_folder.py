@@ -58,11 +58,6 @@ class Tree:
         self.skipped += [(parts, reason) for parts in pictures]
 
 
-def is_image_folder(path: Path) -> bool:
-    """Whether a path is a folder; what is in it shows when it is read."""
-    return path.is_dir()
-
-
 def read_image_folder(
     path: Path, form: InputSpec, resize: bool, skip_broken: bool, tell: Tell
 ) -> dict[str, FolderSplit]:

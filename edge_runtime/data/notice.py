@@ -12,7 +12,8 @@ from edgestill.runtime.console import printable
 
 @dataclass(frozen=True)
 class Notice:
-    """`kind` is `skipped`, `classes`, `frames` or `depth`; `details` are JSON values."""
+    """`kind` is `skipped`, `classes`, `unnamed`, `frames`, `depth`, `holdout`, `shared` or `student`; `details` are
+    JSON values."""
 
     kind: str
     text: str

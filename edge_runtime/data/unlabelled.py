@@ -12,7 +12,7 @@ from edgestill.runtime.bundle.manifest import InputSpec
 from edgestill.runtime.data.cifar import find_cifar
 from edgestill.runtime.data.dataset import find_source, fit_tensors, read_unlabelled
 from edgestill.runtime.data.image_file import SUFFIXES, check_form
-from edgestill.runtime.data.image_folder import Reader, Tree, is_image_folder, walk
+from edgestill.runtime.data.image_folder import Reader, Tree, walk
 from edgestill.runtime.data.notice import Tell
 from edgestill.runtime.errors import DataError, UsageError
 
@@ -41,7 +41,7 @@ def load_unlabelled(
     Errors: DataError, UsageError.
     """
     path = find_source(source)
-    if is_image_folder(path) and not find_cifar(path):
+    if path.is_dir() and not find_cifar(path):
         if split is not None:
             raise UsageError(
                 f"--split {split} of a folder, all of whose images are taken", f"give {path / split}"

@@ -58,11 +58,25 @@ class Transfer:
         return cls(images, labels)
 
     def save(self, path: str | Path) -> None:
-        """Writes that file; equal sets give equal bytes. Errors: WireError."""
+        """Writes that file, labels too where there are some; equal sets give equal bytes. Errors: WireError."""
         arrays = {"images": self.images}
         if self.labels is not None:
             arrays["labels"] = self.labels
         wire.save(path, arrays)
+
+
+def save_labels(path: str | Path, labels: np.ndarray) -> None:
+    """Writes the classes of a transfer set, int64 [N], which the coordinator alone keeps. Errors: WireError."""
+    wire.save(path, {"labels": labels})
+
+
+def load_labels(path: str | Path) -> np.ndarray:
+    """Reads that file. Errors: DataError, WireError."""
+    arrays = wire.load(path).arrays
+    labels = arrays.get("labels")
+    if set(arrays) != {"labels"} or labels is None or labels.ndim != 1 or labels.dtype != np.int64:
+        raise DataError(f"{path}: holds no labels int64 [N]", "make the task again")
+    return labels
 
 
 @dataclass(frozen=True)

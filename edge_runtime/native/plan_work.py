@@ -13,7 +13,7 @@ import numpy as np
 
 from edgestill.runtime.errors import BundleError
 
-MAGIC, VERSION = 0x314E414C504C5345, 3
+MAGIC, VERSION = 0x314E414C504C5345, 4
 HEAD_WORDS = 8
 KERNELS = tuple(
     "copy map reduce product conv conv_grad depthwise pool rows index winograd winograd_grad".split()
@@ -105,7 +105,7 @@ def _moved_bytes(name: str, call: list[int]) -> int:
 def _program_bytes(call: list[int]) -> int:
     count, sizes, (loads, _, stores) = call[0], call[1:5], call[5:8]
     moved = 4 * count * stores
-    for place in range(11, 11 + 9 * loads, 9):
+    for place in range(10, 10 + 9 * loads, 9):
         kind, *axes = call[place + 2 : place + 7]
         if kind == 3:  # the gradient of a pooling: dy and its windows' winners
             moved += 5 * count // (axes[2] * axes[3])

@@ -45,7 +45,6 @@ def make_plan(graph: Graph) -> Plan:
     """The plan of a lowered graph. Errors: LoweringError for an operator without a kernel."""
     plan = Plan(graph)
     _Scheduler(plan).schedule()
-    plan.chain()
     plan.place()
     return plan
 

@@ -11,7 +11,6 @@ from edgestill.export.lowering.operators import ELEMENTWISE
 from edgestill.export.targets.native_fusion import side_by_side
 from edgestill.export.targets.native_plan import (
     ALIGNMENT,
-    Made,
     Plan,
     Unpooled,
     View,
@@ -189,33 +188,18 @@ def _conv2d(plan: Plan, node: Node, x: Value, weight: Value, *bias: Value) -> No
             "depthwise", node.operator, reads, [to, packed],
             [image, filters, to, offset, packed, *words, int(adjoint), 1],
         )  # fmt: skip
-        _made_in_blocks(plan, to, a, adjoint)
         return
     if has_winograd(a, kernel, x.shape[3], value.shape):
         wide = -(-out // LANES) * LANES
         packed = plan.new((SPOTS, into, wide))
-        across = -(-value.shape[2] // 4)
         tiles = max(12, min(48, TILE_BYTES // (SPOTS * 4 * (into + wide)) // 12 * 12))
-        tiles = max(tiles // across, 1) * across if across <= 48 else tiles  # whole rows of tiles
         plan.scratch = max(plan.scratch, SPOTS * (tiles * (into + wide) + 2 * LANES) * 4)
         arguments = [image, filters, to, offset, packed, *words, tiles]
         plan.call("winograd", node.operator, reads, [to, packed], arguments)
-        if tiles % across == 0:
-            count = value.shape[0] * -(-value.shape[1] // 4) * across
-            plan.calls[-1].made = Made(to.base, to.size, value.shape[3], -(-count // tiles))
         return
     packed = plan.new((groups, -(-out // LANES) * LANES, taps * into))
     _block_scratch(plan, a, kernel, value.shape, x.shape[3], adjoint, 16 * sum(kernel))
     plan.call("conv", node.operator, reads, [to, packed], [image, filters, to, offset, packed, *words])
-    _made_in_blocks(plan, to, a, adjoint)
-
-
-def _made_in_blocks(plan: Plan, to: View, a: dict, adjoint: bool) -> None:
-    """A convolution's tasks make whole rows of pixels, unless these are many, or made phase by phase."""
-    images, height, width, channels = to.shape
-    if width <= TASK_ROWS and not (adjoint and math.prod(a["stride"]) > 1):
-        rows = min(height, TASK_ROWS // width)
-        plan.calls[-1].made = Made(to.base, to.size, channels, images * -(-height // rows))
 
 
 def _conv2d_weight_grad(plan: Plan, node: Node, x: Value, dy: Value, weight: Value) -> None:

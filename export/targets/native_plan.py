@@ -20,8 +20,6 @@ from edgestill.runtime.native.plan_work import KERNELS, MAGIC, VERSION
 ALIGNMENT = 64
 RANK = 6
 """The most axes that a copy goes through."""
-CHAINED = 10
-"""The word of a program that says whether it runs with the call before."""
 ITEM_BYTES = {"float32": 4, "int64": 8, "uint8": 1}
 
 
@@ -59,27 +57,6 @@ class Unpooled:
 
 
 @dataclass
-class MappedOver:
-    """What a program goes through."""
-
-    elements: int
-    columns: int  # that it sums; 0 where it sums none
-    whole: list[str]  # what it reads element by element
-    partials: list[tuple[str, int]]  # sums of its parts, and how many a part has
-    chained: bool = False
-
-
-@dataclass
-class Made:
-    """What the tasks of a call make: so many elements each time, in whole rows of channels."""
-
-    result: str
-    elements: int
-    channels: int
-    tasks: int
-
-
-@dataclass
 class Call:
     """A kernel call. Arguments are words, or a view (base and offset, filled in when places are known)."""
 
@@ -90,12 +67,6 @@ class Call:
     what: str
     over: list[tuple[str, str]] = field(default_factory=list)
     """What it reads, and what may be written over it, element by element."""
-    program: MappedOver | None = None
-    made: Made | None = None
-
-    @property
-    def chained(self) -> bool:
-        return self.program is not None and self.program.chained
 
 
 def dense_strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -228,55 +199,16 @@ class Plan:
             words[4] = 0
         self.call("copy", what, [source], [to], words)
 
-    # --- chains ------------------------------------------------------------------------------------------------------
-    def chain(self) -> None:
-        """Programs that read element by element what a call makes run task by task with it, while that is in the cache:
-        those that follow it, or can be moved there."""
-        i = 0
-        while i < len(self.calls):
-            made = self.calls[i].made
-            i += 1
-            while made is not None and (j := self._follower(i, made)) is not None:
-                call = self.calls.pop(j)
-                self.calls.insert(i, call)
-                call.program.chained = True
-                call.arguments[CHAINED] = 1
-                for name, each in call.program.partials:
-                    self.sizes[name] = 4 * each * made.tasks
-                i += 1
-
-    def _follower(self, start: int, made: Made) -> int | None:
-        written: set[str] = set()
-        read: set[str] = set()
-        for j in range(start, len(self.calls)):
-            call = self.calls[j]
-            program = call.program
-            fits = (
-                program is not None
-                and made.result in program.whole
-                and program.elements == made.elements
-                and program.columns in (0, made.channels)
-            )
-            if fits and not written & {*call.reads, *call.writes} and not read & set(call.writes):
-                return j
-            if made.result in call.writes:
-                return None
-            written |= set(call.writes)
-            read |= set(call.reads)
-        return None
-
     # --- places ------------------------------------------------------------------------------------------------------
     def place(self) -> None:
         """Offsets in the arena: each value at the lowest place that is free from its first use to its last."""
         home = self._overwritten()
         first: dict[str, int] = {}
         last: dict[str, int] = {}
-        at = 0
         for i, call in enumerate(self.calls):
-            at = at if call.chained else i  # chained calls run at the same time as the one before them
             for name in (*call.reads, *call.writes):
-                first.setdefault(home.get(name, name), at)
-                last[home.get(name, name)] = at
+                first.setdefault(home.get(name, name), i)
+                last[home.get(name, name)] = i
         self.offsets: dict[str, int] = {}
         taken: list[tuple[int, int, int, int]] = []
         order = sorted((name for name in self.sizes if name in first), key=lambda n: (-self.sizes[n], first[n]))
@@ -306,17 +238,13 @@ class Plan:
             first.update((name, i) for name in call.writes if name not in first)
             last.update((name, i) for name in (*call.reads, *call.writes))
         home: dict[str, str] = {}
-        others: list[str] = []  # what the tasks of the call that this one is chained to still read
         for i, call in enumerate(self.calls):
-            others = others if call.chained else []
             for name, to in call.over:
                 there = home.get(name, name)
                 fits = name in self.sizes and self.sizes[name] == self.sizes.get(to)
-                free = to not in home and all(home.get(other, other) != there for other in others)
-                if fits and free and last[there] == i == first[to]:
+                if fits and to not in home and last[there] == i == first[to]:
                     home[to] = there
                     last[there] = last[to]
-            others = others if call.chained else call.reads
         return home
 
     def _word(self, argument: int | View | None) -> list[int]:

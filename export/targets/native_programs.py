@@ -14,7 +14,6 @@ from typing import Any
 from edgestill.export.lowering.graph import Node, Value
 from edgestill.export.targets.native_fusion import Fusion, is_mapped, number_of, space_of, summed_columns
 from edgestill.export.targets.native_plan import (
-    MappedOver,
     Plan,
     Unpooled,
     View,
@@ -30,7 +29,7 @@ STEPS = (
     "abs exp log sqrt rsqrt power erf tanh sigmoid softplus sin cos atan floor number multiply_add masked_above"
 ).split()
 REGISTERS, BLOCK = 48, 512
-MAP_TASK, SUM_ROWS = 8 * BLOCK, 128
+MAP_TASK, SUM_ROWS, LANES = 8 * BLOCK, 128, 16
 MOST_LOADS, MOST_STORES, MOST_STEPS = 20, 12, 120
 """Of a program; they leave registers for what is in between."""
 _KINDS = {"float32": 0, "uint8": 1, "int64": 2}
@@ -102,7 +101,7 @@ class Program:
         columns = summed_columns(sums[0]) if sums else 1
         totals = self._totals(sums, summed)
         words: list[Any] = [math.prod(shape), *(axis[0] for axis in axes)]
-        words += [loads, count, len(stores), len(totals), columns, 0]
+        words += [loads, count, len(stores), len(totals), columns]
         reads: list[View] = []
         for i, view in enumerate(views):
             if isinstance(view, Unpooled):
@@ -115,11 +114,10 @@ class Program:
         for value, view in stores:
             words += [view, register[value.name], *runs_of(view)]
         written = [view for _, view in stores]
-        parts = -(-math.prod(shape) // (columns * max(1, min(MAP_TASK // columns, SUM_ROWS))))
-        partials = []
+        rows = max(1, min(MAP_TASK // columns, SUM_ROWS * max(1, LANES // columns)))
+        parts = -(-math.prod(shape) // (columns * rows))
         for name, total, squares in totals:
             partial = plan.new((parts, (3 if squares else 1) * columns))
-            partials.append((partial.base, partial.size // parts))
             results = [value and plan.result(value) for value in (total, squares)]
             words += [register[name], int(squares is not None), *results, partial]
             written += [partial, *(view for view in results if view)]
@@ -127,8 +125,6 @@ class Program:
         alone = [to for _, to in stores if to.dense and plan.sizes.get(to.base) == 4 * to.size]
         over = [(view, to) for view in views for to in alone if _is_plain(view) and view.dtype == "float32"]
         plan.call("map", "map", reads, written, words, over)
-        whole = [view.base for view in views if _is_plain(view) and view.dtype == "float32"]
-        plan.calls[-1].program = MappedOver(math.prod(shape), columns if totals else 0, whole, partials)
         return True
 
     def _placed(self, view: View | Unpooled, shape: tuple[int, ...]) -> View | Unpooled:

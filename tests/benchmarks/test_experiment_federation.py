@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from edgestill.benchmarks.experiments import common_head, federation, poisoning
+from edgestill.benchmarks.experiments import federation, poisoning
 from edgestill.benchmarks.experiments.federation import CANDIDATES, RATES
 from edgestill.benchmarks.experiments.grid import Cell, Context, Options
-from edgestill.benchmarks.experiments.simulated import WIDTH_DIVISOR, take_apart
+from edgestill.benchmarks.experiments.simulated import take_apart
 from edgestill.runtime.data.dataset import Dataset, Splits
 from edgestill.runtime.errors import DataError, EdgestillError
 from edgestill.simulation.settings import SimulationSettings
-from edgestill.simulation.students import narrow
 
 CHOSEN = {of: dict(zip(RATES, grid[0], strict=True)) for of, (_, grid) in CANDIDATES.items()}
 SMALL = {"train_samples": 128, "transfer_samples": 32, "validation_samples": 64, "test_samples": 32, "rounds": 2,
@@ -87,11 +86,6 @@ def test_the_largest_mean_of_both_is_chosen_and_what_diverged_is_not() -> None:
     assert chosen["FedMD"] == {"learning_rate": 2e-3, "alpha": 0.7}
     assert chosen["latents, no labels"] == {"learning_rate": 2e-3, "alpha": 0.97}
     assert chosen["latents"] == {"learning_rate": 1e-3, "alpha": 0.95}
-
-
-def test_students_are_as_wide_with_a_common_head_as_with_one_of_their_own() -> None:
-    for student, widths in common_head.WIDTHS.items():
-        assert narrow(student, WIDTH_DIVISOR) == ("--widths", ",".join(map(str, widths)))
 
 
 def test_runs_of_other_settings_are_not_mixed_into_a_report() -> None:

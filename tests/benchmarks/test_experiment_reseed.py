@@ -13,7 +13,7 @@ from edgestill.runtime.errors import UsageError
 
 SMALL = {"widths": (4, 4, 4), "latent_size": 8, "batch": 4, "engines": ("onnxruntime",)}
 
-FACTORY = "edgestill.benchmarks.experiments.common_head:cnn3"
+FACTORY = "tests.support.students:small"
 
 
 @pytest.mark.contract
@@ -24,8 +24,9 @@ FACTORY = "edgestill.benchmarks.experiments.common_head:cnn3"
         {"objective": Objective("crd", negatives=6, features=5, teacher_latent_size=7)},
         {"objective": Objective("lkd"), "freeze": ("output",), "normalization": "group"},
         {"objective": Objective("lkd"), "freeze": ("output",), "student": FACTORY, "widths": None},
+        {"objective": Objective("lkd"), "common_head": True, "classes": 8},
     ],
-    ids=["adamw", "heads", "frozen", "factory"],
+    ids=["adamw", "heads", "frozen", "factory", "common head"],
 )
 def test_another_seed_gives_what_exporting_with_it_gives(options: dict, tmp_path: Path) -> None:
     first, wanted = (

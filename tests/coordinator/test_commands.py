@@ -99,7 +99,7 @@ def test_a_task_from_a_file_with_flags_over_it(place: Path, capsys: pytest.Captu
     task = run_json(capsys, *words)
     assert (task["rounds"], task["goal"], task["mode"]) == (2, 5, "global")
     given = {name: value for name, value in task["distil"].items() if value is not None}
-    assert given == {"epochs": 1, "alpha": 0.5, "deadline_s": 9.0}
+    assert given == {"epochs": 8, "alpha": 0.5, "deadline_s": 9.0}
     assert task["transfer"]["labelled"] and task["aggregation"]["rule"] == "class_mean"
 
 
@@ -255,7 +255,9 @@ def test_serve_speaks_tls_and_a_device_joins_over_it(place: Path, capsys: pytest
             assert client.get("/healthz").json() == {"status": "ok"}
             assert problem_of(client.get("/v1/assignment")) == "unauthorised"
 
-        assert main([*CREATE, "--rounds", "1", "--goal", "1", "--minimum", "1"]) == 0
+        # the device keeps the samples that are not in the transfer set
+        create = [*CREATE, "--transfer-count", "8", "--rounds", "1", "--goal", "1", "--minimum", "1"]
+        assert main(create) == 0
         code = run_json(capsys, "enrol", "--data-dir", "fed", "--task", "birds")["codes"][0]
         join = ["join", url, "--code", code, "--data", "data.npz", "--work-dir", "device", "--once",
                 "--ignore-conditions"]  # fmt: skip

@@ -25,7 +25,7 @@ from tests.support.coordinator_commands import CREATE, make_place, run_json, ser
 from tests.support.handmade_bundle import CHANNELS, SIZE, write_handmade_bundle
 
 pytestmark = pytest.mark.contract
-GLOBAL = ["--global-bundle", "two", "--test", "data.npz"]
+GLOBAL = ["--global-bundle", "two", "--test", "test.npz"]
 
 
 def digest_of(path: Path) -> str:
@@ -45,7 +45,7 @@ def said(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:
         (["--exchange", "latents"], None),
         (["--transfer-count", "20"], None),
         (["--transfer-count", "21"], "--transfer-count 21: data.npz has 20 samples"),
-        ([*GLOBAL, "--test-count", "99999"], "--test-count 99999: data.npz has 20 samples"),
+        ([*GLOBAL, "--test-count", "99999"], "--test-count 99999: test.npz has 20 samples"),
         (GLOBAL, "the global student cannot classify"),
         ([*GLOBAL, "--transfer-labels"], None),
         ([*GLOBAL, "--transfer-labels", "--distil-alpha", "1"], "the global student cannot classify"),
@@ -142,7 +142,7 @@ def test_a_task_in_words_and_how_it_stands(place: Path, capsys: pytest.CaptureFi
     assert before.startswith(words) and "0 of 2 rounds completed, 0 devices\n" in before
     with serving() as (url, _):
         code = run_json(capsys, "enrol", "--data-dir", "fed", "--task", "birds")["codes"][0]
-        assert main(["join", url, "--code", code, "--data", "data.npz", "--work-dir", "device",
+        assert main(["join", url, "--code", code, "--data", "test.npz", "--work-dir", "device",
                      "--ignore-conditions"]) == 0  # fmt: skip
     capsys.readouterr()
     assert main(show) == 0
@@ -244,6 +244,12 @@ def test_what_the_whole_network_can_do_is_warned_of(place: Path, capsys: pytest.
     assert len(said) == 2 and "EDGESTILL_DASHBOARD_TOKEN" in said[0] and "--tls-cert" in said[1]
     assert risks_of(Settings(host="0.0.0.0", dashboard_token="t", public_url="https://e.example"), "") == []
     assert risks_of(tls, "https://127.0.0.1:8000") == []
+    for days, when in (((-9, -1), "has run out"), ((3, 9), "begins later than now")):
+        write_certificate(place / "old.pem", place / "old.key", days=days)
+        for host in ("127.0.0.1", "0.0.0.0"):
+            old = Settings(host=host, tls_cert=place / "old.pem", tls_key=place / "old.key", dashboard_token="t")
+            (said,) = risks_of(old, "https://127.0.0.1:8000")
+            assert f"the certificate {when}" in said
     (said,) = risks_of(tls, "https://192.0.2.7:8000")
     assert "not for 192.0.2.7" in said and "--public-url" in said
 

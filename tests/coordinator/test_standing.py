@@ -19,12 +19,14 @@ def site(tmp_path: Path) -> Site:
 
 def test_a_device_that_has_uploaded_hears_of_the_others(site: Site) -> None:
     one, two = site.enrol(), site.enrol()
-    nothing = {"round": None, "phase": None, "uploads": 0, "goal": 2, "seconds_left": None}
+    nothing = {
+        "round": None, "phase": None, "uploads": 0, "goal": 2, "seconds_left": None, "best_round": None,
+    }  # fmt: skip
     assert one.get("/v1/standing").json() == nothing
     assert {device.work().json()["round"] for device in (one, two)} == {"birds.1"}
     assert one.upload("birds.1", outputs(1)).status_code == 201
     site.clock.now_s += 20
-    collecting = {"round": "birds.1", "phase": "collecting", "uploads": 1, "goal": 2, "seconds_left": 40.0}
+    collecting = nothing | {"round": "birds.1", "phase": "collecting", "uploads": 1, "seconds_left": 40.0}
     assert one.get("/v1/standing").json() == two.get("/v1/standing").json() == collecting
     assert two.upload("birds.1", outputs(2)).status_code == 201
     aggregating = one.get("/v1/standing").json()

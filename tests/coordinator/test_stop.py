@@ -11,6 +11,7 @@ import httpx2
 import pytest
 
 from edgestill.coordinator.dashboard.views import view_task
+from edgestill.coordinator.liveness import Liveness
 from edgestill.coordinator.problems import Problem
 from edgestill.coordinator.rounds.round import ABANDONED, COMPLETED
 from edgestill.coordinator.service import Service
@@ -77,7 +78,7 @@ def test_the_open_round_is_abandoned_and_none_follows(place_of_two: Place) -> No
     assert len(site.one.rounds("birds")) == 2 and len(site.one.devices("birds")) == 1
     (record,) = site.one.tasks()
     assert record.finished and record.stopped_s == 1000.0 and record.ended == "stopped"
-    assert view_task(record, site.one.rounds("birds"), [], []).state == "stopped"
+    assert view_task(record, site.one.rounds("birds"), [], [], Liveness(site.clock.now_s, 110.0)).state == "stopped"
 
 
 def test_a_step_5_that_runs_publishes_nothing_more(place_of_two: Place) -> None:
@@ -158,7 +159,7 @@ def test_stopping_from_another_process_wakes_the_devices(
     assert main(stop) == 0 and "ended already" in capsys.readouterr().out
     assert main(["task", "show", "birds", "--data-dir", "fed"]) == 0
     shown = capsys.readouterr().out
-    assert "0 of 10 rounds completed, 2 devices; round 1 is abandoned; the task is stopped" in shown
+    assert "0 of 8 rounds completed, 2 devices; round 1 is abandoned; the task is stopped" in shown
     assert main(["task", "list", "--data-dir", "fed"]) == 0 and "stopped" in capsys.readouterr().out
     assert main(["enrol", "--task", "birds", "--data-dir", "fed"]) == 2
     assert "task birds is stopped" in (error := capsys.readouterr().err) and "hint:" in error

@@ -113,7 +113,7 @@ def test_a_code_is_used_once_and_not_after_it_expired(filled: Store) -> None:
         transaction.add_code("2" * 64, "birds", 100.0)
         assert transaction.use_code("2" * 64, A, 100.0) is None
         assert transaction.use_code("3" * 64, A, 50.0) is None
-        assert transaction.use_code("1" * 64, A, 99.0) == "birds"
+        assert transaction.use_code("1" * 64, A, 99.0) == ("birds", 1)
         assert transaction.use_code("1" * 64, B, 99.0) is None
 
 
@@ -205,7 +205,7 @@ def test_opening_again_keeps_everything_and_matches_the_schema(store_url: str) -
         assert [record.name for record in transaction.tasks()] == ["birds"]
     with second.engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
-        assert connection.execute(text("select version_num from alembic_version")).scalar() == "0004"
+        assert connection.execute(text("select version_num from alembic_version")).scalar() == "0005"
     first.close()
     second.close()
 

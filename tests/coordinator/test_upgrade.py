@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -63,6 +64,56 @@ def test_back_to_an_older_version_and_forth_again_keeps_a_federation(
         assert service.ask(device, {})["round"] == "birds.2"
         assert submit(service, task, device, "birds.2") == "created"
     service.store.close()
+
+
+# What the program of version 0004 reads of a task: it refuses any other field.
+OLDER = {
+    "0004": "name students transfer.blob transfer.samples transfer.size_bytes transfer.labelled exchange mode "
+    "global_student test.blob test.samples test.size_bytes test.labelled latent_size classes aggregation.rule "
+    "aggregation.clip aggregation.trim aggregation.byzantine aggregation.align aggregation.screen local.epochs "
+    "local.learning_rate local.momentum local.weight_decay local.beta1 local.beta2 local.epsilon local.alpha "
+    "local.temperature local.logit_share local.neighbours local.neighbour_scale local.transfer_fraction local.augment "
+    "local.checkpoint_every distil.epochs distil.learning_rate distil.momentum distil.weight_decay distil.beta1 "
+    "distil.beta2 distil.epsilon distil.alpha distil.temperature distil.logit_share distil.neighbours "
+    "distil.neighbour_scale distil.deadline_s parameter_shapes precision rounds goal over_selection minimum deadline_s"
+}
+
+
+def fields_of(value: dict, path: str = "") -> set[str]:
+    found = set()
+    for name, entry in value.items():
+        below = fields_of(entry, f"{path}{name}.") if isinstance(entry, dict) and entry else {f"{path}{name}"}
+        found |= {f"{path}{name}"} if name in ("global_student", "parameter_shapes") else below
+    return found
+
+
+@pytest.mark.parametrize("version", OLDER)
+def test_an_older_program_can_read_the_tasks_after_a_downgrade(version: str, tmp_path: Path) -> None:
+    """A new field of a task fails here, until the version that brought it takes it away (v0005_best_round.py)."""
+    service = Service(Store(f"sqlite:///{tmp_path / 'c.db'}"), FileBlobs(tmp_path / "blobs"), Clock())
+    task = add_task(service, tmp_path, ca_cert=None, seed=5, class_names=["a", "b", "c", "d"])
+    assert set(OLDER[version].split()) < fields_of(task.as_json())
+    service.store.close()
+    store = Store(f"sqlite:///{tmp_path / 'c.db'}", "any")
+    store.downgrade(version)
+    with store.engine.connect() as connection:
+        (definition,) = connection.execute(text("select definition from tasks")).scalars()
+    store.close()
+    assert fields_of(json.loads(definition)) == set(OLDER[version].split())
+
+
+def test_a_task_that_runs_by_something_new_keeps_its_database_new(tmp_path: Path) -> None:
+    service = Service(Store(f"sqlite:///{tmp_path / 'c.db'}"), FileBlobs(tmp_path / "blobs"), Clock())
+    add_task(service, tmp_path, local={"clip_norm": 1.0})
+    store = Store(f"sqlite:///{tmp_path / 'c.db'}", "any")
+    with pytest.raises(StoreError, match="task birds runs by local.clip_norm") as caught:
+        store.downgrade("0004")
+    assert "`edgestill task stop birds --database" in caught.value.hint
+    assert migrations.version_of(store.engine) == VERSIONS[-1] and len(service.tasks()) == 1
+    service.stop_task("birds")
+    service.store.close()
+    store.downgrade("0004")
+    store.close()
 
 
 def test_a_newer_database_is_refused_and_left_as_it_is(store_url: str) -> None:  # noqa: F811

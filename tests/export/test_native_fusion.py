@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from edgestill.export.lowering.gradient import gradients
-from edgestill.export.lowering.graph import Graph, Value, run_graph
+from edgestill.export.lowering.graph import Graph, run_graph
 from edgestill.export.targets import native
 from edgestill.export.targets.native_fusion import Fusion, Group
 from tests.support.lowering import assert_alike
@@ -84,23 +84,6 @@ def test_cheap_steps_are_computed_again(tmp_path: Path) -> None:
     assert len([name for name in stored if name.startswith(("greater", "masked"))]) <= 1
 
 
-@pytest.mark.parametrize("kernel", [1, 3, 5])
-def test_a_chained_program_does_not_overwrite_what_other_tasks_read(kernel: int, tmp_path: Path) -> None:
-    """conv(x) + x, where x is read for the last time: its rows are still under the kernels of other rows."""
-    graph = Graph()
-    x, w = graph.input("x", (3, 24, 14, 14)), graph.input("w", (24, 24, kernel, kernel))
-    side = (kernel - 1) // 2
-    a = SAME | {"padding": ((side, side), (side, side))}
-    y: Value = x * 1.5
-    for _ in range(3):
-        y = y.apply("conv2d", w, **a).apply("relu") + y
-    graph.output("y", y)
-    graph.output("sum", y.sum(0, 2, 3))
-    plan = native.make_plan(native.lower(graph))
-    assert any(call.chained for call in plan.calls)
-    alike(graph, {"x": normal(0, 3, 24, 14, 14), "w": normal(1, 24, 24, kernel, kernel) / 20}, tmp_path)
-
-
 def test_an_output_that_is_two_and_one_that_is_read_again(tmp_path: Path) -> None:
     graph = Graph()
     x = graph.input("x", (4, 33))
@@ -117,6 +100,36 @@ def test_a_copy_of_many_axes(tmp_path: Path) -> None:
     x = graph.input("x", (2, 3, 2, 3, 2, 3, 2, 3))
     graph.output("y", x.transpose(7, 5, 3, 1, 6, 4, 2, 0).reshape(9, -1) * 1.0)
     alike(graph, {"x": normal(0, 2, 3, 2, 3, 2, 3, 2, 3)}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("into", "out", "groups"), [(3, 8, 1), (8, 5, 1), (1, 1, 1), (10, 24, 2), (24, 44, 4), (7, 12, 1), (16, 26, 2)]
+)
+def test_few_channels(into: int, out: int, groups: int, tmp_path: Path) -> None:
+    """Tiles of half a vector, last vectors that a pixel does not fill, statistics of several rows a vector, pooling."""
+    graph = Graph()
+    shapes = {"x": (3, into, 13, 12), "w": (out, into // groups, 3, 3), "b": (out,)}
+    x, w, b = (graph.input(name, shape) for name, shape in shapes.items())
+    y = x.apply("conv2d", w, b, **SAME | {"groups": groups}).apply("relu")
+    mean = y.mean(0, 2, 3)
+    graph.output("variance", ((y - mean) * (y - mean)).mean(0, 2, 3))
+    pooled_ = y.apply("max_pool2d", **HALVES | {"kernel": (13, 2), "stride": (13, 2)}).apply("tanh")
+    strided = y.apply("conv2d_transpose", w, size=(25, 23), **SAME | {"groups": groups, "stride": (2, 2)})
+    loss = (strided * strided).mean(0, 1, 2, 3).reshape(1) + pooled_.sum(0, 1, 2, 3).reshape(1)
+    for name, value in gradients(graph, loss, [x, w, b]).items():
+        graph.output("d" + name, value)
+    inputs = {name: normal(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
+    alike(graph, inputs | {"w": inputs["w"] / 6}, tmp_path)
+
+
+@pytest.mark.parametrize("columns", [1, 3, 8, 10, 12, 24, 31])
+def test_sums_of_few_columns(columns: int, tmp_path: Path) -> None:
+    graph = Graph()
+    x = graph.input("x", (5, columns, 21, 11))
+    y = (x * 2.0).apply("tanh")
+    graph.output("sum", y.sum(0, 2, 3))
+    graph.output("squares", ((y - y.mean(0, 2, 3)) * (y - y.mean(0, 2, 3))).mean(0, 2, 3))
+    alike(graph, {"x": normal(0, 5, columns, 21, 11)}, tmp_path)
 
 
 def moved_elements(graph: Graph) -> int:
@@ -156,8 +169,8 @@ def test_a_layer_with_bias_and_gelu_is_one_program_that_keeps_its_slope(tmp_path
         graph.output("d" + name, value)
     inputs = {"x": normal(0, 4, 30, 24), "w": normal(1, 24, 40) / 5, "b": normal(2, 40), "v": normal(3, 40, 24) / 6}
     alike(graph, inputs, tmp_path)
-    programs = [call for call in native.make_plan(native.lower(graph)).calls if call.program is not None]
-    assert [p.arguments[7:9] for p in programs if p.program.elements == 4800] == [[2, 0], [1, 1]]  # stores, sums
+    programs = [call.arguments for call in native.make_plan(native.lower(graph)).calls if call.kernel == "map"]
+    assert [words[7:9] for words in programs if words[0] == 4800] == [[2, 0], [1, 1]]  # stores, sums
 
 
 def test_a_copy_that_turns_goes_through_what_lies_end_to_end(tmp_path: Path) -> None:

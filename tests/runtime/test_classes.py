@@ -357,6 +357,24 @@ def test_simulated_devices_count_by_the_names_of_their_task(tmp_path: Path) -> N
             np.testing.assert_array_equal(part.labels, meant)
 
 
+def test_a_simulation_says_once_what_its_workers_leave_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = named_bundle(tmp_path / "b", FRUIT, "lkd")
+    write_fruit(tmp_path / "d", {"Date": "date", "apple": "apple", "banana": "banana", "cherry": "cherry"}, 10)
+    (tmp_path / "d/apple/broken.png").write_bytes(b"x")
+    Image.new("RGB", (9, 9)).save(tmp_path / "d/apple/large.png")
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).integers(0, 256, (8, SIZE, SIZE, 3), np.uint8))
+    words = ["simulate", "--data", str(tmp_path / "d"), "--transfer", str(tmp_path / "x.npz"), "--bundle", str(bundle)]
+    words += ["--devices", "3", "--rounds", "2", "--mode", "consensus", "--workers", "2", "--transfer-count", "8"]
+    assert main([*words, "--no-local-only", "--json", "--resize", "--skip-broken"]) == 0
+    said = capsys.readouterr()
+    notices = json.loads(said.out.splitlines()[-1])["summary"]["notices"]
+    assert [notice["kind"] for notice in notices] == ["skipped", "classes"]
+    assert notices[0]["reasons"] == {"broken images": {"count": 1, "files": ["apple/broken.png"]}}
+    assert notices[1]["renamed"] == {"Date": "date"} and said.err.count("1 file skipped") == 1
+
+
 def test_names_for_an_export(tmp_path: Path) -> None:
     write_fruit(tmp_path / "split/train", {"banana": "banana", "apple": "apple"}, 1)
     write_fruit(tmp_path / "split/val", {"apple": "apple"}, 1)

@@ -260,13 +260,14 @@ def test_students_are_exported_for_what_is_exchanged(
 ) -> None:
     words = [
         "simulate", "--devices", "2", "--rounds", "1", "--students", "cnn3", "--exchange", "both", "--width-divisor",
-        "16", "--latent-size", "8", "--batch", "16", "--transfer-count", "16", "--data", "cifar10-mini",
+        "16", "--latent-size", "12", "--batch", "16", "--transfer-count", "16", "--data", "cifar10-mini",
         "--distil-epochs", "1", "--cache", str(tmp_path), "--no-local-only", "--json",
     ]  # fmt: skip
     lines = simulate(words, capsys)
     (exported,) = tmp_path.iterdir()
     manifest = json.loads((exported / "manifest.json").read_text())
-    assert manifest["objective"]["name"] == "both" and manifest["latent_size"] == 8
+    assert manifest["objective"]["name"] == "both" and manifest["latent_size"] == 12
+    assert manifest["common_head"] == "output.weight" and manifest["optimizer"]["name"] == "adamw"
     again = simulate(words, capsys)
     assert without_times(lines) == without_times(again) and len(list(tmp_path.iterdir())) == 1
 

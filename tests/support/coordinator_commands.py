@@ -20,7 +20,7 @@ from tests.support.handmade_bundle import CHANNELS, CLASSES, SIZE, write_handmad
 
 @pytest.fixture(name="place")
 def make_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with two bundles and data; the current one."""
+    """A folder with two bundles, data, and other data to test on; the current one."""
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith("EDGESTILL_")]:
         monkeypatch.delenv(name)
@@ -30,6 +30,7 @@ def make_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     images = random.integers(0, 256, (20, CHANNELS, SIZE, SIZE), np.uint8)
     labels = random.integers(0, CLASSES, 20)
     np.savez(tmp_path / "data.npz", x=images, y=labels)
+    np.savez(tmp_path / "test.npz", x=random.integers(0, 256, images.shape, np.uint8), y=labels)
     return tmp_path
 
 

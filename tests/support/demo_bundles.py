@@ -26,7 +26,7 @@ def exported() -> Path:
     BUILD.mkdir(parents=True, exist_ok=True)
     with (BUILD / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not all((folder / f"{student.name}.zip").is_file() for student in STUDENTS):
+        if not all((folder / f"{student}.zip").is_file() for student in STUDENTS):
             for stale in BUILD.iterdir():
                 shutil.rmtree(stale, ignore_errors=True)
             demo_bundles.write(folder)

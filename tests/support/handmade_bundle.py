@@ -15,6 +15,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from edgestill.runtime.bundle import wire
+from edgestill.runtime.bundle.common_head import common_head
 
 BATCH, CHANNELS, SIZE, LATENT, CLASSES = 8, 3, 6, 5, 4
 DROPOUT = 0.25
@@ -47,6 +48,16 @@ def write_handmade_bundle(
         onnx.checker.check_model(model, full_check=True)
         (folder / f"onnxruntime/{name}.onnx").write_bytes(model.SerializeToString())
     write_manifest(folder, _manifest(folder, graphs, objective, dropout))
+    return folder
+
+
+def give_common_head(folder: Path) -> Path:
+    """Makes a handmade bundle say that its output layer is the common head, with the weights of it."""
+    state = wire.load(folder / "state.safetensors").arrays
+    state["output.weight"] = common_head(CLASSES, LATENT)
+    wire.save(folder / "state.safetensors", state)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    write_manifest(folder, manifest | {"common_head": "output.weight", "files": file_records(folder)})
     return folder
 
 

@@ -21,7 +21,7 @@ FOLDERS = {
 """Each folder of this tree that is installed, and where a wheel has it."""
 LIBRARIES = {f"edgestill/runtime/native/libedgestill-{name}.so" for name in ("x86_64", "aarch64")}
 """What building a wheel adds."""
-BUNDLES = {f"edgestill/simulation/carried/{student.name}.zip" for student in STUDENTS}
+BUNDLES = {f"edgestill/simulation/carried/{student}.zip" for student in STUDENTS}
 """What `make wheels` exports before."""
 
 NOT_SHIPPED = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info", "carried")

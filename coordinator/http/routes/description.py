@@ -1,8 +1,9 @@
-"""`/docs`: the API's description as a page of its own, which needs nothing from the internet."""
+"""`/docs`: the API's description as a page in the dashboard's style, which needs nothing from the internet."""
 
 from __future__ import annotations
 
 import json
+import re
 from html import escape
 from typing import Any
 
@@ -10,12 +11,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
 
 router = APIRouter(include_in_schema=False)
-_STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:auto;padding:1rem}
-code,pre{font-family:ui-monospace,monospace;font-size:.9em}pre{overflow:auto;padding:.5rem;border:1px solid #8888}
-h2{margin-top:2.5rem;overflow-wrap:anywhere}table{border-collapse:collapse}
-td,th{border:1px solid #8888;padding:.2rem .6rem;text-align:left;vertical-align:top}:root{color-scheme:light dark}"""
 _HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'none'; style-src 'self'; img-src 'self'; base-uri 'none'; "
+    "frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
 }
 
@@ -29,35 +27,58 @@ async def docs(request: Request) -> HTMLResponse:
 
 def render(description: dict[str, Any], root: str = "") -> str:
     """An OpenAPI description as an HTML document without scripts."""
-    info = description["info"]
-    parts = [
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(info['title'])}: API</title>"
-        f'<meta name=viewport content="width=device-width"><style>{_STYLE}</style>'
-        f"<main><h1>{escape(info['title'])}: API</h1><p>{escape(info['description'])}</p>"
-        f'<p><a href="{escape(root)}/openapi.json">openapi.json</a></p>'
-    ]
-    for path, operations in description["paths"].items():
-        for method, operation in operations.items():
-            parts.append(_operation(method, path, operation))
-    return "\n".join([*parts, "</main></html>\n"])
+    info, home = description["info"], f"{escape(root)}/"
+    title = escape(f"{info['title']}: API")
+    operations = (
+        _operation(method, path, operation)
+        for path, methods in description["paths"].items()
+        for method, operation in methods.items()
+    )
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+  <meta charset="utf-8">
+  <meta name="viewport" content="width=device-width, initial-scale=1">
+  <meta name="color-scheme" content="light dark">
+  <title>{title}</title>
+  <link rel="stylesheet" href="{home}static/dashboard.css">
+  <link rel="icon" href="{home}static/icon.svg" type="image/svg+xml">
+</head>
+<body>
+  <header><nav aria-label="Main"><a class="brand" href="{home}">edgestill</a> <span aria-hidden="true">/</span>
+    <a href="{home}docs" aria-current="page">API</a></nav></header>
+  <main id="content" class="description">
+    <h1>{title}</h1>
+    <p>{_text(info["description"])} As a file: <a href="{home}openapi.json">openapi.json</a>.</p>
+    {"".join(operations)}
+  </main>
+</body>
+</html>
+"""
 
 
 def _operation(method: str, path: str, operation: dict[str, Any]) -> str:
     parts = [f"<h2><code>{method.upper()} {escape(path)}</code></h2>"]
-    parts.append(f"<p>{escape(operation.get('description', ''))}</p>")
-    if operation.get("security"):
-        parts.append("<p>Needs a device's bearer token.</p>")
+    said = operation.get("description", "")
+    parts.append(f"<p>{_text(said)}{' Needs a device’s bearer token.' if operation.get('security') else ''}</p>")
     if parameters := operation.get("parameters"):
         rows = [(one["name"], one["in"], one.get("description", "")) for one in parameters]
         parts.append(_table(("parameter", "in", "what"), rows))
     for media_type, content in operation.get("requestBody", {}).get("content", {}).items():
         schema = escape(json.dumps(content["schema"], indent=1))
         parts.append(f"<details><summary>Body: {escape(media_type)}</summary><pre>{schema}</pre></details>")
-    rows = [(status, answer["description"]) for status, answer in sorted(operation["responses"].items())]
+    answers = sorted(operation["responses"].items())
+    rows = [(status, answer["description"].replace("Successful Response", "done")) for status, answer in answers]
     parts.append(_table(("answer", "when"), rows))
-    return "".join(parts)
+    return f'<section class="card">{"".join(parts)}</section>'
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}' for cell in row)}" for row in rows)
-    return f"<table><tr>{''.join(f'<th scope=col>{cell}' for cell in head)}{lines}</table>"
+    titles = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    lines = "".join(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table>"
+
+
+def _text(text: str) -> str:
+    """Escaped, with what stands in backticks as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))

@@ -82,13 +82,17 @@ class Work(BaseModel):
 
 
 class Standing(BaseModel):
-    """How far the task's present round is, for a device that waits; nulls before the first round."""
+    """How far the task's present round is, for a device that waits; nulls before the first round.
+
+    `best_round`: whose global model is the best so far on the task's validation images; null without such images.
+    """
 
     round: str | None
     phase: str | None
     uploads: int
     goal: int
     seconds_left: float | None
+    best_round: int | None = None
 
 
 class Figures(Form):

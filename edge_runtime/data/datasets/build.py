@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 
 TRAIN, TEST, TRANSFER = 2400, 600, 1000
+OWN_TRANSFER, VALIDATION = 600, 400
+"""Of `cifar10-transfer-mini`: other training images than those of `cifar10-mini`."""
 SEED = 0
 
 
@@ -34,6 +36,14 @@ def build(private: Path, transfer: Path, folder: Path) -> None:
             chosen = balanced_subset(labels, count, SEED)
             arrays |= {f"x_{split}": source[f"x_{split}"][chosen], f"y_{split}": labels[chosen]}
         np.savez_compressed(folder / "cifar10-mini.npz", **arrays, classes=source["classes"])
+        taken = {image.tobytes() for name in ("x_train", "x_test") for image in arrays[name]}
+        images, labels = source["x_train"], source["y_train"]
+        free = np.array([index for index, image in enumerate(images) if image.tobytes() not in taken])
+        chosen = free[balanced_subset(labels[free], OWN_TRANSFER + VALIDATION, SEED + 1)]
+        own = balanced_subset(labels[chosen], OWN_TRANSFER, SEED + 2)
+        parts = {"train": chosen[own], "test": np.delete(chosen, own)}
+        arrays = {f"{kind}_{split}": source[f"{kind}_train"][part] for split, part in parts.items() for kind in "xy"}
+        np.savez_compressed(folder / "cifar10-transfer-mini.npz", **arrays, classes=source["classes"])
     with np.load(transfer) as source:
         chosen = balanced_subset(source["y"], TRANSFER, SEED)
         np.savez_compressed(

@@ -6,7 +6,7 @@
 #include "layout.h"
 
 struct check {
-  const word *plan, *a, *before; /* before: the last call that is not chained, or null */
+  const word *plan, *a;
   word words; /* of the call that is looked at */
   const char *error;
 };
@@ -62,15 +62,6 @@ static void check_copy(struct check *c) {
   if (!c->error && times4(c, times3(c, n[0], n[1], n[2]), n[3], n[4], n[5]) > to / item) c->error = "a copy moves more than its result holds";
 }
 
-/* whether the tasks of the call before make the elements of this program one after the other */
-static void check_chain(struct check *c) {
-  const word *a = c->a, *b = c->before ? c->before + 2 : 0;
-  int there = c->before && (c->before[0] == CONV || c->before[0] == WINOGRAD || (c->before[0] == DEPTHWISE && b[DEPTH_WHAT] != 2));
-  if (there && c->before[0] == WINOGRAD) there = b[WINOGRAD_TILES] % parts_of(b[CONV_OW], 4) == 0;
-  else if (there) there = phases(b, 0) == 1 && phases(b, 1) == 1 && block_width(b) == b[CONV_OW];
-  if (!there || times4(c, b[CONV_N], b[CONV_OH], b[CONV_OW], b[CONV_O]) != a[MAP_COUNT] || (a[MAP_SUMS] && a[MAP_COLUMNS] != b[CONV_O])) c->error = "a program follows no call that makes what it runs on";
-}
-
 static void check_map(struct check *c) {
   const word *a = c->a;
   if (c->words < MAP_BODY || !in(a[MAP_LOADS], 0, REGISTERS) || !in(a[MAP_STEPS], 0, 4096) || !in(a[MAP_STORES], 0, REGISTERS) || !in(a[MAP_SUMS], 0, REGISTERS) || !in(a[MAP_COLUMNS], 0, MOST)) { c->error = "a program is too long"; return; }
@@ -79,8 +70,6 @@ static void check_map(struct check *c) {
   if (c->plan[4] < REGISTERS * BLOCK * 4) c->error = "too little scratch for a program";
   if (!c->error && !a[MAP_STORES] && !a[MAP_SUMS]) c->error = "a program makes nothing"; /* nothing else bounds its time */
   if (!c->error && a[MAP_SUMS] && (!in(a[MAP_COLUMNS], 1, MOST) || a[MAP_COUNT] % a[MAP_COLUMNS])) c->error = "a program's rows are not whole";
-  if (c->error) return;
-  if (a[MAP_CHAINED]) check_chain(c);
   if (c->error) return;
   const word *l = a + MAP_BODY, *s = l + a[MAP_LOADS] * LOAD_WORDS, *t = s + a[MAP_STEPS] * STEP_WORDS;
   for (word i = 0; i < a[MAP_LOADS]; i++, l += LOAD_WORDS) {
@@ -116,7 +105,7 @@ static void check_map(struct check *c) {
     if (!in(t[1], SUM, SQUARES)) c->error = "a program sums in an unknown way";
     if (t[2] >= 0 || t[1] == SUM) operand(c, t + 2, times(c, a[MAP_COLUMNS], 4), 4, 1);
     if (t[1] == SQUARES) operand(c, t + 4, times(c, a[MAP_COLUMNS], 4), 4, 1);
-    operand(c, t + 6, times4(c, map_parts(a, c->before), sum_rows(t), a[MAP_COLUMNS], 4), 4, 1);
+    operand(c, t + 6, times4(c, map_parts(a), sum_rows(t), a[MAP_COLUMNS], 4), 4, 1);
   }
 }
 
@@ -284,7 +273,7 @@ static void (*const CHECKS[])(struct check *) = {check_copy, check_map, check_re
 
 /* What is wrong with a plan of `bytes`, or null. `*call` is the number of the call that is wrong, or −1. */
 const char *check_plan(const word *plan, word bytes, word *call) {
-  struct check c = {plan, 0, 0, 0, 0};
+  struct check c = {plan, 0, 0, 0};
   word head = sizeof(struct plan) / sizeof(word), words = bytes / 8;
   *call = -1;
   if (bytes < (word)sizeof(struct plan) || plan[0] != MAGIC) return "this is no plan";
@@ -301,7 +290,6 @@ const char *check_plan(const word *plan, word bytes, word *call) {
     if (!in(kernel, 0, sizeof(CHECKS) / sizeof(*CHECKS) - 1)) return "a kernel is unknown";
     c.a = plan + next + 2, c.words = plan[next + 1];
     if (!in(c.words, 0, plan[7] - next - 2)) return "a call is cut off";
-    if (kernel != 1 || c.words < MAP_BODY || !c.a[MAP_CHAINED]) c.before = plan + next;
     CHECKS[kernel](&c);
     if (c.error) return c.error;
     next += 2 + c.words;

@@ -20,15 +20,20 @@ INLINE void give_way(void) {
 #endif
 
 #ifdef ROWS /* a test compiles others, which must not change a bit */
+#define HALF_ROWS (2 * ROWS)
 #elif defined(__AVX512F__)
 #define ROWS 12
+#define HALF_ROWS 12
+#elif defined(__AVX2__)
+#define ROWS 6
+#define HALF_ROWS 8 /* more pointers than that do not stay in registers */
 #else
 #define ROWS 6
+#define HALF_ROWS 12
 #endif
 
 struct call {
   const word *a;
-  const word *before; /* the last call that is not chained, from its kernel's number on */
   char **bases;
   char *scratch;
 };
@@ -37,19 +42,13 @@ INLINE void *at(const struct call *c, int i) { return c->bases[c->a[i]] + c->a[i
 
 /* n lanes, or all of them; the others are zero */
 #ifdef __AVX2__
-typedef float v8 __attribute__((vector_size(32))); /* the instructions below take any address */
 typedef int32_t i8 __attribute__((vector_size(32), aligned(4)));
 static const int32_t LANES_IN[2 * LANES] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
 INLINE v16 load_part(const float *from, word n) {
   if (n >= LANES) return load(from);
+  typedef float whole __attribute__((vector_size(32))); /* the instructions below take any address */
   const i8 *in = (const i8 *)(LANES_IN + LANES - n);
-  v8 low = __builtin_ia32_maskloadps256((const v8 *)from, in[0]), high = __builtin_ia32_maskloadps256((const v8 *)(from + 8), in[1]);
-  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-}
-INLINE void store_first(float *to, v16 x, word n) {
-  const i8 *in = (const i8 *)(LANES_IN + LANES - n);
-  __builtin_ia32_maskstoreps256((v8 *)to, in[0], __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7));
-  __builtin_ia32_maskstoreps256((v8 *)(to + 8), in[1], __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15));
+  return join(__builtin_ia32_maskloadps256((const whole *)from, in[0]), __builtin_ia32_maskloadps256((const whole *)(from + 8), in[1]));
 }
 #else
 INLINE v16 load_part(const float *from, word n) {
@@ -58,10 +57,17 @@ INLINE v16 load_part(const float *from, word n) {
   for (word i = 0; i < n; i++) x[i] = from[i];
   return x;
 }
-INLINE void store_first(float *to, v16 x, word n) {
-  for (word i = 0; i < n; i++) to[i] = x[i];
-}
 #endif
+
+/* by eights, fours and so on: a store under a mask takes some processors 20 cycles */
+INLINE void store_first(float *to, v16 x, word n) {
+  v8 part = low(x);
+  if (n & 8) store8(to, part), to += 8, part = high(x);
+  v4 four = __builtin_shufflevector(part, part, 0, 1, 2, 3);
+  if (n & 4) *(v4 *)to = four, to += 4, four = __builtin_shufflevector(part, part, 4, 5, 6, 7);
+  if (n & 2) to[0] = four[0], to[1] = four[1], to += 2, four[0] = four[2];
+  if (n & 1) to[0] = four[0];
+}
 
 INLINE void store_part(float *to, v16 x, word n, word stride) {
   if (stride != 1) for (word i = 0; i < least(n, LANES); i++) to[i * stride] = x[i];
@@ -115,6 +121,8 @@ static void copy_task(const struct call *c, int phase, word task) {
       for (word k = 0; k < n[3]; k++, f += fs[3], t += ts[3])
         for (word y = 0; y < n[4]; y += turned ? 16 : 1)
           if (!turned) copy_items(t + y * ts[4], f + y * fs[4], n[5], ts[5], fs[5], item);
+          else if (n[5] < 16)
+            for (word x = 0; x < n[5]; x++) copy_items(t + y * ts[4] + x * ts[5], f + y * fs[4] + x * fs[5], least(16, n[4] - y), ts[4], fs[4], 4);
           else
             for (word x = 0; x < n[5]; x += 16)
               for (word yy = y; yy < least(y + 16, n[4]); yy++)
@@ -122,15 +130,15 @@ static void copy_task(const struct call *c, int phase, word task) {
     }
 }
 
-/* --- elementwise program: elements, sizes of 4 axes, loads, instructions, stores, sums, columns, chained?; then each load (base,
-   offset, kind, 4 strides in elements, 2 words of no use), instruction (operator, to, a, b, c, number's bits), store (base,
+/* --- elementwise program: elements, sizes of 4 axes, loads, instructions, stores, sums, columns; then each load (base, offset,
+   kind, 4 strides in elements, 2 words of no use), instruction (operator, to, a, b, c, number's bits), store (base,
    offset, register, elements of a run, from one run to the next, from one element to the next) and sum of the rows of a register (register, kind, [2,3] sum, [4,5] squares, [6,7] partial results).
    An unpooled load is the gradient of a largest of windows that lie side by side: dy (base, offset), kind, channels, width,
    height and width of a window, the winners (base, offset). A sum of squares is of what is left of each number without
    its column's mean; partial results are then sums and squares, the latter around the part's own mean. --------------- */
 
 static word map_tasks(const word *a, int phase) {
-  if (phase == 0) return a[MAP_CHAINED] ? 0 : parts_of(a[MAP_COUNT], map_task_of(a));
+  if (phase == 0) return map_parts(a);
   return a[MAP_SUMS] * panels_of(a[MAP_COLUMNS]);
 }
 
@@ -140,6 +148,12 @@ INLINE float as_float(const void *p, word i, word kind) {
 
 static void fill_block(float *to, const void *from, const word *load, const word *sizes, word start, word count) {
   const word *s = load + 3, kind = load[2];
+  if (kind == FLOAT32 && !(s[0] | s[1] | s[2]) && s[3] == 1 && start % sizes[3] == 0) { /* the same again and again */
+    word done = least(sizes[3], count);
+    copy_items((char *)to, from, done, 4, 4, 4);
+    for (word more; done < count; done += more) more = least(done, count - done), copy_items((char *)(to + done), (const char *)to, more, 4, 4, 4);
+    return;
+  }
   word index[4], rest = start;
   for (int d = 3; d >= 0; d--) index[d] = rest % sizes[d], rest /= sizes[d];
   for (word done = 0; done < count;) {
@@ -147,6 +161,7 @@ static void fill_block(float *to, const void *from, const word *load, const word
     word p = index[0] * s[0] + index[1] * s[1] + index[2] * s[2] + index[3] * s[3];
     if (kind == FLOAT32 && s[3] == 1) copy_items((char *)(to + done), (const char *)((const float *)from + p), n, 4, 4, 4);
     else if (kind == FLOAT32 && s[3] == 0) for (word i = 0; i < n; i++) to[done + i] = ((const float *)from)[p];
+    else if (kind == UINT8 && s[3] == 1) for (word i = 0; i < n; i++) to[done + i] = (float)((const uint8_t *)from)[p + i];
     else for (word i = 0; i < n; i++) to[done + i] = as_float(from, p + i * s[3], kind);
     done += n;
     index[3] += n;
@@ -154,21 +169,25 @@ static void fill_block(float *to, const void *from, const word *load, const word
   }
 }
 
-INLINE v16 where_won(const uint8_t *winners, word tap, v16 x) {
-  typedef uint8_t u8 __attribute__((vector_size(16), aligned(1)));
-  return choose(__builtin_convertvector(*(const u8 *)winners, i16) == (int32_t)tap, x, all(0.f));
+typedef uint8_t bytes8 __attribute__((vector_size(8), aligned(1)));
+INLINE v8 where_won(const uint8_t *winners, word tap, v8 x) {
+  typedef int32_t i8 __attribute__((vector_size(32)));
+  return (v8)((i8)x & (__builtin_convertvector(*(const bytes8 *)winners, i8) == (int32_t)tap));
 }
 
 static void fill_unpooled(float *to, const float *dy, const uint8_t *winners, const word *load_, word start, word count) {
   const word channels = load_[3], width = load_[4], high = load_[5], wide = load_[6];
   word k = start % channels, column = start / channels % width, row = start / channels / width;
-  while (count) {
-    word n = least(channels - k, count), tap = row % high * wide + column % wide, i = 0;
-    word from = (row / high * (width / wide) + column / wide) * channels + k;
-    for (; i + LANES <= n; i += LANES) store(to + i, where_won(winners + from + i, tap, load(dy + from + i)));
-    for (; i < n; i++) to[i] = winners[from + i] == tap ? dy[from + i] : 0;
-    to += n, count -= n, k = 0;
-    if (++column == width) column = 0, row++;
+  while (count) { /* the rest of a row */
+    const word line = row / high * (width / wide), across = row % high * wide;
+    for (word window = column / wide, place = column % wide; column < width && count; column++) {
+      word n = least(channels - k, count), tap = across + place, from = (line + window) * channels + k, i = 0;
+      for (; i + 8 <= n; i += 8) store8(to + i, where_won(winners + from + i, tap, load8(dy + from + i)));
+      for (; i < n; i++) to[i] = winners[from + i] == tap ? dy[from + i] : 0;
+      to += n, count -= n, k = 0;
+      if (++place == wide) place = 0, window++;
+    }
+    column = 0, row++;
   }
 }
 
@@ -242,6 +261,32 @@ static void start_again(float *sum, float *squared, float *shift, word n) {
   }
 }
 
+/* Adds as many rows at a time as fill whole vectors, where a row does not; how many rows that were. */
+static word sum_together(float *partial, const float *x, word rows, word columns, int squares) {
+  float *squared = partial + columns, *shift = squared + columns;
+  word period = columns;
+  while (period % LANES) period += columns;
+  word done = rows / (period / columns) * (period / columns);
+  if (period == columns || done * columns < 2 * period) return 0;
+  for (word k = 0; k < period; k += LANES) {
+    float start[LANES], sums[LANES], squares_of[LANES];
+    word first = k % columns;
+    for (word i = 0, j = first; i < LANES; i++, j = j + 1 == columns ? 0 : j + 1) start[i] = squares ? shift[j] : 0;
+    v16 total = all(0.f), square = all(0.f), from = load(start);
+    for (word j = k; j < done * columns; j += period) {
+      v16 d = load(x + j);
+      if (squares) d = d - from, square = fma(d, d, square);
+      total += d;
+    }
+    store(sums, total), store(squares_of, square);
+    for (word i = 0, j = first; i < LANES; i++, j = j + 1 == columns ? 0 : j + 1) {
+      partial[j] += sums[i];
+      if (squares) squared[j] += squares_of[i];
+    }
+  }
+  return done;
+}
+
 /* Adds the rows of x, which begin with the element `position` of their task. */
 static void sum_columns(float *partial, const float *x, word n, word position, word columns, int squares) {
   float *squared = partial + columns, *shift = squared + columns;
@@ -250,14 +295,15 @@ static void sum_columns(float *partial, const float *x, word n, word position, w
     some = least(columns - column, n), rows = some < columns ? 1 : n / columns; /* whole rows, or what is here of one */
     if (squares && row == 0) start_squares(shift + column, x, some, rows, columns);
     if (squares && row == FIRST_ROWS && 2 * columns > BLOCK) start_again(partial + column, squared + column, shift + column, some);
-    for (word k = 0; k < some; k += LANES) {
+    word done = some == columns ? sum_together(partial, x, rows, columns, squares) : 0;
+    for (word k = 0; k < some && done < rows; k += LANES) {
       word m = least(LANES, some - k), at = column + k;
       v16 total = load_part(partial + at, m);
       if (!squares) {
-        for (word r = 0; r < rows; r++) total += load_part(x + r * columns + k, m);
+        for (word r = done; r < rows; r++) total += load_part(x + r * columns + k, m);
       } else {
         v16 square = load_part(squared + at, m), start = load_part(shift + at, m);
-        for (word r = 0; r < rows; r++) {
+        for (word r = done; r < rows; r++) {
           v16 d = load_part(x + r * columns + k, m) - start;
           total += d, square = fma(d, d, square);
         }
@@ -286,7 +332,7 @@ static void map_task(const struct call *c, int phase, word task) {
   const float *registers[REGISTERS];
   for (word i = 0; i < REGISTERS; i++) registers[i] = buffers + i * BLOCK;
   if (phase == 1) { /* partial sums, 64 at a time, in their order */
-    word column = task % panels_of(columns) * LANES, n = least(LANES, columns - column), parts = map_parts(a, c->before);
+    word column = task % panels_of(columns) * LANES, n = least(LANES, columns - column), parts = map_parts(a);
     const word *s = sums + task / panels_of(columns) * SUM_WORDS, apart = columns * sum_rows(s);
     const float *from = (const float *)(c->bases[s[6]] + s[7]) + column;
     v16 total = all(0.f), part = all(0.f);
@@ -300,7 +346,7 @@ static void map_task(const struct call *c, int phase, word task) {
     v16 mean = total / all((float)(a[MAP_COUNT] / columns)), squares = all(0.f);
     part = all(0.f);
     for (word i = 0; i < parts; i++) {
-      float rows = (float)((map_start(a, c->before, i + 1) - map_start(a, c->before, i)) / columns);
+      float rows = (float)(least(map_task_of(a), a[MAP_COUNT] - i * map_task_of(a)) / columns);
       v16 away = load_part(from + i * apart, n) / all(rows) - mean;
       part += fma(away * away, all(rows), load_part(from + i * apart + columns, n));
       if (i % 64 == 63) squares += part, part = all(0.f);
@@ -308,7 +354,7 @@ static void map_task(const struct call *c, int phase, word task) {
     store_part((float *)(c->bases[s[4]] + s[5]) + column, squares + part, n, 1);
     return;
   }
-  word first = map_start(a, c->before, task), stop = map_start(a, c->before, task + 1);
+  word first = task * map_task_of(a), stop = least(first + map_task_of(a), a[MAP_COUNT]);
   for (word i = 0; i < a[MAP_SUMS]; i++) clear(partial_of(c, sums + i * SUM_WORDS, task, columns), sum_rows(sums + i * SUM_WORDS) * columns);
   word row = a[MAP_SUMS] ? columns : a[MAP_SIZES + 3], unit = row, block = BLOCK; /* whole rows at a time, so that what repeats along them stays */
   while (unit % LANES && unit <= BLOCK) unit += row;
@@ -316,7 +362,8 @@ static void map_task(const struct call *c, int phase, word task) {
   enum { FILLED, DENSE, SAME } how[REGISTERS]; /* a block of a load is put together, lies end to end, or is the first one again */
   for (word i = 0; i < a[MAP_LOADS]; i++) {
     const word *l = loads + i * LOAD_WORDS, *z = a + MAP_SIZES;
-    int dense = l[2] == FLOAT32 && l[6] == 1 && l[5] == z[3] && l[4] == z[2] * z[3] && l[3] == z[1] * z[2] * z[3];
+    int dense = l[2] == FLOAT32;
+    for (word d = 3, apart = 1; d >= 0; apart *= z[d--]) dense &= z[d] == 1 || l[3 + d] == apart;
     how[i] = dense ? DENSE : l[2] != UNPOOLED && !(l[3] | l[4] | l[5]) && (!l[6] || (l[6] == 1 && block % z[3] == 0)) ? SAME : FILLED;
   }
   for (word start = first; start < stop; start += block) {
@@ -412,52 +459,78 @@ static void reduce_task(const struct call *c, int phase, word task) {
 }
 
 /* --- products: panels of the right side, 16 columns wide, are packed first; then each task makes a piece of the result */
-/* Adds products of `n` elements, `stride` apart, of ROWS rows and of a panel's vectors, `apart` from one another; and so
+/* Adds products of `n` elements, `stride` apart, of some rows and of a panel's vectors, `apart` from one another; and so
    on `height` times, each `down` further in the rows and `next` further in the panel. Not inlined: the sums stay in
    registers. */
-static __attribute__((noinline)) void multiply(v16 *sums, const float *const *rows, word stride, word down, const float *panel, word apart, word next, word n, word height) {
-  v16 sum[ROWS];
-  const float *row[ROWS];
-  for (int m = 0; m < ROWS; m++) sum[m] = sums[m], row[m] = rows[m];
-  for (word i = 0; i < height; i++) {
-    const float *p = panel;
-    for (word k = 0; k < n; k++, p += apart) {
-      v16 b = load(p);
-      for (int m = 0; m < ROWS; m++) sum[m] = fma(all(row[m][k * stride]), b, sum[m]);
-    }
-    for (int m = 0; m < ROWS; m++) row[m] += down;
-    panel += next;
+#define MULTIPLY(name, vector, count, load, all)                                                                          \
+  static __attribute__((noinline)) void name(vector *sums, const float *const *rows, word stride, word down, const float *panel, word apart, word next, word n, word height) { \
+    vector sum[count];                                                                                                    \
+    const float *row[count];                                                                                              \
+    for (int m = 0; m < count; m++) sum[m] = sums[m], row[m] = rows[m];                                                   \
+    for (word i = 0; i < height; i++) {                                                                                   \
+      const float *p = panel;                                                                                             \
+      for (word k = 0; k < n; k++, p += apart) {                                                                          \
+        vector b = load(p);                                                                                               \
+        for (int m = 0; m < count; m++) sum[m] = __builtin_elementwise_fma(all(row[m][k * stride]), b, sum[m]);           \
+      }                                                                                                                   \
+      for (int m = 0; m < count; m++) row[m] += down;                                                                     \
+      panel += next;                                                                                                      \
+    }                                                                                                                     \
+    for (int m = 0; m < count; m++) sums[m] = sum[m];                                                                     \
   }
-  for (int m = 0; m < ROWS; m++) sums[m] = sum[m];
+MULTIPLY(multiply_whole, v16, ROWS, load, all)
+MULTIPLY(multiply_half, v8, HALF_ROWS, load8, all8)
+
+/* A tile: ROWS rows of a panel, or HALF_ROWS of half a panel where it has no more than eight columns. */
+#define MOST_ROWS HALF_ROWS
+_Static_assert(ROWS <= HALF_ROWS && HALF_ROWS <= 2 * ROWS, "a tile of halves is no larger");
+typedef union {
+  v16 whole[ROWS];
+  v8 half[HALF_ROWS];
+} tile;
+INLINE int half_of(word columns) { return columns <= LANES / 2; }
+INLINE int rows_of(int half) { return half ? HALF_ROWS : ROWS; }
+
+INLINE void multiply(tile *sums, int half, const float *const *rows, word stride, word down, const float *panel, word apart, word next, word n, word height) {
+  if (half) multiply_half(sums->half, rows, stride, down, panel, apart, next, n, height);
+  else multiply_whole(sums->whole, rows, stride, down, panel, apart, next, n, height);
+}
+INLINE v16 row_of(const tile *t, int half, int row) { return half ? join(t->half[row], t->half[row]) : t->whole[row]; }
+INLINE void fill_tile(tile *t, int half, v16 with) {
+  if (half) with = join(low(with), low(with));
+  for (int m = 0; m < ROWS; m++) t->whole[m] = with;
 }
 
-/* Of ROWS rows: a chain of at most RUN products, and the total of those before. */
+/* Of a tile: a chain of at most RUN products, and the total of those before. */
 struct sum {
-  v16 chain[ROWS], total[ROWS];
+  tile chain, total;
   word length, more;
+  int half;
 };
 
-INLINE void start_sum(struct sum *sum, v16 start) {
-  for (int m = 0; m < ROWS; m++) sum->chain[m] = start;
-  sum->length = sum->more = 0;
+INLINE void start_sum(struct sum *sum, int half, v16 start) {
+  fill_tile(&sum->chain, half, start);
+  sum->length = sum->more = 0, sum->half = half;
 }
 
 INLINE void join_chain(struct sum *sum) {
-  for (int m = 0; m < ROWS; m++) sum->total[m] = sum->more ? sum->total[m] + sum->chain[m] : sum->chain[m], sum->chain[m] = all(0.f);
+  v16 *total = sum->total.whole, *chain = sum->chain.whole;
+  for (int m = 0; m < ROWS; m++) total[m] = sum->more ? total[m] + chain[m] : chain[m], chain[m] = all(0.f);
   sum->more = 1, sum->length = 0;
 }
 
 /* adds n products of each row, from `offset` on, and the panel */
 INLINE void add_products(struct sum *sum, const float *const *rows, word offset, word stride, const float *panel, word n) {
-  const float *p[ROWS];
-  for (int m = 0; m < ROWS; m++) p[m] = rows[m] + offset;
+  const float *p[MOST_ROWS];
+  int count = rows_of(sum->half);
+  for (int m = 0; m < count; m++) p[m] = rows[m] + offset;
   while (n) {
     if (sum->length == RUN) join_chain(sum);
     word some = least(n, RUN - sum->length);
-    multiply(sum->chain, p, stride, 0, panel, LANES, 0, some, 1);
+    multiply(&sum->chain, sum->half, p, stride, 0, panel, LANES, 0, some, 1);
     n -= some, sum->length += some;
     if (!n) return;
-    for (int m = 0; m < ROWS; m++) p[m] += some * stride;
+    for (int m = 0; m < count; m++) p[m] += some * stride;
     panel += some * LANES;
   }
 }
@@ -465,7 +538,7 @@ INLINE void add_products(struct sum *sum, const float *const *rows, word offset,
 /* the sums, in `chain` */
 INLINE void finish_sum(struct sum *sum) {
   if (!sum->more) return;
-  for (int m = 0; m < ROWS; m++) sum->chain[m] += sum->total[m];
+  for (int m = 0; m < ROWS; m++) sum->chain.whole[m] += sum->total.whole[m];
 }
 
 /* the numbers of x[i] and x[i + 8] in turn */
@@ -519,21 +592,24 @@ static void product_task(const struct call *c, int phase, word task) {
     word some = least(RUN, k - start), stride = ks == 1 ? 1 : TASK_ROWS;
     if (ks != 1)
       for (word j = 0; j < some; j++) copy_items((char *)(turned + j * TASK_ROWS), (const char *)(left + first * rs + (start + j) * ks), stop - first, 4, 4 * rs, 4);
-    for (word p = group * a[PRODUCT_PANELS]; p < least((group + 1) * a[PRODUCT_PANELS], panels); p++)
-      for (word i = first; i < stop; i += ROWS) {
-        const float *rows[ROWS];
-        v16 sum[ROWS];
-        for (int r = 0; r < ROWS; r++) {
+    for (word p = group * a[PRODUCT_PANELS]; p < least((group + 1) * a[PRODUCT_PANELS], panels); p++) {
+      int half = half_of(n - p * LANES), count = rows_of(half);
+      for (word i = first; i < stop; i += count) {
+        const float *rows[MOST_ROWS];
+        tile sum;
+        for (int r = 0; r < count; r++) {
           word row = least(i + r, stop - 1);
-          rows[r] = ks == 1 ? left + row * rs + start : turned + row - first, sum[r] = all(0.f);
+          rows[r] = ks == 1 ? left + row * rs + start : turned + row - first;
         }
-        multiply(sum, rows, stride, 0, right + (p * k + start) * LANES, LANES, 0, some, 1);
-        for (int r = 0; r < ROWS; r++)
-          if (i + r < stop) {
-            float *place = to + (i + r) * n + p * LANES;
-            store_part(place, start ? load_part(place, n - p * LANES) + sum[r] : sum[r], n - p * LANES, 1);
-          }
+        fill_tile(&sum, half, all(0.f));
+        multiply(&sum, half, rows, stride, 0, right + (p * k + start) * LANES, LANES, 0, some, 1);
+        for (int r = 0; r < least(count, stop - i); r++) {
+          float *place = to + (i + r) * n + p * LANES;
+          v16 row = row_of(&sum, half, r);
+          store_part(place, start ? load_part(place, n - p * LANES) + row : row, n - p * LANES, 1);
+        }
       }
+    }
   }
 }
 
@@ -618,9 +694,10 @@ static int block_of(const struct call *c, word task, struct block *b) {
   }
   return 1;
 }
-INLINE float *result_of(const struct call *c, const struct block *b, word row, word column) {
+/* where the block's first pixel goes */
+INLINE float *result_of(const struct call *c, const struct block *b) {
   const word *a = c->a;
-  return (float *)at(c, 4) + ((b->image * a[CONV_OH] + b->row + row * b->down) * a[CONV_OW] + b->column + column * b->across) * a[CONV_O];
+  return (float *)at(c, 4) + ((b->image * a[CONV_OH] + b->row) * a[CONV_OW] + b->column) * a[CONV_O];
 }
 
 static void conv_task(const struct call *c, int phase, word task) {
@@ -650,21 +727,25 @@ static void conv_task(const struct call *c, int phase, word task) {
   for (word group = 0; group < groups; group++)
     for (word p = 0; p < panels; p++) {
       const float *panel = packed + ((group * panels + p) * k + b.before * in) * LANES;
-      word channel = group * out + p * LANES, some = least(LANES, out - p * LANES), row = 0, column = 0;
+      word channel = group * out + p * LANES, some = least(LANES, out - p * LANES), column = 0;
       v16 offset = bias ? load_part(bias + channel, some) : all(0.f);
-      for (word q = 0; q < pixels; q += ROWS) {
-        const float *under[ROWS];
-        float *to[ROWS];
+      int half = half_of(some), count = rows_of(half);
+      const float *line = b.x + group * in, *from = line;
+      float *line_to = result_of(c, &b) + channel, *next = line_to;
+      for (word q = 0; q < pixels; q += count) {
+        const float *under[MOST_ROWS];
+        float *to[MOST_ROWS];
         struct sum sum;
-        start_sum(&sum, offset);
-        for (int m = 0; m < ROWS; m++) {
-          under[m] = b.x + row * b.sh * b.pitch + column * b.sw * a[CONV_C] + group * in;
-          to[m] = result_of(c, &b, row, column) + channel;
-          if (q + m + 1 < pixels && ++column == b.width) column = 0, row++; /* the last pixel again where there are no more */
+        start_sum(&sum, half, offset);
+        for (int m = 0; m < count; m++) {
+          under[m] = from, to[m] = next;
+          if (q + m + 1 >= pixels) continue; /* the last pixel again where there are no more */
+          if (++column < b.width) from += b.sw * a[CONV_C], next += b.across * a[CONV_O];
+          else column = 0, from = line += b.sh * b.pitch, next = line_to += b.down * a[CONV_OW] * a[CONV_O];
         }
         const float *weight = panel;
         if (joined && b.high && b.high * b.broad * in <= RUN)
-          multiply(sum.chain, under, 1, b.high > 1 ? (b.far[1] - b.far[0]) * b.pitch : 0, weight, LANES, b.broad * in * LANES, b.broad * in, b.high);
+          multiply(&sum.chain, half, under, 1, b.high > 1 ? (b.far[1] - b.far[0]) * b.pitch : 0, weight, LANES, b.broad * in * LANES, b.broad * in, b.high);
         else for (word i = 0; i < b.high; i++)
           for (word j = 0; j < (joined ? 1 : b.broad); j++) {
             word n = joined ? b.broad * in : in;
@@ -672,8 +753,7 @@ static void conv_task(const struct call *c, int phase, word task) {
             weight += n * LANES;
           }
         finish_sum(&sum);
-        for (int m = 0; m < ROWS; m++)
-          if (q + m < pixels) store_part(to[m], sum.chain[m], some, 1);
+        for (int m = 0; m < least(count, pixels - q); m++) store_part(to[m], row_of(&sum.chain, half, m), some, 1);
       }
     }
 }
@@ -719,28 +799,31 @@ static void conv_grad_task(const struct call *c, int phase, word task) {
                                 (height - 1) * a[CONV_SH] + (a[CONV_KH] - 1) * a[CONV_DH] + 1, (width - 1) * a[CONV_SW] + (kw - 1) * a[CONV_DW] + 1, (float *)c->scratch, &pitch);
         const float *dy = (const float *)at(c, 2) + ((n * a[CONV_OH] + u) * a[CONV_OW] + v) * outputs;
         const word step = a[CONV_SW] * a[CONV_C];
+        float whole[TASK_ROWS * LANES];
         for (word group = 0; group < groups; group++)
-          for (word r = start; r < stop; r += ROWS) {
-            word offset[ROWS], count = least(ROWS, stop - r); /* rows beyond the last one repeat it */
-            for (int m = 0; m < ROWS; m++) {
-              word row = r - start + least(m, count - 1);
-              offset[m] = down[row] * pitch + aside[row] + group * in;
+          for (word some_rows = start; some_rows < stop; some_rows += 24) /* a multiple of any tile's; they stay in the cache */
+          for (word o = 0; o < out; o += LANES) {
+            word some = least(LANES, out - o), last = least(some_rows + 24, stop);
+            int half = half_of(some), rows = rows_of(half);
+            const float *slope = dy + group * out + o;
+            word apart = outputs, next = a[CONV_OW] * outputs;
+            if (some % (LANES / 2)) { /* a vector would reach beyond the last pixel's channels */
+              for (word q = 0; q < height * width && some_rows == start; q++) store(whole + q * LANES, load_part(slope + q / width * next + q % width * outputs, some));
+              slope = whole, apart = LANES, next = width * LANES;
             }
-            for (word o = 0; o < out; o += LANES) {
-              word some = least(LANES, out - o);
-              const float *slope = dy + group * out + o, *under[ROWS];
-              v16 sum[ROWS];
-              for (int m = 0; m < ROWS; m++) sum[m] = all(0.f), under[m] = x + offset[m];
-              if (some == LANES) multiply(sum, under, step, a[CONV_SH] * pitch, slope, outputs, a[CONV_OW] * outputs, width, height);
-              else
-                for (word q = 0; q < width * height; q++) {
-                  word row = q / width, column = q % width;
-                  v16 b = load_part(slope + (row * a[CONV_OW] + column) * outputs, some);
-                  for (int m = 0; m < ROWS; m++) sum[m] = fma(all(under[m][row * a[CONV_SH] * pitch + column * step]), b, sum[m]);
-                }
+            for (word r = some_rows; r < last; r += rows) {
+              word count = least(rows, last - r); /* rows beyond the last one repeat it */
+              const float *under[MOST_ROWS];
+              tile sum;
+              for (int m = 0; m < rows; m++) {
+                word row = r - start + least(m, count - 1);
+                under[m] = x + down[row] * pitch + aside[row] + group * in;
+              }
+              fill_tile(&sum, half, all(0.f));
+              multiply(&sum, half, under, step, a[CONV_SH] * pitch, slope, apart, next, width, height);
               float *sums = to + r * outputs + group * out + o;
-              for (int m = 0; m < ROWS; m++)
-          if (m < count) store_part(sums + m * outputs, load_part(sums + m * outputs, some) + sum[m], some, 1);
+              for (int m = 0; m < count; m++)
+                store_part(sums + m * outputs, load_part(sums + m * outputs, some) + row_of(&sum, half, m), some, 1);
             }
           }
       }
@@ -864,12 +947,12 @@ static void winograd_task(const struct call *c, int phase, word task) {
       for (word t = 0; t < count; t += ROWS) {
         const float *rows[ROWS];
         struct sum sum;
-        start_sum(&sum, all(0.f));
+        start_sum(&sum, 0, all(0.f));
         for (int r = 0; r < ROWS; r++) rows[r] = v + spot * vs + least(t + r, count - 1) * in;
         add_products(&sum, rows, 0, 1, packed + (spot * panels + p) * in * LANES, in);
         finish_sum(&sum);
         for (int r = 0; r < ROWS; r++)
-          if (t + r < count) store(m + spot * ms + ((t + r) * panels + p) * LANES, sum.chain[r]);
+          if (t + r < count) store(m + spot * ms + ((t + r) * panels + p) * LANES, sum.chain.whole[r]);
       }
   const float *bias = a[6] < 0 ? 0 : at(c, 6);
   for (word t = 0; t < count; t++)
@@ -921,12 +1004,12 @@ static void winograd_grad_task(const struct call *c, int phase, word task) {
       for (word i = channel; i < stop; i += ROWS) {
         const float *rows[ROWS];
         struct sum sum;
-        start_sum(&sum, all(0.f));
+        start_sum(&sum, 0, all(0.f));
         for (int r = 0; r < ROWS; r++) rows[r] = v + spot * vs + least(i + r, stop - 1);
         add_products(&sum, rows, 0, in, m + spot * ms + p * tiles * LANES, tiles);
         finish_sum(&sum);
         for (int r = 0; r < ROWS; r++)
-          if (i + r < stop) store(g + ((spot * in + i + r) * panels + p) * LANES, sum.chain[r]);
+          if (i + r < stop) store(g + ((spot * in + i + r) * panels + p) * LANES, sum.chain.whole[r]);
       }
   } else {
     const word *s = a + CONV_WEIGHT;
@@ -981,7 +1064,8 @@ INLINE void depthwise_pixels(const struct call *c, const struct block *b, const 
       v16 weight = load_part(packed + (b->before + i * b->broad + j) * channels + k, n);
       for (int m = 0; m < count; m++) total[m] = fma(load_part(from + m * b->sw * channels, n), weight, total[m]);
     }
-  for (int m = 0; m < count; m++) store_part(result_of(c, b, row, column + m) + k, total[m], n, 1);
+  float *to = result_of(c, b) + (row * b->down * a[CONV_OW] + column * b->across) * channels + k;
+  for (int m = 0; m < count; m++) store_part(to + m * b->across * channels, total[m], n, 1);
 }
 
 static void depthwise_task(const struct call *c, int phase, word task) {
@@ -1052,11 +1136,16 @@ static void depthwise_task(const struct call *c, int phase, word task) {
 static word pool_tasks(const word *a, int phase) { return a[POOL_WHAT] & 1 ? a[CONV_N] * panels_of(a[CONV_C]) : a[CONV_N] * a[CONV_OH]; }
 
 INLINE void keep_winners(void *to, word i, i16 winners, word n, word wide) {
+  if (wide == 4) {
+    store_first((float *)to + i, floats(winners), n);
+    return;
+  }
   typedef uint8_t u8 __attribute__((vector_size(16), aligned(1)));
-  if (wide == 1 && n == LANES) *(u8 *)((uint8_t *)to + i) = __builtin_convertvector(winners, u8);
-  else for (word l = 0; l < n; l++)
-    if (wide == 1) ((uint8_t *)to)[i + l] = (uint8_t)winners[l];
-    else ((int32_t *)to)[i + l] = winners[l];
+  u8 small = __builtin_convertvector(winners, u8);
+  uint8_t *bytes = (uint8_t *)to + i;
+  if (n == LANES) *(u8 *)bytes = small;
+  else if (n == LANES / 2) *(bytes8 *)bytes = __builtin_shufflevector(small, small, 0, 1, 2, 3, 4, 5, 6, 7);
+  else for (word l = 0; l < n; l++) bytes[l] = small[l];
 }
 
 static void pool_row(const struct call *c, word task) {
@@ -1066,12 +1155,17 @@ static void pool_row(const struct call *c, word task) {
   void *winners = a[6] < 0 ? 0 : at(c, 6);
   float *to = (float *)at(c, 4) + task * a[CONV_OW] * channels;
   const float **under = (const float **)c->scratch; /* of one pixel */
-  word *number = (word *)(under + taps);
+  word *number = (word *)(under + taps), some = 0;
   for (word column = 0; column < a[CONV_OW]; column++, to += channels) {
-    word some = 0;
-    for (word t = 0; t < taps; t++) {
-      const float *from = tap(a, x, image, row, column, t / a[CONV_KW], t % a[CONV_KW]);
-      if (from) under[some] = from, number[some++] = t;
+    word z = column * a[CONV_SW] - a[CONV_LEFT];
+    if (some == taps && z > 0 && z + (a[CONV_KW] - 1) * a[CONV_DW] < a[CONV_W]) /* beside the last one, which was whole */
+      for (word t = 0; t < taps; t++) under[t] += a[CONV_SW] * channels;
+    else {
+      some = 0;
+      for (word t = 0; t < taps; t++) {
+        const float *from = tap(a, x, image, row, column, t / a[CONV_KW], t % a[CONV_KW]);
+        if (from) under[some] = from, number[some++] = t;
+      }
     }
     for (word k = 0; k < channels; k += LANES) {
       word width = least(LANES, channels - k);
@@ -1260,27 +1354,14 @@ static word take(struct run *run, word tasks, word *stop) {
 
 void RUN_PLAN(struct run *run, word thread) {
   const word *plan = run->plan, *next = plan + sizeof(struct plan) / sizeof(word) + 2 * plan[2];
-  struct call call = {0, next, run->bases, run->scratch + thread * plan[4]};
   for (word i = 0; i < plan[5]; i++, next += 2 + next[1]) {
     const struct kernel *kernel = KERNELS + next[0];
-    const word *chain = next + 2 + next[1];
-    int chained = kernel->tasks == map_tasks && next[2 + MAP_CHAINED];
-    call.a = next + 2;
-    if (!chained) call.before = next;
+    const struct call call = {next + 2, run->bases, run->scratch + thread * plan[4]};
     for (int phase = 0; phase < kernel->phases; phase++) {
       word tasks = kernel->tasks(call.a, phase);
       if (!tasks) continue;
-      for (word stop, task = take(run, tasks, &stop); task < stop; task = task + 1 < stop ? task + 1 : take(run, tasks, &stop)) {
-        kernel->task(&call, phase, task);
-        if (phase < kernel->phases - 1 || chained) continue;
-        const word *own = call.a;
-        word left = plan[5] - i - 1;
-        for (const word *each = chain; left && KERNELS[each[0]].tasks == map_tasks && each[2 + MAP_CHAINED]; each += 2 + each[1], left--) {
-          call.a = each + 2;
-          map_task(&call, 0, task);
-        }
-        call.a = own;
-      }
+      for (word stop, task = take(run, tasks, &stop); task < stop; task = take(run, tasks, &stop))
+        for (; task < stop; task++) kernel->task(&call, phase, task);
       meet(run);
     }
   }

@@ -7,13 +7,13 @@
 #define RUN 256      /* so many products are summed before they join the total: the error grows with RUN, not with K */
 #define BLOCK 512    /* elements of an elementwise program at a time */
 enum { COPY_ITEM = 4, COPY_FILL, COPY_FILLED, COPY_RANK, COPY_SIZES, COPY_FROM = COPY_SIZES + RANK, COPY_TO = COPY_FROM + RANK, COPY_WORDS = COPY_TO + RANK };
-enum { MAP_COUNT, MAP_SIZES, MAP_LOADS = 5, MAP_STEPS, MAP_STORES, MAP_SUMS, MAP_COLUMNS, MAP_CHAINED, MAP_BODY, LOAD_WORDS = 9, STEP_WORDS = 6, STORE_WORDS = 6, SUM_WORDS = 8 };
+enum { MAP_COUNT, MAP_SIZES, MAP_LOADS = 5, MAP_STEPS, MAP_STORES, MAP_SUMS, MAP_COLUMNS, MAP_BODY, LOAD_WORDS = 9, STEP_WORDS = 6, STORE_WORDS = 6, SUM_WORDS = 8 };
 enum { FLOAT32, UINT8, INT64, UNPOOLED };
 enum { SUM, SQUARES }; /* of the distances from the mean */
 enum { ADD, SUBTRACT, MULTIPLY, DIVIDE, MAXIMUM, MINIMUM, GREATER, GREATER_EQUAL, EQUAL, MASKED, WHERE, RELU, CLAMP_LOW, CLAMP_HIGH, ABS, EXP, LOG, SQRT, RSQRT, POWER, ERF, TANH, SIGMOID, SOFTPLUS, SIN, COS, ATAN, FLOOR, NUMBER, MULTIPLY_ADD, MASKED_ABOVE, OPERATORS };
 #define REGISTERS 48
 #define MAP_TASK (8 * BLOCK)
-#define SUM_ROWS 128 /* at most so many rows are summed before they join the total */
+#define SUM_ROWS 128 /* at most so many rows are summed before they join the total; more of those that a vector holds several of */
 enum { REDUCE_MAX = 6, REDUCE_OUTER, REDUCE_SIZE, REDUCE_INNER };
 #define REDUCE_PART 128
 enum { PRODUCT_BATCHES = 8, PRODUCT_M, PRODUCT_N, PRODUCT_K, PRODUCT_A, PRODUCT_B = PRODUCT_A + 3, PRODUCT_PANELS = PRODUCT_B + 3, PRODUCT_READY };
@@ -40,7 +40,7 @@ INLINE word sum_rows(const word *sum) { return sum[1] == SQUARES ? 3 : 1; }
 INLINE word map_task_of(const word *a) {
   if (!a[MAP_SUMS]) return MAP_TASK;
   word rows = MAP_TASK / a[MAP_COLUMNS];
-  return a[MAP_COLUMNS] * (rows < 1 ? 1 : least(rows, SUM_ROWS));
+  return a[MAP_COLUMNS] * (rows < 1 ? 1 : least(rows, a[MAP_COLUMNS] < LANES ? SUM_ROWS * (LANES / a[MAP_COLUMNS]) : SUM_ROWS));
 }
 /* A convolution's task is a block of pixels of the result (of an adjoint: of one phase, that is of those with the same
    remainder by the stride). */
@@ -56,27 +56,4 @@ INLINE word block_under(const word *a, int axis) {
 }
 /* elements of a spot's tiles; not a multiple of 4096 bytes, of which a cache holds few at once */
 INLINE word spot_size(word elements) { return elements + LANES; }
-/* A chained program runs on the pixels that a task of the call before has made, right after it: while they are in the
-   cache. Tasks of these kernels make whole rows of images, one after the other. */
-enum { CONV = 4, DEPTHWISE = 6, WINOGRAD = 10 };
-INLINE word chain_tasks(const word *before) {
-  const word *a = before + 2;
-  if (before[0] == WINOGRAD) return parts_of(tiles_of(a), a[WINOGRAD_TILES]);
-  return a[CONV_N] * parts_of(a[CONV_OH], block_height(a));
-}
-/* the pixel that a task begins with; of the number of tasks, that of all pixels */
-INLINE word chain_start(const word *before, word task) {
-  const word *a = before + 2;
-  if (before[0] == WINOGRAD) {
-    word tile = least(task * a[WINOGRAD_TILES], tiles_of(a)) / parts_of(a[CONV_OW], 4), down = parts_of(a[CONV_OH], 4);
-    return (tile / down * a[CONV_OH] + tile % down * 4) * a[CONV_OW];
-  }
-  word parts = parts_of(a[CONV_OH], block_height(a));
-  return (task / parts * a[CONV_OH] + task % parts * block_height(a)) * a[CONV_OW];
-}
-INLINE word map_parts(const word *a, const word *before) { return a[MAP_CHAINED] ? chain_tasks(before) : parts_of(a[MAP_COUNT], map_task_of(a)); }
-/* the element that a part begins with */
-INLINE word map_start(const word *a, const word *before, word part) {
-  if (a[MAP_CHAINED]) return chain_start(before, part) * before[2 + CONV_O];
-  return least(part * map_task_of(a), a[MAP_COUNT]);
-}
+INLINE word map_parts(const word *a) { return parts_of(a[MAP_COUNT], map_task_of(a)); }

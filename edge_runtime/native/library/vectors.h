@@ -12,6 +12,15 @@
 typedef float v16 __attribute__((vector_size(64), aligned(4)));
 typedef int32_t i16 __attribute__((vector_size(64), aligned(4)));
 
+typedef float v8 __attribute__((vector_size(32), aligned(4))); /* half of one, where there are few channels */
+typedef float v4 __attribute__((vector_size(16), aligned(4)));
+
+INLINE v8 low(v16 x) { return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7); }
+INLINE v8 high(v16 x) { return __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15); }
+INLINE v16 join(v8 a, v8 b) { return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+INLINE v8 load8(const float *p) { return *(const v8 *)p; }
+INLINE void store8(float *p, v8 x) { *(v8 *)p = x; }
+INLINE v8 all8(float x) { return (v8){x, x, x, x, x, x, x, x}; }
 INLINE v16 load(const float *p) { return *(const v16 *)p; }
 INLINE void store(float *p, v16 x) { *(v16 *)p = x; }
 INLINE v16 all(float x) { return (v16){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; } /* 0 + x would be an addition */

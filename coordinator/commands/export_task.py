@@ -1,0 +1,80 @@
+"""`edgestill task export`: takes the global model of a task out, with its bundle."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from edgestill.coordinator.model import BEST, LAST, GlobalModel, global_model
+from edgestill.coordinator.opening import open_existing
+from edgestill.coordinator.problems import Problem
+from edgestill.coordinator.service import Service
+from edgestill.coordinator.settings import STORE_SETTINGS, add_flags, settings_from
+from edgestill.runtime.bundle.bundle import Bundle
+from edgestill.runtime.bundle.writer import check_output, replacing
+from edgestill.runtime.console import add_json_option
+from edgestill.runtime.errors import UsageError
+from edgestill.runtime.files import write_atomically
+
+
+def add_parser(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = actions.add_parser(
+        "export", help="write the global model to a file", allow_abbrev=False,
+        description="Writes the global model of a task after a round as a state of its bundle: it predicts, trains on, "
+        "becomes an inference model and loads into PyTorch.",
+    )  # fmt: skip
+    parser.add_argument("name", metavar="TASK", help="its name; `edgestill task list` has them all")
+    parser.add_argument(
+        "--round",
+        metavar="best|last|N",
+        help="after which round (the best by the task's validation images, where it has some, else the last)",
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the model (.safetensors)")
+    parser.add_argument("--bundle", type=Path, metavar="DIR", help="also write its bundle; a .zip gives one file")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there already")
+    add_json_option(parser, "one JSON object")
+    add_flags(parser, STORE_SETTINGS)
+    parser.set_defaults(run=run_export)
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    """Writes the model, and the bundle where it is asked for; both or a message why not."""
+    wanted, output = arguments.round, arguments.output
+    if wanted not in (None, BEST, LAST) and not wanted.isdecimal():
+        raise UsageError(f"--round {wanted}", f"give {BEST}, {LAST} or a round's number")
+    if output.is_dir() or (output.exists() and not arguments.overwrite):
+        raise UsageError(f"{output} exists already", "add --overwrite, or give another --output")
+    if arguments.bundle is not None:
+        check_output(arguments.bundle, arguments.overwrite)
+    service = open_existing(settings_from(arguments))
+    try:
+        model = global_model(service, arguments.name, wanted)
+    except Problem as problem:
+        raise UsageError(problem.detail, problem.hint) from problem
+    if arguments.bundle is not None:
+        _write_bundle(service, model, arguments.bundle)
+    write_atomically(output, [model.body])
+    bundle = None if arguments.bundle is None else str(arguments.bundle)
+    if arguments.json:
+        said = {"task": model.task, "round": model.round, "best": model.best, "student": model.student.student}
+        print(json.dumps(said | {"model": str(output), "size_bytes": len(model.body), "bundle": bundle}))
+        return 0
+    which = f"round {model.round}{', the best' if model.best else ''}"
+    print(f"edgestill: wrote {output}: {model.student.student} of {model.task} after {which}", file=sys.stderr)
+    if bundle is not None:
+        words = shlex.join(["edgestill", "predict", bundle, "--state", str(output)])
+        print(f"edgestill: next: {words} --resize IMAGE", file=sys.stderr)
+    return 0
+
+
+def _write_bundle(service: Service, model: GlobalModel, output: Path) -> None:
+    source = service.blobs.path(model.student.bundle)
+    if output.suffix == ".zip":
+        write_atomically(output, [source.read_bytes()])
+        return
+    with Bundle.open(source) as bundle, replacing(output) as folder:
+        shutil.copytree(bundle.path, folder, dirs_exist_ok=True)
