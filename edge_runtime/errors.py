@@ -43,7 +43,12 @@ class EngineError(EdgestillError):
 
 
 class TrainingError(EdgestillError):
-    """A run that cannot go on, for example because its loss is not finite."""
+    """A run that cannot go on, for example because its loss is not finite; `kept` says which file holds what of it,
+    `what` is the message without it, for who removes that file."""
+
+    def __init__(self, message: str, hint: str | None = None, kept: str = "") -> None:
+        super().__init__(message + kept, hint)
+        self.what = message
 
 
 class Interrupted(EdgestillError):

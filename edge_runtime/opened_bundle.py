@@ -89,7 +89,7 @@ class OpenedBundle:
     ) -> list[StepRecord]:
         """Trains on from the present state and returns a record of every step; `progress` is called with each.
 
-        The settings are those of `steps`. Errors: those of `steps`, and TrainingError for a loss that is not finite.
+        The settings are those of `steps`. Errors: those of `steps`, and TrainingError for a run that diverges.
         """
         records = []
         for record in self.steps(data, **settings):

@@ -259,7 +259,7 @@ class Device:
                 on_step=tell,
             )
         except TrainingError as error:
-            return machine.RoundGone(error.message)
+            return machine.RoundGone(error.what)  # the training's file goes with the round
         except Interrupted:
             if stop.held:
                 self.watch("waiting", reasons=list(stop.held))
@@ -278,9 +278,14 @@ class Device:
         kit = self.equipment
         try:
             state = self.keep.trained(work.round, kit.bundle)
+        except StateError:
+            return machine.RoundGone("it was trained with another student than this device has now")
+        except WireError as error:
+            return machine.RoundGone(error.message)
+        try:
             spent = kit.spend_privacy(self.participant.privacy_spent)
             packed, report = pack_round(kit, state, self.random, spent)
-        except (WireError, TrainingError, StateError) as error:  # StateError: trained with another student
+        except (WireError, TrainingError) as error:
             return machine.RoundGone(error.message)
         self.keep.put_body(work.round, packed.body)
         self.watch("packed", round=work.round, **report)

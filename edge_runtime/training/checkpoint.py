@@ -42,8 +42,9 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     for name, array in checkpoint.state.items():
         if not np.isfinite(array).all():
             raise TrainingError(
-                f"after step {checkpoint.step} {name!r} is not finite; {path} is left as it was",
+                f"after step {checkpoint.step} {name!r} is not finite",
                 "train with a smaller --lr, or with --warmup-steps",
+                f"; {path} is left as it was" if path.exists() else "",
             )
     progress = {"step": checkpoint.step, "total_steps": checkpoint.total_steps}
     metadata = {

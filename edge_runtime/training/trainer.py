@@ -111,7 +111,7 @@ def train(
 def _diverged(what: str, state_path: Path | None, kept: int) -> TrainingError:
     """`kept`: the step whose state the file holds; 0 where this run has written none."""
     where = f"; {state_path} keeps the state of step {kept}" if state_path is not None and kept else ""
-    return TrainingError(what + where, "train with a smaller learning rate, or with warm-up steps")
+    return TrainingError(what, "train with a smaller learning rate, or with warm-up steps", where)
 
 
 def _record(

@@ -190,6 +190,18 @@ def test_a_training_that_fails_costs_the_round_and_not_the_student(bench: Bench,
     assert all(np.array_equal(student[name], value) for name, value in bench.bundle.initial_state().items())
 
 
+def test_a_round_that_diverges_names_no_file_that_goes_with_it(bench: Bench, tmp_path: Path) -> None:
+    fake = bench.coordinator(rounds=1, epochs=20, learning_rate=1000.0, weight_decay=1000.0)
+    told: list[str] = []
+
+    def watch(event: str, /, **details: object) -> None:
+        told.extend([str(details["reason"])] if event == "given up" else [])
+
+    device = bench.device(fake, WorkFolder(tmp_path / "w"), watch=watch)
+    assert device.run(rounds=1) == 0
+    assert len(told) == 1 and "training-" not in told[0] and not list((tmp_path / "w").glob("training-*"))
+
+
 def test_global_outputs_that_do_not_fit_cost_the_round(bench: Bench, tmp_path: Path) -> None:
     fake = bench.coordinator()
     device = bench.device(fake, WorkFolder(tmp_path / "w"))

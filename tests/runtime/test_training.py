@@ -368,6 +368,7 @@ def test_the_runtime_imports_neither_torch_nor_onnx_nor_an_engine_for_help() -> 
     code = (
         "import sys, edgestill.runtime.cli, edgestill.runtime.commands.train, edgestill.runtime.commands.evaluate\n"
         "import edgestill.runtime.commands.doctor, edgestill.runtime.commands.inspect\n"
+        "import edgestill.runtime.commands.predict, edgestill.runtime.training.event_file\n"
         "edgestill.runtime.cli.main(['--help'])\n"
         "found = {'torch', 'onnx', 'onnxruntime', 'executorch', 'matplotlib', 'PIL'} & set(sys.modules)\n"
         "raise SystemExit(', '.join(found) or 0)"
