@@ -10,6 +10,7 @@ import statistics
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,8 @@ def run(arguments: argparse.Namespace) -> int:
         output = _Output(arguments.json, planned.total_steps)
         log = None
         if arguments.log_dir is not None:
-            log = stack.enter_context(EventFile(_outside(arguments.log_dir, bundle), first_step + 1))
+            log = stack.enter_context(EventFile(_outside(arguments.log_dir, bundle)))
+            log.begin(first_step + 1)
         output.start(first_step, planned, engine, state_path)
         times_ms: list[float] = []
         epoch: list[StepRecord] = []  # the present one
@@ -185,7 +187,7 @@ def run(arguments: argparse.Namespace) -> int:
                     if log is not None:
                         log.add(record.step, figures_of(record))
             except TrainingError as error:
-                raise TrainingError(error.message, _remedy(arguments, planned)) from error
+                raise TrainingError(error.message, _remedy(arguments, planned, bool(error.kept))) from error
             finally:
                 output.end_progress()
         peak = peak_rss_bytes()
@@ -245,29 +247,39 @@ def _outside(folder: Path, bundle: Bundle) -> Path:
     return folder
 
 
-def _remedy(arguments: argparse.Namespace, planned: Run) -> str:
-    """The same command anew at a tenth of the learning rate."""
+def _remedy(arguments: argparse.Namespace, planned: Run, kept: bool) -> str:
+    """The same command anew at a tenth of the learning rate; into another file where --state keeps what was good."""
+    dropped = ("--lr", "--state", "--restart") if kept else ("--lr", "--restart")
     words, given = [], iter(arguments.typed)
     for word in given:
-        if word == "--lr":
-            next(given)
-        elif not word.startswith("--lr=") and word != "--restart":
+        if word in dropped:
+            if word != "--restart":
+                next(given)
+        elif word.partition("=")[0] not in dropped:
             words.append(word)
-    rate = planned.hyperparameters["learning_rate"] / 10
-    return shlex.join(["edgestill", *words, "--lr", f"{rate:g}", "--restart"])
+    words += ["--lr", f"{planned.hyperparameters['learning_rate'] / 10:g}"]
+    words += ["--state", str(_free_beside(arguments.state))] if kept else ["--restart"]
+    return shlex.join(["edgestill", *words])
+
+
+def _free_beside(path: Path) -> Path:
+    """The first of `NAME-2`, `NAME-3`, … that does not exist."""
+    names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(2))
+    return next(name for name in names if not name.exists())
 
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
     """A list that signals to end add themselves to, so that a step in progress ends first.
 
-    A second one acts as it always did: who presses Ctrl-C twice does not want to wait.
+    A second one, of whichever kind, acts as it always did: who presses Ctrl-C twice does not want to wait.
     """
     received: list[int] = []
 
     def note(number: int, _: object) -> None:
         received.append(number)
-        signal.signal(number, before[number])
+        for one, handler in before.items():
+            signal.signal(one, handler)  # type: ignore[arg-type]
 
     with handling(note) as before:
         yield received
