@@ -129,6 +129,8 @@ class TaskView:
     name: str
     state: str
     exchange: str
+    transfer: str
+    """How many samples outputs are exchanged on, and who knows their classes."""
     mode: str
     precision: str
     aggregation: str
@@ -139,6 +141,8 @@ class TaskView:
     devices: tuple[DeviceView, ...]
     refusals: tuple[RefusalView, ...]
     class_names: tuple[str, ...]
+    has_model: bool
+    """Whether there is a global model to take out."""
     seconds_left: float | None
     """Until the last round ends, at the pace of the last ones; None where nobody knows."""
 
@@ -206,6 +210,8 @@ def view_task(
         name=record.name,
         state=record.ended or (views[-1].phase if running else "waiting"),
         exchange=task.exchange,
+        transfer=f"{task.transfer.samples} samples, classes known to "
+        + ("the coordinator alone" if task.transfer.labelled else "nobody"),
         mode=task.mode,
         precision=task.precision,
         aggregation=task.aggregation.rule.replace("_", " ") + (", aligned" if task.aggregation.align else ""),
@@ -219,6 +225,8 @@ def view_task(
             for kind, count in sorted(by_kind.items(), key=lambda item: (-item[1], item[0]))
         ),
         class_names=tuple(getattr(task, "class_names", ())),
+        has_model=record.student_state is not None
+        or (task.exchange == "parameters" and any(one.published is not None for one in ordered)),
         seconds_left=_seconds_left(record, views, shown, liveness.now_s),
     )
 

@@ -265,7 +265,7 @@ def tell_of_skipped(tree: Tree, tell: Tell) -> None:
     reasons: dict[str, list[str]] = {}
     for parts, reason in tree.skipped:
         reasons.setdefault(reason, []).append("/".join(parts))
-    told = "; ".join(f"{len(files)} {reason} ({_some(files)})" for reason, files in reasons.items())
+    told = "; ".join(f"{len(files)} ({_some(files)}): {reason}" for reason, files in reasons.items())
     details = {reason: {"count": len(files), "files": files[:_NAMED]} for reason, files in reasons.items()}
     count = len(tree.skipped)
     tell(

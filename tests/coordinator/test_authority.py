@@ -115,7 +115,7 @@ def test_join_needs_no_file_and_no_one_else_gets_the_code(
     assert "not one certificate" in capsys.readouterr().err
     assert main([*CREATE, *ONE_ROUND, "--ca-cert", "ca.pem"]) == 0
     (code,) = run_json(capsys, "enrol", "--data-dir", "fed", "--task", "birds")["codes"]
-    join = ["join", "--code", code, "--data", "data.npz", "--work-dir", "device", "--once", "--ignore-conditions"]
+    join = ["join", "--code", code, "--data", "test.npz", "--work-dir", "device", "--once", "--ignore-conditions"]
     with serving("--tls-cert", "strange.pem", "--tls-key", "strange.key") as (url, _):
         # a stranger can hand out the right certificate, and has not its key
         assert main([*join, url]) == 1

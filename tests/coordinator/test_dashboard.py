@@ -20,6 +20,7 @@ from edgestill.coordinator.dashboard import curves, formats, routes, views
 from edgestill.coordinator.dashboard.events import RETRY_MS, SUBSCRIBERS_AT_MOST
 from edgestill.coordinator.dashboard.pages import DEVICES_A_PAGE, ROUNDS_SHOWN
 from edgestill.coordinator.dashboard.routes import make_dashboard_router
+from edgestill.coordinator.http.app import make_app
 from edgestill.coordinator.liveness import Liveness
 from edgestill.coordinator.problems import Problem
 from edgestill.coordinator.service import Service
@@ -28,6 +29,7 @@ from edgestill.coordinator.store.blobs import FileBlobs
 from edgestill.coordinator.store.database import Store
 from edgestill.coordinator.store.records import RefusalCount
 from edgestill.runtime.device.outputs import pack
+from tests.support.coordinator_round import add_task, enrol, run_due, submit
 from tests.support.dashboard_service import DashboardService, device_name, make_task
 
 VOID = {"meta", "link", "input", "br", "hr", "img"}
@@ -481,3 +483,29 @@ def test_names_of_classes_stand_on_the_axes():
     own = curves.draw_class_counts(history, names)
     assert own.rows[0] == ("plum", "130") and ">plum<" in own.svg
     assert curves.draw_class_counts(history, ()).rows[0] == ("0", "130")
+
+
+def test_the_page_leads_to_the_model_and_its_bundle(tmp_path, monkeypatch):
+    """Downloads as a browser makes them: with the dashboard's cookie and nothing else."""
+    monkeypatch.setattr(routes, "PAGE_AGE_S", -1.0)
+    service = Service(Store(), FileBlobs(tmp_path / "blobs"))
+    task = add_task(service, tmp_path, global_student=True, exchange="both", goal=1)
+    device = enrol(service)
+    with TestClient(make_app(service, Settings(dashboard_token="s3cret"), loop=False)) as client:
+        assert client.get("/?token=s3cret").status_code == 200
+
+        def downloads():
+            links = Document(client.get("/tasks/birds").text).all("a")
+            return [a["href"] for _, a, _ in links if "download" in a]
+
+        assert not [link for link in downloads() if "/v1/" in link], "there is no model yet"
+        service.ask(device, {})
+        submit(service, task, device, "birds.1")
+        run_due(service, tmp_path)
+        found = downloads()
+        assert [link for link in found if "/v1/" in link] == ["/v1/tasks/birds/model", "/v1/tasks/birds/bundle"]
+        for link in found:
+            answer = client.get(link)
+            assert answer.status_code == 200 and "attachment" in answer.headers["content-disposition"], link
+        client.cookies.clear()
+        assert {client.get(link).status_code for link in found} == {401}

@@ -13,6 +13,7 @@ import pytest
 
 from edgestill.runtime.bundle import wire
 from edgestill.runtime.bundle.bundle import Bundle
+from edgestill.runtime.cli import main
 from edgestill.runtime.data.dataset import load_splits
 from edgestill.runtime.engines.registry import engine_status, open_engine
 from edgestill.runtime.errors import Interrupted
@@ -103,3 +104,16 @@ def test_engines_classify_alike(run: Run, tmp_path: Path) -> None:
     moved = np.abs(results["onnxruntime"].confusion - results["executorch"].confusion).sum() / 2
     assert moved <= 0.01 * results["onnxruntime"].samples
     assert json.dumps(results["executorch"].as_json())
+
+
+def test_engines_predict_alike(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    go_on(run, "onnxruntime", tmp_path / "state.safetensors")
+    found = {}
+    for name in ENGINES:
+        words = f"predict {run.bundle.source} --state {tmp_path / 'state.safetensors'} --data cifar10-mini --json"
+        assert main([*words.split(), "--engine", name, "--threads", "1"]) == 0
+        *lines, last = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert last["summary"]["engine"] == name and len(lines) == last["summary"]["samples"] == 600
+        found[name] = np.array([line["probabilities"] for line in lines])
+    one, other = found.values()
+    assert np.abs(one - other).max() <= 1e-3 and np.allclose(one.sum(axis=1), 1)

@@ -232,7 +232,7 @@ def test_what_needs_a_package_is_named_with_it(tmp_path: Path, monkeypatch: pyte
         "images of a format that must be converted to PNG or JPEG": ["cat/f.svg"],
     }
     assert (
-        "2 HEIC images, which need another package: pip install pillow-heif (cat/b.HEIC, cat/c.heif)"
+        "2 (cat/b.HEIC, cat/c.heif): HEIC images, which need another package: pip install pillow-heif"
         in notice.text
     )
 
