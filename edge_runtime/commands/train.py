@@ -165,7 +165,8 @@ def run(arguments: argparse.Namespace) -> int:
             log = stack.enter_context(EventFile(_outside(arguments.log_dir, bundle)))
             log.begin(first_step + 1)
         output.start(first_step, planned, engine, state_path)
-        records: list[StepRecord] = []
+        times_ms: list[float] = []
+        epoch: list[StepRecord] = []  # the present one
         with stop_requests() as requests:
             steps = train(
                 engine,
@@ -177,7 +178,10 @@ def run(arguments: argparse.Namespace) -> int:
             )
             try:
                 for record in steps:
-                    records.append(record)
+                    times_ms.append(record.ms)
+                    if epoch and epoch[-1].epoch != record.epoch:
+                        epoch.clear()
+                    epoch.append(record)
                     if not output.step(record):  # whoever looked on has left, as a closed terminal does
                         requests.append(signal.SIGPIPE)
                     if log is not None:
@@ -192,7 +196,7 @@ def run(arguments: argparse.Namespace) -> int:
             result = evaluate(engine, test, bundle.batch, bundle.classes)
             if log is not None:
                 log.add(planned.total_steps, {"test/accuracy": result.accuracy, "test/loss": result.loss})
-        summary = _summary(planned, engine, state_path, first_step, records, peak, result)
+        summary = _summary(planned, engine, state_path, first_step, times_ms, epoch, peak, result)
         tested_on = None if test is None else "test split" if test is splits.test else "held out"
         output.summary(summary | {"tested_on": tested_on, "notices": notices.as_json()})
     return 0
@@ -362,19 +366,18 @@ def _usable_state_path(path: Path, bundle: Bundle) -> Path:
 
 
 def _summary(
-    planned: Run, engine: Engine, state_path: Path, first_step: int, records: list[StepRecord],
-    peak_bytes: int | None, result: Evaluation | None,
+    planned: Run, engine: Engine, state_path: Path, first_step: int, times_ms: list[float],
+    last_epoch: list[StepRecord], peak_bytes: int | None, result: Evaluation | None,
 ) -> dict[str, Any]:  # fmt: skip
-    last = [record for record in records if record.epoch == planned.settings.epochs]
-    labelled = [record.accuracy for record in last if record.accuracy is not None]
+    labelled = [record.accuracy for record in last_epoch if record.accuracy is not None]
     return {
         "accuracy": None if result is None else result.accuracy,
         "loss": None if result is None else result.loss,
         "per_class": None if result is None else result.per_class,
         "samples": None if result is None else result.samples,
-        "train_loss": statistics.fmean(record.loss for record in last) if last else None,
+        "train_loss": statistics.fmean(record.loss for record in last_epoch) if last_epoch else None,
         "train_accuracy": statistics.fmean(labelled) if labelled else None,
-        "ms_per_step_median": round(statistics.median(one.ms for one in records), 3) if records else None,
+        "ms_per_step_median": round(statistics.median(times_ms), 3) if times_ms else None,
         "peak_rss_bytes": peak_bytes,
         "engine": engine.name,
         "state": str(state_path),

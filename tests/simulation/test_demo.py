@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgestill.runtime.bundle.bundle import Bundle
-from edgestill.simulation import demo_bundles, demo_commands
+from edgestill.simulation import demo, demo_bundles, demo_commands
 from edgestill.simulation.demo import (
     DEVICES,
     ENGINE,
@@ -192,6 +192,7 @@ def test_without_bundles_it_exports(
     tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch, screen: io.StringIO
 ) -> None:
     monkeypatch.setattr(demo_bundles, "FOLDER", tmp_path / "none")
+    monkeypatch.setattr(demo, "_is_installed", lambda package: True)
     with pytest.raises(DemoFailed, match="export"):  # what stands for edgestill cannot
         lay_bundles(commands, DemoSettings(output=tmp_path))
     assert screen.getvalue().count(" export --student cnn") >= 1
