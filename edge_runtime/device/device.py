@@ -7,6 +7,7 @@ So a simulation runs this very code without sockets, files or waiting.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -260,13 +261,8 @@ class Device:
             )
         except TrainingError as error:
             return machine.RoundGone(error.what)  # the training's file goes with the round
-        except Interrupted:
-            if stop.held:
-                self.watch("waiting", reasons=list(stop.held))
-                return machine.Held(stop.held, self.clock())
-            if stop.requested:
-                raise
-            return machine.Ticked(self.clock())
+        except Interrupted as interrupted:
+            return self._held(stop, interrupted)
         finally:
             self.training = False
         self.keep.keep_trained(work.round, state)
@@ -305,38 +301,68 @@ class Device:
         return machine.Accepted()
 
     def _settle(self, work: Work, report: Mapping[str, Any]) -> machine.Event:
+        self.keep.settle(work.round, self.equipment.bundle)
         if self.equipment.options.compare_alone:
-            report = {**report, "alone": self._train_alone(work)}
+            stop = _Stop(self)
+            try:
+                report = {**report, "alone": self._train_alone(work, stop)}
+            except Interrupted as interrupted:
+                return self._held(stop, interrupted)
         try:
             self.coordinator.report(work.round, self.name, report)
         except (Refused, Unreachable) as error:
             # the upload is what counts; a report that nobody wants must not keep the device from its next round
             self.watch("report not taken", reason=error.message)
-        self.keep.settle(work.round, self.equipment.bundle)
         self.keep.clean(None)
         self.bytes_down = 0
         self.last_report = report
         self.watch("settled", round=work.round, report=dict(report))
         return machine.Settled()
 
-    def _train_alone(self, work: Work) -> Mapping[str, float | None] | None:
-        """After the upload, so that no deadline can pass meanwhile; None where training failed."""
+    def _train_alone(self, work: Work, stop: _Stop) -> Mapping[str, float | None] | None:
+        """After the upload, so that no deadline can pass meanwhile; None where it failed, which costs no round.
+
+        Errors: Interrupted, with a checkpoint.
+        """
         kit = self.equipment
-        done, state = self.keep.alone(kit.bundle)
+        try:
+            done, state = self.keep.alone(kit.bundle)
+        except EdgestillError as error:
+            self.keep.forget_alone(kit.bundle)
+            self.watch("warning", message=f"the copy to compare with starts anew next round: {error.message}")
+            return None
         if done == work.round:  # before the device was killed
             kit.engine.load_state(state)
             return score_tests(kit)
         self.watch("training alone", round=work.round)
         self.training = True
         try:
-            state, scores = train_alone(kit, work, state, train=self.train, should_stop=self.stop_requested)
-        except TrainingError as error:
-            self.watch("warning", message=f"training alone failed: {error.message}")
+            state, scores = train_alone(
+                kit,
+                work,
+                state,
+                train=self.train,
+                state_path=self.keep.alone_training_path(work.round),
+                should_stop=stop,
+            )
+            self.keep.keep_alone(work.round, kit.bundle, state)
+        except Interrupted:
+            raise
+        except EdgestillError as error:
+            self.watch("warning", message=f"training alone failed: {getattr(error, 'what', error.message)}")
             return None
         finally:
             self.training = False
-        self.keep.keep_alone(work.round, kit.bundle, state)
         return scores
+
+    def _held(self, stop: _Stop, interrupted: Interrupted) -> machine.Event:
+        """What follows from a training that `stop` interrupted. Errors: `interrupted`, where a person asked for it."""
+        if stop.held:
+            self.watch("waiting", reasons=list(stop.held))
+            return machine.Held(stop.held, self.clock())
+        if stop.requested:
+            raise interrupted
+        return machine.Ticked(self.clock())
 
     def _keep_trained(self, work: Work, reason: str) -> machine.Event:
         if self.equipment.exchange != "parameters":
@@ -375,7 +401,7 @@ class Device:
 class _Stop:
     """Whether training should stop, asked after every step; and then, why."""
 
-    def __init__(self, device: Device, deadline_s: float) -> None:
+    def __init__(self, device: Device, deadline_s: float = math.inf) -> None:
         self._device, self._deadline_s = device, deadline_s
         self._looked_s = device.clock()
         self.requested = False

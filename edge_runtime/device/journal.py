@@ -8,6 +8,7 @@
 | `student-DIGEST.safetensors` | the student between rounds, of the bundle with this model digest |
 | `training-ROUND.safetensors` | checkpoint of a round's training, at its end the trained state |
 | `alone-DIGEST.safetensors` | the same student trained on the device's own data alone, with `--compare-alone` |
+| `alone-training-ROUND.safetensors` | checkpoint of that training |
 | `upload-ROUND.bin` | the body, until the coordinator has it |
 | `blobs/` | downloads by SHA-256 |
 """
@@ -64,8 +65,14 @@ class Keep(Protocol):
     def alone(self, bundle: Bundle) -> tuple[str, dict[str, np.ndarray]]:
         """The last round and the state of the student that is trained alone; before the first "" and its start."""
 
+    def alone_training_path(self, round_name: str) -> Path | None:
+        """Where that training keeps its checkpoints; None for nowhere."""
+
     def keep_alone(self, round_name: str, bundle: Bundle, state: Mapping[str, np.ndarray]) -> None:
         """Keeps that state after a round."""
+
+    def forget_alone(self, bundle: Bundle) -> None:
+        """Removes it, so that it starts anew."""
 
     def clean(self, current_round: str | None) -> None:
         """Removes what belongs to other rounds."""
@@ -117,8 +124,14 @@ class WorkMemory:
     def alone(self, bundle: Bundle) -> tuple[str, dict[str, np.ndarray]]:
         return self._alone or ("", bundle.initial_state())
 
+    def alone_training_path(self, round_name: str) -> Path | None:
+        return None
+
     def keep_alone(self, round_name: str, bundle: Bundle, state: Mapping[str, np.ndarray]) -> None:
         self._alone = (round_name, dict(state))
+
+    def forget_alone(self, bundle: Bundle) -> None:
+        self._alone = None
 
     def clean(self, current_round: str | None) -> None:
         for kept in (self._trained, self._bodies):
@@ -227,12 +240,19 @@ class WorkFolder:
         found = wire.load(path)
         return found.metadata.get("round", ""), bundle.check_state(found.arrays, source=str(path))
 
+    def alone_training_path(self, round_name: str) -> Path | None:
+        return self.folder / f"alone-training-{round_name}.safetensors"
+
     def keep_alone(self, round_name: str, bundle: Bundle, state: Mapping[str, np.ndarray]) -> None:
         wire.save(self._alone_path(bundle), state, {"round": round_name})
 
+    def forget_alone(self, bundle: Bundle) -> None:
+        self._alone_path(bundle).unlink(missing_ok=True)
+
     def clean(self, current_round: str | None) -> None:
-        kept = {f"training-{current_round}.safetensors", f"upload-{current_round}.bin"}
-        for pattern in ("training-*", "upload-*", ".*.partial"):
+        kept = {f"{kind}-{current_round}.safetensors" for kind in ("training", "alone-training")}
+        kept.add(f"upload-{current_round}.bin")
+        for pattern in ("training-*", "alone-training-*", "upload-*", ".*.partial"):
             for path in self.folder.glob(pattern):
                 if path.name not in kept:
                     path.unlink(missing_ok=True)
