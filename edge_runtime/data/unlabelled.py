@@ -42,15 +42,16 @@ def load_unlabelled(
     """
     path = find_source(source)
     if path.is_dir() and not find_cifar(path):
-        return load_pictures([_split_of(path, split)], forms, resize, skip_broken, tell)
+        return load_pictures([_split_of(path, split, skip_broken)], forms, resize, skip_broken, tell)
     samples = fit_tensors(read_unlabelled(source, forms, split, tell), forms, source)
     return Unlabelled(tuple(map(str, range(len(samples[0])))), samples)
 
 
-def _split_of(path: Path, split: str | None) -> Path:
+def _split_of(path: Path, split: str | None, skip_broken: bool) -> Path:
     """Where the pictures of a folder's split lie; None is as above. Errors: UsageError, DataError."""
+    tree = walk(path, skip_broken)
     try:
-        splits = find_splits(walk(path))
+        splits = find_splits(tree)
     except DataError:  # without labels, pictures may lie in it as they like
         if split is not None:
             raise
