@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from edgestill.coordinator.store.place import without_secrets
 from edgestill.runtime.errors import UsageError
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -118,8 +119,7 @@ def place_words(given: Mapping[str, Any]) -> str:
     words = []
     for name in ("config", *STORE_SETTINGS):
         if value := given.get(name):
-            shown = re.sub(r"(://[^:@/]*):[^@/]*@", r"\1:***@", str(value))
-            words += [f"--{name.replace('_', '-')}", shown]
+            words += [f"--{name.replace('_', '-')}", without_secrets(str(value))]
     return "".join(f" {shlex.quote(word)}" for word in words)
 
 

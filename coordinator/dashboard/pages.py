@@ -18,7 +18,7 @@ from edgestill.coordinator.dashboard import curves, formats, tables, views
 from edgestill.coordinator.dashboard.words import MODES, STATES, WORDS
 from edgestill.coordinator.liveness import Liveness, silent_after_s
 from edgestill.coordinator.service import Service
-from edgestill.coordinator.settings import FIELDS, STORE_SETTINGS, Settings, place_words
+from edgestill.coordinator.settings import Settings
 from edgestill.coordinator.store.records import TaskRecord
 from edgestill.runtime.console import about
 
@@ -62,8 +62,6 @@ class Pages:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._service, self._settings, self._arriving, self._clock = service, settings, arriving, clock
-        given = {name: getattr(settings, name) for name in STORE_SETTINGS}
-        self._place = place_words({k: v for k, v in given.items() if v != FIELDS[k].default})
         self.files = {name: _read_static(name, media_type) for name, media_type in STATIC.items()}
         self._templates = jinja2.Environment(
             loader=jinja2.FileSystemLoader(_HERE / "templates"),
@@ -82,7 +80,7 @@ class Pages:
         records = sorted(self._service.tasks(), key=lambda one: (-one.created_s, one.name))
         tasks = [self._view(record) for record in records]
         news = " ".join(views.summarise(task) for task in tasks[:3])
-        return self._live("tasks.html", root, since, task_name="", tasks=tasks, news=news, place=self._place)
+        return self._live("tasks.html", root, since, task_name="", tasks=tasks, news=news)
 
     def task(self, root: str, since: int, origin: str, name: str, page: int) -> Page:
         """One task; `page` of its devices, from 1. Status 404 when there is no such task."""
@@ -93,7 +91,7 @@ class Pages:
         page = min(max(page, 1), pages)
         return self._live(
             "task.html", root, since, task_name=name, task=task, news=views.summarise(task),
-            charts=curves.draw_task(task), distribution=curves.draw_classes(task), place=self._place, origin=origin,
+            charts=curves.draw_task(task), distribution=curves.draw_classes(task), origin=origin,
             rounds_shown=task.rounds[: -ROUNDS_SHOWN - 1 : -1],
             devices_shown=task.devices[(page - 1) * DEVICES_A_PAGE : page * DEVICES_A_PAGE],
             page=page, pages=pages,

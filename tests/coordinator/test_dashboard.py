@@ -460,14 +460,16 @@ def test_every_word_is_explained_where_it_stands_and_below(client):
         assert links[-2:] == ["/docs", "/metrics"]
 
 
-def test_the_commands_on_a_page_name_this_coordinator(tmp_path):
+def test_the_commands_on_a_page_say_nothing_of_the_server(tmp_path):
     app = FastAPI(docs_url=None)
     settings = Settings(data_dir=tmp_path / "a folder", database="postgresql://me:s3cret@db/x")
     app.include_router(make_dashboard_router(DashboardService(), settings))
     with TestClient(app, base_url="http://192.0.2.7:8000") as client:
-        (shown,) = Document(client.get("/tasks/empty").text).all("pre")
+        text = client.get("/tasks/empty").text
+    assert "s3cret" not in text and str(tmp_path) not in text and "with the <code>--data-dir</code>" in text
+    (shown,) = Document(text).all("pre")
     assert "".join(shown[2]).splitlines() == [
-        f"edgestill enrol --task empty --data-dir '{tmp_path}/a folder' --database 'postgresql://me:***@db/x'",
+        "edgestill enrol --task empty",
         "edgestill join http://192.0.2.7:8000 --code CODE --data PATH",
     ]
 
