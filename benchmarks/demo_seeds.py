@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import time
@@ -35,6 +36,9 @@ from edgestill.simulation.seeds import (
     shortfalls,
 )
 from edgestill.simulation.students import default_cache, prepare_students
+
+PAGE = Path(__file__).parent.parent / "docs" / "simulation.md"
+BLOCK = re.compile(r"<!-- demo-seeds:begin -->\n.*?<!-- demo-seeds:end -->", re.DOTALL)
 
 
 def run_seed(
@@ -107,12 +111,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seeds = range(given.first, given.first + given.seeds)
         run_missing(seeds, given.records, given.cache or default_cache(), _tell)
     records = read_records(given.records)
+    if given.records == RECORDS:
+        PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), records), encoding="utf-8")
     print(align(rows_of_seeds(records)))
     print(EXPLAINED)
     missed = shortfalls(records)
     for sentence in missed:
         print(f"demo-seeds: {sentence}", file=sys.stderr)
     return 1 if missed or not records else 0
+
+
+def fill(page: str, records: Sequence[Mapping[str, Any]]) -> str:
+    """docs/simulation.md with the records' table between its markers."""
+    head, *rows = rows_of_seeds(records)
+    lines = [head, ("---",) * len(head), *rows]
+    machines = sorted({record["machine"]["cpu"] for record in records})
+    table = "".join(f"| {' | '.join(row)} |\n" for row in lines)
+    text = f"{EXPLAINED}\n\n{table}\nMeasured on: {', '.join(machines)}.\n"
+    return BLOCK.sub(lambda _: f"<!-- demo-seeds:begin -->\n{text}<!-- demo-seeds:end -->", page)
 
 
 def _tell(text: str) -> None:

@@ -40,13 +40,20 @@ def test_every_link_leads_to_a_file_or_folder() -> None:
     assert [path for path in found if not path.exists()] == []
 
 
-def test_the_picture_is_what_the_script_draws() -> None:
-    spec = importlib.util.spec_from_file_location("draw_architecture", ROOT / "docs/draw_architecture.py")
+@pytest.mark.parametrize("name", ["architecture", "round"])
+def test_a_picture_is_what_its_script_draws(name: str) -> None:
+    spec = importlib.util.spec_from_file_location(f"draw_{name}", ROOT / f"docs/draw_{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (ROOT / "docs/architecture.svg").read_text(encoding="utf-8") == module.draw()
+    assert (ROOT / f"docs/{name}.svg").read_text(encoding="utf-8") == module.draw()
+
+
+def test_pages_show_the_pictures() -> None:
     assert PAGE.parent / "architecture.svg" in links(TEXT)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(f"]({picture})" in readme for picture in ("docs/round.svg", "docs/dashboard.png"))
+    assert readme.index("docs/round.svg") < readme.index("edgestill demo") < 2000, "not in the first screen"
 
 
 def test_the_crawl_from_the_readme() -> None:

@@ -221,12 +221,12 @@ def test_the_path_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     from edgestill.runtime.training.checkpoint import load_state
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    leaf, back = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    _, leaf, back = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     (tmp_path / "leaf.py").write_text(leaf)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     export, train = (
-        next(shlex.split(call)[1:] for call in _calls(text) if f" {command} " in call)
+        next(shlex.split(call)[1:] for call in _calls(text) if f" {command} " in call and "leaf" in call)
         for command in ("export", "train")
     )
     assert main([*export, "--engines", "native", "--seed", "3"]) == 0
@@ -246,6 +246,33 @@ def test_the_path_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         expected = student.representation(student.perception((torch.from_numpy(images) / 255 - mean) / std))
         np.testing.assert_allclose(latents, expected, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(logits, student.output(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.contract
+def test_the_readme_in_a_shell_and_in_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both ways name the class of a picture, on pictures of two colours and several sizes."""
+    from PIL import Image
+
+    from edgestill.runtime.cli import main
+
+    text = _section("README.md", "In a shell, or in Python")
+    for name, colour in (("lime", (60, 220, 40)), ("plum", (110, 20, 90))):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(16):
+            picture = Image.new("RGB", (20 + 5 * number, 40), colour)
+            picture.save(tmp_path / "photos" / name / f"{number}.png")
+    picture.save(tmp_path / "holiday.jpg")
+    monkeypatch.chdir(tmp_path)
+    for call in _calls(text):
+        capsys.readouterr()
+        assert main(shlex.split(call)[1:]) == 0, call
+    assert re.search(r"holiday\.jpg\s+plum", capsys.readouterr().out)
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(block, "README.md", "exec"), {})
+    name, probability = capsys.readouterr().out.split()[-2:]
+    assert name == "plum" and float(probability) > 0.5
 
 
 def test_the_keys_of_a_json_line() -> None:

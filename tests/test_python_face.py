@@ -118,6 +118,31 @@ def test_any_number_of_samples_is_predicted(plain: OpenedBundle, count: int) -> 
     engine.close()
 
 
+def test_classes_are_the_largest_logits_with_their_softmax(plain: OpenedBundle) -> None:
+    given = images(5)
+    logits = plain.predict(given).logits.astype(np.float64)
+    shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    found = plain.classify(given)
+    assert [(one.sample, one.class_name) for one in found] == [
+        (str(place), str(row.argmax())) for place, row in enumerate(shares)
+    ]
+    np.testing.assert_allclose([one.probability for one in found], shares.max(axis=1), rtol=1e-6)
+
+
+def test_pictures_of_another_size_are_scaled_if_asked_to(plain: OpenedBundle, tmp_path: Path) -> None:
+    from PIL import Image
+
+    picture = Image.fromarray(images(1)[0].transpose(1, 2, 0))
+    picture.resize((3 * SIZE, 3 * SIZE), Image.Resampling.NEAREST).save(tmp_path / "large.png")
+    picture.save(tmp_path / "small.png")
+    with pytest.raises(DataError, match="large.png"):
+        plain.classify(tmp_path / "large.png")
+    with edgestill.open(plain.bundle.source, threads=1, resize=True) as scaling:
+        large, small = scaling.classify(tmp_path)
+    assert (Path(large.sample).name, Path(small.sample).name) == ("large.png", "small.png")
+    assert [small] == plain.classify(tmp_path / "small.png")
+
+
 def test_evaluation_against_predictions(plain: OpenedBundle, tmp_path: Path) -> None:
     x, y = images(30), labels(30)
     right = plain.predict(x).logits.argmax(axis=1) == y

@@ -10,7 +10,7 @@ from pathlib import Path
 from edgestill.benchmarks.experiments.locks import locked
 from edgestill.simulation.bundles import BundleRequest, prepare_bundle
 
-ENGINE = "onnxruntime"
+ENGINE = "native"
 
 
 def export_cached(request: BundleRequest, folder: Path, seed: int = 0) -> Path:

@@ -323,7 +323,8 @@ def _in_words(task: Task) -> str:
         *([] if spec.clip is None else [f"clip {spec.clip}"]),
     ]
     return (
-        f"{task.name}: {task.rounds} rounds, exchanging {task.exchange} on {task.transfer.samples} samples in "
+        f"{task.name}: {task.rounds} rounds, exchanging {task.exchange} on {task.transfer.samples} samples"
+        f"{', whose classes the coordinator alone knows,' if task.transfer.labelled else ''} in "
         f"{task.precision}; students {students}{whole}\n"
         f"a round: goal {task.goal} uploads, minimum {task.minimum}, deadline {task.deadline_s:g} s\n"
         f"aggregation: {', '.join([spec.rule, *options])}"

@@ -129,6 +129,8 @@ class TaskView:
     name: str
     state: str
     exchange: str
+    transfer: str
+    """How many samples outputs are exchanged on, and who knows their classes."""
     mode: str
     precision: str
     aggregation: str
@@ -208,6 +210,8 @@ def view_task(
         name=record.name,
         state=record.ended or (views[-1].phase if running else "waiting"),
         exchange=task.exchange,
+        transfer=f"{task.transfer.samples} samples, classes known to "
+        + ("the coordinator alone" if task.transfer.labelled else "nobody"),
         mode=task.mode,
         precision=task.precision,
         aggregation=task.aggregation.rule.replace("_", " ") + (", aligned" if task.aggregation.align else ""),

@@ -9,6 +9,10 @@ WORDS = {
     "alone, the mean over the devices that compare.",
     "Global model": "The coordinator’s own student, which it distils from what devices upload.",
     "Exchange": "What devices upload of the shared transfer images: latents, logits, both, or their parameters.",
+    "Transfer set": "The shared images: devices get them without classes, and upload their outputs on them. Where the "
+    "coordinator knows the classes, its global model learns them, too.",
+    "Best round": "The one whose global model does best on the task’s validation images; it is kept. Test images never "
+    "choose it.",
     "Mode": "Whether the coordinator distils a model of its own.",
     "Aggregation": "How the uploads of a round become one.",
     "Goal": "As many accepted uploads end a round; at its deadline the second number is enough.",

@@ -7,6 +7,7 @@ import argparse
 EXAMPLES: dict[str, tuple[str, ...]] = {
     "export": (
         "edgestill export --student cnn3 --output cnn3-bundle",
+        "edgestill export --student cnn3 --common-head --optimizer adamw --engines native --output cnn3-bundle",
         "edgestill export --student leaf.py:LeafNet --objective both --engines native --output leaf-bundle",
         "edgestill export --inference --bundle leaf-bundle --state leaf.safetensors --output leaf.onnx",
     ),
@@ -32,7 +33,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "task create": (
         "edgestill task create --data-dir federation --name birds --bundle cnn3-bundle --bundle cnn4-bundle \\\n    "
-        "--global-bundle cnn5-bundle --exchange both --transfer cifar100-transfer-mini --test cifar10-mini",
+        "--global-bundle cnn5-bundle --transfer cifar10-transfer-mini --transfer-labels --test cifar10-mini",
         "edgestill task create --data-dir federation --file birds.toml --rounds 3",
     ),
     "task list": ("edgestill task list --data-dir federation",),

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from queue import SimpleQueue
 
 import numpy as np
 
@@ -19,9 +19,7 @@ from edgestill.runtime.machine import threads_or_cores
 from edgestill.runtime.native.architecture import HINT, LEVELS, library_path, machine
 from edgestill.runtime.native.plan_work import HEAD_WORDS, VERSION
 
-if TYPE_CHECKING:
-    from concurrent.futures import ThreadPoolExecutor
-
+_Job = tuple[Callable[[int], None], threading.Lock]
 _WORD = ctypes.c_int64
 LIMIT_VARIABLE = "EDGESTILL_NATIVE_LEVEL"
 """3 keeps the engine to AVX2 on a processor with AVX-512: for comparisons."""
@@ -81,43 +79,46 @@ def open_runner(threads: int) -> Native:
 
 
 class Native:
-    """Loads plans; its threads share the work of each kernel."""
+    """Loads plans; its threads share the work of each kernel. Plain ones: concurrent.futures takes long to import."""
 
     allocate = staticmethod(allocate)
 
     def __init__(self, threads: int) -> None:
         _library()
         self.threads = threads
-        self._pool = _pool(threads) if threads > 1 else None
-        self._lock = threading.Lock()
+        self._jobs = [SimpleQueue[_Job | None]() for _ in range(threads if threads > 1 else 0)]
+        self._others = [threading.Thread(target=self._serve, args=(i,), daemon=True) for i in range(len(self._jobs))]
+        for other in self._others:
+            other.start()
 
     def load(self, path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> PlanProgram:
         return PlanProgram(self, path, inputs, outputs)
 
     def run(self, call: Callable[[int], None]) -> None:
-        """call(0) … call(threads − 1) at the same time."""
-        if self._pool is None:
+        """call(0) … call(threads − 1) at the same time; they meet at their ends, and call(0) has ended then."""
+        if not self._jobs:
             call(0)
             return
+        done = threading.Lock()
+        done.acquire()
+        self._jobs[0].put((call, done))  # not in the caller's thread: an interrupt there would leave the others waiting
+        done.acquire()
 
-        def lead() -> None:  # not in the caller's thread: an interrupt there would leave the others waiting
-            others = [self._pool.submit(call, thread) for thread in range(1, self.threads)]
-            call(0)
-            for other in others:
-                other.result()
-
-        with self._lock:
-            self._pool.submit(lead).result()
+    def _serve(self, number: int) -> None:
+        while (job := self._jobs[number].get()) is not None:
+            call, done = job
+            if number == 0:
+                for jobs in self._jobs[1:]:
+                    jobs.put(job)
+            call(number)
+            if number == 0:
+                done.release()
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
-
-
-def _pool(threads: int) -> ThreadPoolExecutor:
-    from concurrent.futures import ThreadPoolExecutor  # one thread need not wait for it
-
-    return ThreadPoolExecutor(threads, "edgestill-native")
+        for jobs in self._jobs:
+            jobs.put(None)
+        for other in self._others:
+            other.join()
 
 
 class PlanProgram:
@@ -126,11 +127,11 @@ class PlanProgram:
     def __init__(
         self, runner: Native, path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
     ) -> None:
-        data = np.fromfile(path, np.uint8)
-        self._plan = _aligned(data.nbytes)
-        self._plan[:] = data
+        with path.open("rb") as file:
+            self._plan = _aligned(os.fstat(file.fileno()).st_size)
+            file.readinto(self._plan)
         call = _WORD()
-        if wrong := _library().edgestill_check(self._plan.ctypes.data, data.nbytes, ctypes.byref(call)):
+        if wrong := _library().edgestill_check(self._plan.ctypes.data, self._plan.nbytes, ctypes.byref(call)):
             where = f" (call {call.value})" if call.value >= 0 else ""
             raise EngineError(f"{path.name}: {wrong.decode()}{where}", "export the bundle again")
         head = self._plan[: 8 * HEAD_WORDS].view(np.int64)
@@ -160,15 +161,12 @@ class PlanProgram:
         bases = np.array([arena.ctypes.data, constants, *given], np.uint64)
         state = _Run(self._plan.ctypes.data, bases.ctypes.data, scratch.ctypes.data, self._runner.threads, 0, 0, 0)
         level, plan = min(int(os.environ.get(LIMIT_VARIABLE, "4")), _library().edgestill_level()), self._plan
-        held = (bases, arena, scratch, plan)
+        held = (bases, arena, scratch, plan)  # by a thread that is on its way out, too
 
-        def call(thread: int) -> None:
+        def call(thread: int, held: tuple = held) -> None:
             _library().edgestill_run(ctypes.byref(state), thread, level)
 
-        def run(held: tuple = held) -> None:
-            self._runner.run(call)
-
-        return run
+        return lambda: self._runner.run(call)
 
     def close(self) -> None:
         self._memory = None

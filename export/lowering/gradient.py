@@ -77,14 +77,15 @@ def _total(parts: Sequence[Value]) -> Value | None:
 
 
 def _merged(parts: Sequence[Value]) -> Value | None:
-    """Σ aᵢᵀ·bᵢ as one product of the stacked a and b, Σ of column sums as one of the stacked rows."""
+    """Σ aᵢᵀ·bᵢ as one product of the stacked a and b, Σ of column sums as one of the stacked rows; in the order of the
+    forward pass, in which they may be stacked already."""
     graph = parts[0].graph
     if all(part.operator == "matmul" and part.rank == 2 for part in parts):
         flags = parts[0].node.attributes
         if all(part.node.attributes == flags for part in parts):
             axes = (0 if flags["transpose_a"] else 1, 1 if flags["transpose_b"] else 0)
             sides = [
-                graph.apply("concat", *(part.node.inputs[i] for part in parts), axis=axis)
+                graph.apply("concat", *(part.node.inputs[i] for part in reversed(parts)), axis=axis)
                 for i, axis in enumerate(axes)
             ]
             return graph.apply("matmul", *sides, **flags)

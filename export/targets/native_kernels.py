@@ -19,6 +19,7 @@ from edgestill.export.targets.native_plan import (
     dense_strides,
     joint_axes,
     reshaped,
+    same_place,
 )
 
 LANES, TASK_ROWS, RUN = 16, 96, 256
@@ -63,16 +64,16 @@ def _same(plan: Plan, node: Node, x: Value) -> None:
 
 
 def _concat(plan: Plan, node: Node, *parts: Value) -> None:
-    """Parts that lie in the whole already stay there."""
-    to, axis, start = plan.whole(node.outputs[0]), node.attributes["axis"], 0
-    plan.views[node.outputs[0].name] = to
-    for part in parts:
-        view = plan.view(part)
-        place = View(to.base, to.dtype, part.shape, to.strides, to.offset + start * to.strides[axis])
-        apart = joint_axes(part.shape, view.strides, place.strides)
-        if (view.base, view.offset) != (place.base, place.offset) or any(one != other for _, one, other in apart):
-            plan.copy(view, place, "concat")
-        start += part.shape[axis]
+    """Parts that lie in the whole already stay there; those that lie side by side elsewhere are the whole."""
+    value, axis, start = node.outputs[0], node.attributes["axis"], 0
+    if (to := plan.side_by_side(value, axis, parts)) is None:
+        to = plan.whole(value)
+        for part in parts:
+            place = View(to.base, to.dtype, part.shape, to.strides, to.offset + start * to.strides[axis])
+            if not same_place(plan.view(part), place):
+                plan.copy(plan.view(part), place, "concat")
+            start += part.shape[axis]
+    plan.views[value.name] = to
 
 
 def _pad(plan: Plan, node: Node, x: Value) -> None:
@@ -112,15 +113,17 @@ def _matmul(plan: Plan, node: Node, a: Value, b: Value) -> None:
         batches, m, left, right = 1, batches * m, (left[0], 0), right  # rows of all batches meet one matrix
     to = plan.result(value)
     panels = -(-n // LANES)
-    packed = plan.new((batches if right[1] else 1, panels * LANES, k))
+    ready = plan.packed.get(right) if right[0].base in plan.outside else None
+    packed = ready or plan.new((batches if right[1] else 1, panels * LANES, k))
+    plan.packed[right] = packed
     tiles = batches * -(-m // TASK_ROWS)
     each = max(1, min(panels, panels * tiles // 16))
     (lv, ls), (rv, rs) = left, right
     if lv.strides[-1] != 1:
         plan.scratch = max(plan.scratch, RUN * TASK_ROWS * 4)
     plan.call(
-        "product", "matmul", [lv, rv], [to, packed],
-        [lv, rv, to, packed, batches, m, n, k, ls, *lv.strides[-2:], rs, *rv.strides[-2:], each],
+        "product", "matmul", [lv, packed] if ready else [lv, rv], [to] if ready else [to, packed],
+        [lv, rv, to, packed, batches, m, n, k, ls, *lv.strides[-2:], rs, *rv.strides[-2:], each, int(bool(ready))],
     )  # fmt: skip
 
 
@@ -186,7 +189,7 @@ def _conv2d(plan: Plan, node: Node, x: Value, weight: Value, *bias: Value) -> No
             [image, filters, to, offset, packed, *words, int(adjoint), 1],
         )  # fmt: skip
         return
-    if _has_winograd(a, kernel, x.shape[3], value.shape):
+    if has_winograd(a, kernel, x.shape[3], value.shape):
         wide = -(-out // LANES) * LANES
         packed = plan.new((SPOTS, into, wide))
         tiles = max(12, min(48, TILE_BYTES // (SPOTS * 4 * (into + wide)) // 12 * 12))
@@ -209,7 +212,7 @@ def _conv2d_weight_grad(plan: Plan, node: Node, x: Value, dy: Value, weight: Val
     if kernel == (1, 1) and groups == 1 and a["stride"] == (1, 1) and x.shape[:3] == dy.shape[:3]:
         x, dy = (_as_one_row(v) for v in (x, dy))  # of images there is no need: pixels in a row, in a few parts
         words[:6] = [*x.shape, *dy.shape[1:3]]
-    if _has_winograd(a, kernel, x.shape[3], dy.shape):
+    if has_winograd(a, kernel, x.shape[3], dy.shape):
         tiles = dy.shape[0] * -(-dy.shape[1] // 4) * -(-dy.shape[2] // 4)
         wide = -(-dy.shape[3] // LANES) * LANES
         work = plan.new((SPOTS, tiles * (x.shape[3] + wide) + x.shape[3] * wide + 2 * LANES))
@@ -237,7 +240,7 @@ def _as_one_row(images: Value) -> Value:
     return replace(images, shape=(parts, 1, pixels // parts, images.shape[3]))
 
 
-def _has_winograd(a: dict, kernel: tuple[int, int], channels: int, result: tuple[int, ...]) -> bool:
+def has_winograd(a: dict, kernel: tuple[int, int], channels: int, result: tuple[int, ...]) -> bool:
     """Whether F(4×4, 3×3) pays: with few channels or pixels its transforms cost more than they save."""
     plain = a["groups"] == 1 and kernel == (3, 3) and a["stride"] == (1, 1) and a["dilation"] == (1, 1)
     return plain and min(channels, result[3]) >= 16 and min(result[1:3]) >= 4

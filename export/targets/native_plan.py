@@ -94,6 +94,7 @@ class Plan:
         self.direct: dict[str, View] = {}  # where a value is wanted outside
         self.parts = self.fusion.parts()
         self.wholes: dict[str, View] = {}  # what has such parts, by name
+        self.packed: dict[tuple[View, int], View] = {}  # right sides of products, as kernels read them
         self.unpooled: dict[str, Unpooled] = {}
         self.winners: dict[str, View] = {}  # of each pooling, by its result
 
@@ -151,6 +152,21 @@ class Plan:
             part = self._part(value)
             self.wholes[value.name] = self.direct.get(value.name) or part or self.new(value.shape, value.dtype)
         return self.wholes[value.name]
+
+    def side_by_side(self, value: Value, axis: int, parts: Sequence[Value]) -> View | None:
+        """The whole where its parts lie already, unless it is wanted elsewhere."""
+        first = self.view(parts[0])
+        if value.name in self.wholes or value.name in self.direct or len(parts) < 2:
+            return None
+        apart, rest = divmod(self.view(parts[1]).offset - first.offset, parts[0].shape[axis])
+        strides = (*first.strides[:axis], apart, *first.strides[axis + 1 :])
+        whole, start = View(first.base, first.dtype, value.shape, strides, first.offset), 0
+        for part in parts:
+            place = View(first.base, first.dtype, part.shape, strides, first.offset + start * apart)
+            if rest or apart <= 0 or not same_place(self.view(part), place):
+                return None
+            start += part.shape[axis]
+        return whole
 
     def call(
         self, kernel: str, what: str, reads: Iterable[View], writes: Iterable[View], arguments: list,
@@ -262,6 +278,13 @@ class Plan:
 
     def kernels(self) -> dict[str, int]:
         return dict(sorted(Counter(call.kernel for call in self.calls).items()))
+
+
+def same_place(view: View, other: View) -> bool:
+    """Whether two views of a shape are the same elements in the same order."""
+    if (view.base, view.dtype, view.offset, view.shape) != (other.base, other.dtype, other.offset, other.shape):
+        return False
+    return all(a == b or n == 1 for n, a, b in zip(view.shape, view.strides, other.strides, strict=True))
 
 
 def _at(view: View, axis: int, index: int) -> View:

@@ -12,9 +12,12 @@ import pytest
 from edgestill.benchmarks import demo_seeds
 from edgestill.simulation.seeds import (
     EPOCHS,
+    RECORDS,
+    SEEDS,
     STEPS,
     TOGETHER,
     UNLABELLED,
+    read_records,
     rows_of_seeds,
     shortfalls,
 )
@@ -75,3 +78,13 @@ def test_a_table_of_seeds_and_what_is_missed() -> None:
         "t_uni gains +7.0 points in the mean, +8 are wanted",
         "t_uni gains +3.0 points with seed 2, +4 are wanted in each",
     ]
+
+
+def test_the_committed_records_reach_what_is_wanted() -> None:
+    records = read_records(RECORDS)
+    page = demo_seeds.PAGE.read_text(encoding="utf-8")
+    assert demo_seeds.fill(page, records) == page, "run: python -m edgestill.benchmarks.demo_seeds --summary"
+    assert {(one["seed"], one["run"]) for one in records} >= {
+        (seed, run) for seed in range(SEEDS) for run in (TOGETHER, EPOCHS)
+    }
+    assert shortfalls(records) == []

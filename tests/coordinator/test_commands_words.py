@@ -163,9 +163,11 @@ def test_serve_says_that_there_are_no_tasks_yet(place: Path) -> None:
         process.terminate()
         assert "--transfer NAME_OR_PATH --data-dir fed`" in process.communicate()[1]
     assert main(CREATE) == 0
-    with serving() as (_, process):
+    with serving("--host", "0.0.0.0") as (url, process):
         process.terminate()
-        assert "no tasks here yet" not in process.communicate()[1]
+        error = process.communicate()[1]
+    assert "no tasks here yet" not in error and "0.0.0.0" not in url
+    assert error.count("edgestill: warning:") == 2 and "EDGESTILL_DASHBOARD_TOKEN" in error
 
 
 def test_serve_in_a_folder_that_is_a_file(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sqlalchemy import text
 
 from edgestill.coordinator.distillation import job as distillation
 from edgestill.coordinator.problems import Problem
@@ -17,7 +16,7 @@ from edgestill.coordinator.service import Service
 from edgestill.coordinator.store.blobs import FileBlobs
 from edgestill.coordinator.store.database import Store
 from edgestill.coordinator.task.creation import DISTIL, LOCAL, ROUNDS, make_task
-from edgestill.coordinator.task.task import Task, parse_task
+from edgestill.coordinator.task.task import Task
 from edgestill.runtime.bundle import wire
 from edgestill.runtime.device.local_training import Transfer, load_labels
 from edgestill.runtime.errors import UsageError
@@ -98,21 +97,6 @@ def test_step_5_learns_the_classes(place: Path, blobs: FileBlobs) -> None:
         for one in (task.transfer, together, without)
     ]
     assert bodies[0] == bodies[1] != bodies[2]
-
-
-def test_an_older_program_is_left_a_task_that_it_can_read(place: Path, blobs: FileBlobs) -> None:
-    url = f"sqlite:///{place / 'coordinator.db'}"
-    service = Service(Store(url), blobs, Clock())
-    service.create_task(make(place, blobs, transfer_labels=True, test=str(place / "test.npz")))
-    service.store.close()
-    older = Store(url, "any")
-    older.downgrade("0004")
-    with older.engine.connect() as connection:
-        task = json.loads(connection.execute(text("select definition from tasks")).scalar_one())
-    older.close()
-    assert not {"validation", "common_head", "seed", "class_names"} & set(task) and task["deadline_s"] == 3600
-    assert set(task["transfer"]) == set(task["test"]) == {"blob", "samples", "size_bytes", "labelled"}
-    parse_task(task)
 
 
 def test_labels_that_do_not_fit_end_the_round_with_the_reason(place: Path, blobs: FileBlobs) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,15 +17,17 @@ from hypothesis import strategies as st
 
 from edgestill.export.lowering.gradient import gradients
 from edgestill.export.lowering.graph import Graph, run_graph
-from edgestill.export.targets import native
+from edgestill.export.targets import native, native_kernels, native_plan, native_programs
 from edgestill.export.targets.native_plan import KERNELS
 from edgestill.export.targets.native_programs import STEPS
 from edgestill.runtime.bundle.manifest import TensorSpec
 from edgestill.runtime.engines import native as native_engine
 from edgestill.runtime.engines.native import open_runner
 from edgestill.runtime.errors import EngineError
+from edgestill.runtime.native import plan_work
 from edgestill.runtime.native.compile import SOURCES, compile_library
 from tests.support.lowering import assert_alike, assert_as_exact_as_eager, of_the_corpus, studied
+from tests.support.native.errors import FORM, MAGNITUDES, SHAPES, Case, errors
 from tests.support.native.hostile import Words, check_plan, hostile_plans
 from tests.support.native.plans import run_native
 from tests.support.operator_cases import CASES, FLAT_CASES, with_gradients
@@ -253,6 +259,25 @@ def test_the_bits_do_not_depend_on_the_tile(tmp_path: Path, monkeypatch: pytest.
         assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+def test_an_interrupt_leaves_no_thread_waiting(threads: int) -> None:
+    runner, barrier = open_runner(threads), threading.Barrier(threads)
+    seen: list[int] = []
+
+    def call(number: int) -> None:
+        seen.append(number)
+        barrier.wait()
+        if number == 0 and len(seen) == threads:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(call)
+        threading.Event().wait(60)  # where the signal comes late
+    runner.run(call)
+    assert sorted(seen) == sorted([*range(threads)] * 2)
+    runner.close()
+
+
 def small_plan() -> tuple[Graph, bytes]:
     graph = Graph()
     x, w = graph.input("x", (2, 3, 8, 8)), graph.input("w", (4, 3, 3, 3))
@@ -335,11 +360,63 @@ def test_what_is_no_plan(tmp_path: Path) -> None:
             runner.load(path, *sides)
 
 
-def test_the_library_and_the_planner_number_kernels_alike() -> None:
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_what_winograd_loses(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """The bounds of docs/native.md; more shapes: python -m tests.support.native.errors."""
+    for magnitude in MAGNITUDES:
+        case = Case(*shape, magnitude)
+        assert max(errors(case, tmp_path).values()) < 2.5e-5, case
+        assert max(errors(case, tmp_path, winograd=False).values()) < 3e-6, case
+
+
+@pytest.mark.parametrize("change", [{"groups": 2}, {"stride": (2, 2)}, {"dilation": (2, 2)}, {}])
+def test_where_a_convolution_is_no_winograd(change: dict) -> None:
+    """Few channels or pixels, or another form."""
+    form = FORM | change
+    for channels, outputs, size in ((32, 32, 8), (15, 32, 8), (32, 15, 8), (32, 32, 3)):
+        graph = Graph()
+        if channels % form["groups"] or outputs % form["groups"]:
+            continue
+        x = graph.input("x", (2, channels, size, size))
+        w = graph.input("w", (outputs, channels // form["groups"], 3, 3))
+        graph.output("y", x.apply("conv2d", w, **form))
+        kernels = native.make_plan(native.lower(graph)).kernels()
+        assert ("winograd" in kernels) == (not change and (channels, outputs, size) == (32, 32, 8))
+
+
+def library_numbers() -> dict[str, int]:
+    """What layout.h, plan.h and vectors.h call by a name: defines and enumerators."""
+    numbers: dict[str, int] = {}
+    text = "".join((SOURCES / name).read_text() for name in ("vectors.h", "plan.h", "layout.h"))
+    text = re.sub(r"/[*].*?[*]/", "", text, flags=re.DOTALL)
+    for define, value, enumerators in re.findall(r"#define ([A-Z_]+) ([0-9A-Zxa-f_ *()]+)\n|enum \{([^}]*)\}", text):
+        if define:
+            numbers[define] = eval(value, {}, numbers)
+        counted = -1
+        for enumerator in enumerators.split(",") if enumerators else ():
+            name, _, given = enumerator.partition("=")
+            counted = numbers[name.strip()] = eval(given, {}, numbers) if given else counted + 1
+    return numbers
+
+
+def test_the_library_and_the_planner_number_alike() -> None:
     text = (SOURCES / "kernels.c").read_text()
     table = text[text.index("KERNELS[] = {") :]
     named = [part.split("_tasks")[0].split()[-1] for part in table.split("};")[0].split("{")[2:]]
     assert tuple(named) == KERNELS
-    layout = (SOURCES / "layout.h").read_text()
-    line = next(line for line in layout.splitlines() if line.startswith("enum { ADD"))
-    assert [name.strip().lower() for name in line.strip("enum {};").split(",")][:-1] == list(STEPS)
+    library = library_numbers()
+    assert [library[name.upper()] for name in STEPS] == list(range(library["OPERATORS"]))
+    for module in (native_kernels, native_plan, native_programs, plan_work):
+        own = {name: value for name, value in vars(module).items() if name.isupper() and isinstance(value, int)}
+        both = own.keys() & library.keys()
+        assert {name: own[name] for name in both} == {name: library[name] for name in both}, module.__name__
+    words = {
+        "CONV_GROUPS": plan_work.GROUPS, "CONV_ADJOINT": plan_work.ADJOINT,
+        "UNPOOLED": native_programs.UNPOOLED, "MAP_LOADS": 5, "MAP_BODY": 10, "LOAD_WORDS": 9,
+        "PRODUCT_BATCHES": 8, "PRODUCT_K": 11, "CONV_N": 10, "COPY_ITEM": 4, "COPY_SIZES": 8, "REDUCE_OUTER": 7,
+        "REDUCE_INNER": 9, "ROWS_COUNT": 7, "INDEX_OUTER": 7, "INDEX_INNER": 10,
+    }  # fmt: skip
+    assert {name: library[name] for name in words} == words  # as plan_work.py reads a call
+    assert {"BLOCK", "MAP_TASK", "SUM_ROWS", "REGISTERS", "LANES", "TASK_ROWS", "RUN", "SPOTS", "VERSION"} <= {
+        name for module in (native_kernels, native_programs, plan_work) for name in vars(module)
+    }

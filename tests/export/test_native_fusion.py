@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from edgestill.export.lowering.aten.recurrence import _direction
 from edgestill.export.lowering.gradient import gradients
 from edgestill.export.lowering.graph import Graph, run_graph
 from edgestill.export.targets import native
@@ -185,3 +186,23 @@ def test_a_copy_that_turns_goes_through_what_lies_end_to_end(tmp_path: Path) -> 
     for call in native.make_plan(graph).calls:
         sizes, source, to = (call.arguments[start : start + 6] for start in (6, 12, 18))
         assert to[5] == 4 and 4 in source[4:] and sizes[0] > 1  # something is left for threads to share
+
+
+@pytest.mark.parametrize(("kind", "gates", "calls"), [("lstm", 4, 4), ("gru", 3, 10), ("tanh", 1, 4)])
+def test_a_time_step_of_a_recurrence_is_a_few_calls(kind: str, gates: int, calls: int, tmp_path: Path) -> None:
+    """Two products, whose weights are packed once, and programs that stack what they make in place."""
+    counted = {}
+    for steps in (5, 9):
+        graph, (batch, inputs, size) = Graph(), (32, 6, 64)
+        shapes = (steps, batch, inputs), (gates * size, inputs), (gates * size, size), (gates * size,), (gates * size,)
+        xs, *weights = (graph.input(f"v{i}", shape) for i, shape in enumerate(shapes))
+        _, last, _ = _direction(kind, xs, weights, True, None, None, False)
+        loss = (last * last).sum(0, 1).reshape(1)
+        for name, value in gradients(graph, loss, weights).items():
+            graph.output("d" + name, value)
+        alike(graph, {f"v{i}": normal(i, *shape) / 8 for i, shape in enumerate(shapes)}, tmp_path)
+        plan = native.make_plan(native.lower(graph))
+        counted[steps] = len(plan.calls)
+        ready = [call.arguments[-1] for call in plan.calls if call.kernel == "product"]
+        assert sum(ready) == 2 * (steps - 2)
+    assert counted[9] - counted[5] <= 4 * calls

@@ -123,7 +123,7 @@ static void check_reduce(struct check *c) {
 
 static void check_product(struct check *c) {
   const word *a = c->a;
-  length(c, PRODUCT_PANELS + 1);
+  length(c, PRODUCT_READY + 1);
   if (c->error) return;
   word m = a[PRODUCT_M], n = a[PRODUCT_N], k = a[PRODUCT_K], batches = a[PRODUCT_BATCHES];
   if (m < 1 || n < 1 || k < 1 || batches < 1 || !in(a[PRODUCT_PANELS], 1, MOST) || n > MOST) { c->error = "a product has an empty side"; return; }
@@ -132,7 +132,7 @@ static void check_product(struct check *c) {
   operand(c, a, times(c, extent(c, left, a + PRODUCT_A, 3, 1), 4), 4, 0);
   operand(c, a + 2, times(c, extent(c, right, a + PRODUCT_B, 3, 1), 4), 4, 0);
   operand(c, a + 4, times4(c, batches, m, n, 4), 4, 1);
-  operand(c, a + 6, times4(c, a[PRODUCT_B] ? batches : 1, panels_of(n), k, 4 * LANES), 4, 1);
+  operand(c, a + 6, times4(c, a[PRODUCT_B] ? batches : 1, panels_of(n), k, 4 * LANES), 4, !a[PRODUCT_READY]);
 }
 
 /* the words that convolutions and pooling share */

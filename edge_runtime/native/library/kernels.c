@@ -558,12 +558,12 @@ INLINE void turn_square(float *to, const float *from, word apart) {
 }
 
 /* matrix product: [0,1] a, [2,3] b, [4,5] to, [6,7] packed, batches, m, n, k; strides of a (batch, row, k), of b (batch,
-   k, column) in elements; panels a task */
+   k, column) in elements; panels a task; whether an earlier product has packed the right side */
 
 
 static word product_tasks(const word *a, int phase) {
   word panels = panels_of(a[PRODUCT_N]), batches = a[PRODUCT_B] ? a[PRODUCT_BATCHES] : 1;
-  if (phase == 0) return batches * panels;
+  if (phase == 0) return a[PRODUCT_READY] ? 0 : batches * panels;
   return a[PRODUCT_BATCHES] * parts_of(a[PRODUCT_M], TASK_ROWS) * parts_of(panels, a[PRODUCT_PANELS]);
 }
 

@@ -12,18 +12,22 @@ from edgestill.export.lowering.graph import Value
 
 
 def _lstm_cell(gates: Value, state: Value | None, size: int) -> tuple[Value, Value]:
-    inside = gates.narrow(1, 0, 2 * size).apply("sigmoid")
-    new = inside.narrow(1, 0, size) * gates.narrow(1, 2 * size, 3 * size).apply("tanh")
-    state = new if state is None else inside.narrow(1, size, 2 * size) * state + new
-    return gates.narrow(1, 3 * size, 4 * size).apply("sigmoid") * state.apply("tanh"), state
+    let, keep, new, show = _gates(gates, size)
+    new = let.apply("sigmoid") * new.apply("tanh")
+    state = new if state is None else keep.apply("sigmoid") * state + new
+    return show.apply("sigmoid") * state.apply("tanh"), state
 
 
 def _gru_cell(of_x: Value, of_h: Value, h: Value | None, size: int) -> Value:
-    both = (of_x.narrow(1, 0, 2 * size) + of_h.narrow(1, 0, 2 * size)).apply("sigmoid")
-    reset, keep = both.narrow(1, 0, size), both.narrow(1, size, 2 * size)
-    inside = of_x.narrow(1, 2 * size, 3 * size) + reset * of_h.narrow(1, 2 * size, 3 * size)
-    candidate = inside.apply("tanh")
+    (reset, keep, new), (reset_h, keep_h, new_h) = _gates(of_x, size), _gates(of_h, size)
+    keep = (keep + keep_h).apply("sigmoid")
+    candidate = (new + (reset + reset_h).apply("sigmoid") * new_h).apply("tanh")
     return candidate - keep * candidate if h is None else (h - candidate) * keep + candidate
+
+
+def _gates(whole: Value, size: int) -> list[Value]:
+    """All of one shape, so that a cell's elementwise operators can be one program."""
+    return [whole.narrow(1, start, start + size) for start in range(0, whole.shape[1], size)]
 
 
 def _direction(

@@ -85,7 +85,7 @@ def hostile_plans() -> Iterator[tuple[str, bytes, str | None]]:
     plan = changed(_convolution(20, 20, 20), "depthwise", -1, HUGE, lambda words: words[-2] == 2)
     yield "depthwise-images", plan, "a depthwise convolution is none"
     plan = _plan(lambda x, y: x.apply("matmul", y), (5, 33), (33, 17))
-    yield "product-panels", changed(plan, "product", -1, HUGE), "a product has an empty side"
+    yield "product-panels", changed(plan, "product", -2, HUGE), "a product has an empty side"
 
     # operands that a kernel does not use
     graph = Graph()
@@ -133,6 +133,23 @@ def hostile_plans() -> Iterator[tuple[str, bytes, str | None]]:
     words = Words(plan)
     words.calls = [Call("map", [2**40, 1, 1, 1, 2**40, *[0] * 4, 1])]
     yield "program-without-result", words.to_bytes(), "a program makes nothing"
+
+    # results in runs: over one another, which no memory bounds, of no whole runs, and beyond their memory
+    for run, (why, *changed_words) in enumerate((
+        ("a program's results overlap", 1, 0, 1),
+        ("a program's results overlap", 0, 36, 1),
+        ("a program's results overlap", 5, 36, 1),
+        ("a program's results overlap", 6, 11, 2 + 1),
+        ("an operand reaches beyond its memory", 6, 7, 1),
+        ("an operand reaches beyond its memory", 36, 0, 2),
+        ("a program's results overlap", 6, -7, 1),
+        ("a size is out of range", 36, 0, 2**40),
+    )):  # fmt: skip
+        words = Words(_plan(lambda x: x.apply("tanh"), (36,)))
+        program = words.call("map")
+        place = BODY + 9 * program[5] + 6 * program[6] + 3
+        program[place : place + 3] = changed_words
+        yield f"program-runs-{run}", words.to_bytes(), why
 
 
 def _bytes(graph: Graph) -> bytes:
