@@ -38,8 +38,9 @@ class Settings:
     tls_cert: Path | None = _setting(None, "PEM file of the certificate chain; with a key: HTTPS")
     tls_key: Path | None = _setting(None, "PEM file of the certificate's private key")
     dashboard_token: str = _setting(
-        "", "what a browser needs for the dashboard and /metrics; empty: open to all", secret=True
-    )
+        "", "what a browser needs for the dashboard, /metrics and the global model; empty: open to all, the model "
+        "only to this machine", secret=True
+    )  # fmt: skip
     public_url: str = _setting("", "address that devices are told, where it is not http(s)://HOST:PORT")
     allowed_hosts: str = _setting(
         "", "further names without port, comma-separated, that requests may ask for (Host)"

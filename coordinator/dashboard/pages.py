@@ -16,7 +16,8 @@ from markupsafe import Markup
 
 from edgestill.coordinator.dashboard import curves, formats, tables, views
 from edgestill.coordinator.dashboard.words import MODES, STATES, WORDS
-from edgestill.coordinator.liveness import Liveness, silent_after_s
+from edgestill.coordinator.http.address import is_private
+from edgestill.coordinator.liveness import Liveness
 from edgestill.coordinator.service import Service
 from edgestill.coordinator.settings import Settings
 from edgestill.coordinator.store.records import TaskRecord
@@ -62,6 +63,7 @@ class Pages:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._service, self._settings, self._arriving, self._clock = service, settings, arriving, clock
+        self._gives_models = bool(settings.dashboard_token) or is_private(settings)
         self.files = {name: _read_static(name, media_type) for name, media_type in STATIC.items()}
         self._templates = jinja2.Environment(
             loader=jinja2.FileSystemLoader(_HERE / "templates"),
@@ -94,7 +96,7 @@ class Pages:
             charts=curves.draw_task(task), distribution=curves.draw_classes(task), origin=origin,
             rounds_shown=task.rounds[: -ROUNDS_SHOWN - 1 : -1],
             devices_shown=task.devices[(page - 1) * DEVICES_A_PAGE : page * DEVICES_A_PAGE],
-            page=page, pages=pages,
+            page=page, pages=pages, gives_models=self._gives_models,
         )  # fmt: skip
 
     def device(self, root: str, since: int, name: str, device: str) -> Page:
@@ -105,12 +107,11 @@ class Pages:
         if not found:
             return self.message(root, 404, "Not found", f"Task {name} has no device {device[:60]}.")
         rounds = self._service.rounds(name)
-        history = views.view_device(record, rounds, found[0], self._liveness())
-        names = tuple(getattr(record.task, "class_names", ()))
+        (history,) = views.view_devices(record, rounds, found, self._liveness())
         return self._live(
             "device.html", root, since, task_name=name, history=history, device=history.view,
             news=f"{history.view.label}: {history.view.state}.",
-            charts=curves.draw_device(history), distribution=curves.draw_class_counts(history, names),
+            charts=curves.draw_device(history), distribution=curves.draw_class_counts(history, record.task.class_names),
             parts_shown=history.parts[: -ROUNDS_SHOWN - 1 : -1],
         )  # fmt: skip
 
@@ -128,7 +129,7 @@ class Pages:
         if device is not None and not devices:
             return self.message(root, 404, "Not found", f"Task {name} has no device {device[:60]}.")
         rounds, liveness = self._service.rounds(name), self._liveness()
-        text = tables.reports_csv(views.view_device(record, rounds, one, liveness) for one in devices)
+        text = tables.reports_csv(views.view_devices(record, rounds, devices, liveness))
         return Page(text, 200, "text/csv", f"{name}-{device or 'devices'}.csv")
 
     def message(self, root: str, status: int, heading: str, text: str, form_for: str | None = None) -> Page:
@@ -143,7 +144,7 @@ class Pages:
         return self.message(root, 404, "Not found", f"There is no task named {name[:60]}.")
 
     def _liveness(self) -> Liveness:
-        return Liveness(self._clock(), silent_after_s(self._settings.long_poll_s), frozenset(self._arriving()))
+        return Liveness.at(self._clock(), self._settings.long_poll_s, self._arriving())
 
     def _view(self, record: TaskRecord) -> views.TaskView:
         name = record.name

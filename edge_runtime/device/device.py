@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +18,7 @@ from edgestill.runtime.device import outputs
 from edgestill.runtime.device import participant as machine
 from edgestill.runtime.device.client import Coordinator, DamagedBlob, Refused, Unreachable
 from edgestill.runtime.device.conditions import Conditions, unmet
-from edgestill.runtime.device.journal import Keep
+from edgestill.runtime.device.journal import Alone, Keep
 from edgestill.runtime.device.local_round import (
     Equipment,
     TrainLocally,
@@ -38,6 +38,8 @@ from edgestill.runtime.training.trainer import StepRecord
 LONG_POLL_S = 25.0
 _OUT_OF_REACH_S = (1.0, 60.0)
 """The first and the longest pause while the coordinator is out of reach."""
+_ALONE_A_ROUND = 2
+"""Trainings of the copy that learns from nobody, at most: one for the round, one to catch up."""
 
 
 class Watch(Protocol):
@@ -320,23 +322,42 @@ class Device:
         return machine.Settled()
 
     def _train_alone(self, work: Work) -> Mapping[str, float | None] | None:
-        """After the upload, so that no deadline can pass meanwhile; None where training failed."""
+        """After the upload, so that no deadline can pass meanwhile.
+
+        The copy of a device that compares only since a while trains twice a round until it has been trained in as many
+        rounds as the student. None before that, and where training failed.
+        """
         kit = self.equipment
-        done, state = self.keep.alone(kit.bundle)
-        if done == work.round:  # before the device was killed
-            kit.engine.load_state(state)
-            return score_tests(kit)
-        self.watch("training alone", round=work.round)
+        alone, (count, last) = self.keep.alone(kit.bundle), self.keep.rounds(kit.bundle)
+        if count is None:
+            message = (
+                "the student cannot be compared with itself alone: an older edgestill did not count its rounds; enrol "
+                "again in another --work-dir"
+            )
+            self.watch("warning", message=message)
+            return None
+        wanted = count if last == work.round else count + 1  # with this round, which is settled next
+        trainings = 0
         self.training = True
         try:
-            state, scores = train_alone(kit, work, state, train=self.train, should_stop=self.stop_requested)
+            while alone.done != work.round and alone.rounds < wanted:
+                self.watch("training alone", round=work.round, behind=wanted - alone.rounds - 1)
+                seed = work.seed if not trainings else int(np.random.SeedSequence((work.seed, 1)).generate_state(1)[0])
+                one = replace(work, seed=seed)
+                state = train_alone(kit, one, alone.state, train=self.train, should_stop=self.stop_requested)
+                trainings += 1
+                is_last = trainings == _ALONE_A_ROUND or alone.rounds + 1 == wanted
+                alone = Alone(state, alone.rounds + 1, work.round if is_last else "")
+                self.keep.keep_alone(alone, kit.bundle)
         except TrainingError as error:
             self.watch("warning", message=f"training alone failed: {error.message}")
             return None
         finally:
             self.training = False
-        self.keep.keep_alone(work.round, kit.bundle, state)
-        return scores
+        if alone.rounds != wanted:
+            return None
+        kit.engine.load_state(alone.state)
+        return score_tests(kit)
 
     def _keep_trained(self, work: Work, reason: str) -> machine.Event:
         if self.equipment.exchange != "parameters":

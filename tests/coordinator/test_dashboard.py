@@ -383,6 +383,13 @@ def test_a_device_is_compared_with_itself_alone_and_only_those_that_told_both_co
     })  # fmt: skip
     task = views.view_task(service.tasks()[0], service.rounds("birds"), service.devices("birds"), [], NOW)
     assert (task.gain.t_priv, task.gain.t_uni) == (0.25, (0.25 + 0.125) / 2)
+    # what was trained alone for one round is not compared with what was trained together for two
+    service.round_records[1] = dataclasses.replace(service.round_records[1], reports={
+        one: {"after": {"t_priv": 0.9, "t_uni": 0.9}, "alone": None}, two: {"samples": 3},
+    })  # fmt: skip
+    task = views.view_task(service.tasks()[0], service.rounds("birds"), service.devices("birds"), [], NOW)
+    assert (task.gain.t_priv, task.gain.t_uni) == (None, None)
+    assert {device.device: device.after.t_uni for device in task.devices} == {one: 0.9, two: 0.5, three: 0.9}
 
 
 def test_the_time_that_is_left_is_that_of_the_last_rounds():
@@ -430,6 +437,9 @@ def test_what_a_device_is_at(seen_ago_s, selected, accepted, arriving, ended, st
 
 def test_tables_are_for_spreadsheets_and_start_no_formula():
     service = DashboardService(names=("=cmd|' /C calc'!A0", 'say "x", y'))
+    chosen = service.round_records[1]
+    measured = {**chosen.metrics, "validation_accuracy": 0.625}
+    service.round_records[1] = dataclasses.replace(chosen, best=True, metrics=measured)
     with make_client(service) as client:
         answer = client.get("/tasks/birds/rounds.csv")
         assert answer.headers["content-type"].startswith("text/csv")
@@ -443,6 +453,8 @@ def test_tables_are_for_spreadsheets_and_start_no_formula():
     first = service.round_records[0]
     assert [row["phase"] for row in rounds] == [one.phase for one in service.round_records]
     assert float(rounds[0]["global_t_uni"]) == first.metrics["t_uni"] and rounds[2]["global_t_uni"] == ""
+    assert [row["round"] for row in rounds if row["best"] == "True"] == ["2"]
+    assert [row["validation_accuracy"] for row in rounds[:3]] == ["", "0.625", ""]
     assert rounds[2]["reason"] == "1 accepted at the deadline, at least 2 are needed"
     assert len(devices) == 25 and [row for row in devices if row["device"] == device_name(1)] == own
     assert {row["name"] for row in devices} == {"'=cmd|' /C calc'!A0", 'say "x", y'}
@@ -481,7 +493,7 @@ def test_names_of_classes_stand_on_the_axes():
     drawn = curves.draw_classes(dataclasses.replace(task, class_names=names))
     assert drawn.columns[2:6] == (*names, "class 3")
     assert ">plum<" in drawn.svg and ">a very…class<" in drawn.svg and "plum: 130 of" in drawn.svg
-    history = views.view_device(service.tasks()[0], service.rounds("birds"), service.device_records[0], NOW)
+    (history,) = views.view_devices(service.tasks()[0], service.rounds("birds"), service.device_records[:1], NOW)
     own = curves.draw_class_counts(history, names)
     assert own.rows[0] == ("plum", "130") and ">plum<" in own.svg
     assert curves.draw_class_counts(history, ()).rows[0] == ("0", "130")
