@@ -48,7 +48,7 @@ class TrainingError(EdgestillError):
 
     def __init__(self, message: str, hint: str | None = None, kept: str = "") -> None:
         super().__init__(message + kept, hint)
-        self.what = message
+        self.what, self.kept = message, kept
 
 
 class Interrupted(EdgestillError):

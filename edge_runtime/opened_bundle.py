@@ -13,7 +13,7 @@ import numpy as np
 
 from edgestill.runtime.bundle import wire
 from edgestill.runtime.bundle.bundle import Bundle
-from edgestill.runtime.data.classes import KnownClasses, names_as_metadata, translate
+from edgestill.runtime.data.classes import KnownClasses, names_as_metadata, names_of_outputs, translate
 from edgestill.runtime.data.dataset import (
     Dataset,
     fit_dataset,
@@ -187,7 +187,7 @@ class OpenedBundle:
         found = self._unlabelled(samples)
         first, *more = found.samples
         outputs = probabilities(encode_all(self._engine, first, self.bundle.batch, tuple(more)).logits)
-        names = self.class_names or tuple(map(str, range(self.bundle.classes)))
+        names = names_of_outputs(self.class_names, self.bundle.classes)
         best = outputs.argmax(axis=1)
         return [
             Classified(sample, names[number], float(row[number]))

@@ -24,6 +24,7 @@ from edgestill.export.parts import Parts, SplitModel, student_parts
 from edgestill.export.targets import TargetError
 from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.bundle.manifest import InputSpec
+from edgestill.runtime.data.classes import names_of_outputs
 from edgestill.runtime.errors import UsageError
 from edgestill.runtime.files import write_atomically
 from edgestill.runtime.training.checkpoint import classes_of, load_named_state
@@ -82,12 +83,19 @@ def export_inference(
         raise UsageError(f"--batch must be at least 1, not {batch}")
     if output.is_dir() or (output.exists() and not overwrite):
         raise UsageError(f"{output} exists already", "add --overwrite, or give another --output")
+    if not output.parent.is_dir():
+        raise UsageError(f"--output {output}: no folder {output.parent}", "make it, or give another --output")
     with Bundle.open(bundle_path) as bundle:
+        if bundle.contains(output):
+            raise UsageError(
+                f"--output {output} lies in the bundle, which holds only what its manifest lists",
+                "write the model elsewhere",
+            )
         known = classes_of(bundle)
         arrays = bundle.initial_state()
         if state is not None:
             arrays, known = load_named_state(state, bundle)
-        names = list(known.names or map(str, range(bundle.classes)))
+        names = names_of_outputs(known.names, bundle.classes)
         progress(f"building {student or bundle.student.name}")
         module = rebuild_student(bundle, student)
         load_student_state(module, arrays)

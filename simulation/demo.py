@@ -404,6 +404,7 @@ def collect(
         rounds=tuple(rounds),
         seed=settings.seed,
         same_as_recorded=same,
+        recorded_by=recorded[TOGETHER]["commit"]["hash"][:7] if same is not None else "",
         rows_of_seeds=tuple(rows_of_seeds(records)),
     )
 

@@ -64,8 +64,8 @@ class RoundResult:
 class Results:
     """Everything that the page shows.
 
-    `same_as_recorded`: whether the figures are those that `make demo-seeds` has recorded of the seed; None where it has
-    not, or with other settings. `rows_of_seeds`: its table, empty where there are no records.
+    `same_as_recorded`: whether the figures are those that `make demo-seeds` has recorded of the seed, at the commit
+    `recorded_by`; None where it has not, or with other settings. `rows_of_seeds`: its table, empty without records.
     """
 
     gamma: float
@@ -77,6 +77,7 @@ class Results:
     rounds: tuple[RoundResult, ...]
     seed: int = 0
     same_as_recorded: bool | None = None
+    recorded_by: str = ""
     rows_of_seeds: tuple[tuple[str, ...], ...] = ()
 
 
@@ -158,12 +159,12 @@ def words_of_records(results: Results) -> str:
             "no labels: not recorded for these settings and this seed; `make demo-seeds` runs ten seeds of the demo's, "
             "with and without transfer labels"
         )
-    told = "no labels: as `make demo-seeds` has recorded it, not run again here; "
+    told = f"no labels: as `make demo-seeds` has recorded it at commit {results.recorded_by}, not run again here; "
     if results.same_as_recorded:
         return told + f"every figure of this run is the recorded one of seed {results.seed}, to the last digit"
     return told + (
-        f"the figures of this run are NOT the recorded ones of seed {results.seed}: another version of edgestill, or "
-        "a mistake worth reporting"
+        f"the figures of this run are not the recorded ones of seed {results.seed}: since then the engine adds in "
+        "another order, which moves every training a little; at that commit it is a mistake worth reporting"
     )
 
 

@@ -17,6 +17,8 @@ from edgestill.runtime.bundle.manifest import Objective
 from tests.support.wheel import ROOT, build_wheel
 
 pytestmark = [pytest.mark.contract, pytest.mark.timeout(600)]
+MOST_BYTES = 170_000_000
+"""Of an environment that coordinates, NumPy's 73 MB and pip among them."""
 OPTIONS = ExportOptions(
     widths=(4, 8, 8), latent_size=8, batch=16, objective=Objective("ce"), engines=("onnxruntime", "native")
 )
@@ -124,6 +126,37 @@ def test_a_bundle_trains_with_numpy_alone_on_the_library_in_the_wheel(
     assert json.loads(done.stderr.splitlines()[-1]) == {"code": 0, "heavy": []}
     losses = [line["loss"] for line in map(json.loads, done.stdout.splitlines()) if "loss" in line]
     assert len(losses) >= 10 and np.isfinite(losses).all()
+
+
+@pytest.fixture(scope="module")
+def coordinator(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
+    return new_environment(tmp_path_factory.mktemp("coordinator") / "venv", wheel, f"{wheel}[coordinator]")
+
+
+def test_who_coordinates_joins_or_simulates_needs_no_pytorch_and_little_disk(
+    coordinator: Path, tmp_path: Path
+) -> None:
+    """The demo creates a task, enrols, serves and joins, each as a command of its own."""
+    environment = coordinator.parent.parent
+    files = [path for path in environment.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert sum(path.stat().st_size for path in files) < MOST_BYTES
+    found = run(coordinator, "-m", "pip", "list", "--format=freeze", cwd=tmp_path).stdout
+    names = {line.partition("==")[0] for line in found.split()}
+    assert not names & {"torch", "onnx", "onnxruntime", "executorch", "ziglang", "safetensors"}
+    short = ["--rounds", 1, "--local-epochs", 1, "--distil-epochs", 1, "--transfer-count", 64]
+    done = run(coordinator, "-m", "edgestill.runtime.cli", "demo", *short, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["devices"]) == 4
+    bundles = ["--bundle", "demo/cnn3", "--global-bundle", "demo/cnn5", "--devices", 2, "--workers", 1]
+    done = run(coordinator, "-c", RUN, "simulate", *bundles, *short, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stderr.splitlines()[-1]) == {"code": 0, "heavy": []}
+    assert json.loads(done.stdout.splitlines()[-1])["summary"]["rounds_completed"] == 1
+
+
+def test_benchmarks_say_that_they_are_in_a_checkout(coordinator: Path, tmp_path: Path) -> None:
+    done = run(coordinator, "-m", "edgestill.runtime.cli", "bench", "step", cwd=tmp_path)
+    assert done.returncode == 1 and "it runs in a checkout" in done.stderr and "make setup" in done.stderr
 
 
 def test_what_needs_pytorch_says_what_to_install(device: Path, tmp_path: Path) -> None:

@@ -93,6 +93,8 @@ def make_task(
             _check_objectives(bundles, whole, drafted.exchange)
             _warn_of_control_arms(bundles, drafted.exchange, warn)
             _warn_of_own_spaces(everyone, drafted, warn)
+        _warn_of_unclipped("clip_norm", bundles, drafted.local.hyperparameters, warn)
+        _warn_of_unclipped("distil_clip_norm", [whole] if whole else [], drafted.distil.hyperparameters, warn)
         seed = _count(description, "seed", 0) or 0
         known = _known_classes(fields.get("class_names"), everyone, description)
         if not known:
@@ -527,6 +529,16 @@ def _warn_of_control_arms(bundles: Sequence[Bundle], exchange: str, warn: Warn) 
             f"{who} learns from the others: objective {deaf[0].objective.name} takes labels alone, not the exchanged "
             f"{exchange}; unless that is meant, to compare with, export with --objective both"
         )
+
+
+def _warn_of_unclipped(
+    option: str, bundles: Sequence[Bundle], given: Mapping[str, float], warn: Warn
+) -> None:
+    """What a student's step does not take is not used for it; of clipping nobody would notice."""
+    unclipped = [bundle for bundle in bundles if not bundle.optimizer.clips]
+    if unclipped and "clip_norm" in given:
+        flag = option.replace("_", "-")
+        warn(f"--{flag} does nothing with {_named(unclipped)}: export with --clip-gradients")
 
 
 def _named(bundles: Sequence[Bundle]) -> str:

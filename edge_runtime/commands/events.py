@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from edgestill.runtime.console import show_in_place
+from edgestill.runtime.console import printable, show_in_place
 from edgestill.runtime.device.device import Device
 
 _STEP_LINE_S = 30.0
@@ -54,7 +54,7 @@ class EventOutput:
         text = _describe(event, details)
         if text is not None:
             self.end_progress()
-            print(f"edgestill: {text}", file=sys.stderr, flush=True)
+            print(f"edgestill: {printable(text)}", file=sys.stderr, flush=True)
 
     def end_progress(self) -> None:
         """Leaves the progress line, so that what follows starts on a line of its own."""

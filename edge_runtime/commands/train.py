@@ -10,6 +10,7 @@ import statistics
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -161,9 +162,11 @@ def run(arguments: argparse.Namespace) -> int:
         output = _Output(arguments.json, planned.total_steps)
         log = None
         if arguments.log_dir is not None:
-            log = stack.enter_context(EventFile(_outside(arguments.log_dir, bundle), first_step + 1))
+            log = stack.enter_context(EventFile(_outside(arguments.log_dir, bundle)))
+            log.begin(first_step + 1)
         output.start(first_step, planned, engine, state_path)
-        records: list[StepRecord] = []
+        times_ms: list[float] = []
+        epoch: list[StepRecord] = []  # the present one
         with stop_requests() as requests:
             steps = train(
                 engine,
@@ -175,13 +178,16 @@ def run(arguments: argparse.Namespace) -> int:
             )
             try:
                 for record in steps:
-                    records.append(record)
+                    times_ms.append(record.ms)
+                    if epoch and epoch[-1].epoch != record.epoch:
+                        epoch.clear()
+                    epoch.append(record)
                     if not output.step(record):  # whoever looked on has left, as a closed terminal does
                         requests.append(signal.SIGPIPE)
                     if log is not None:
                         log.add(record.step, figures_of(record))
             except TrainingError as error:
-                raise TrainingError(error.message, _remedy(arguments, planned)) from error
+                raise TrainingError(error.message, _remedy(arguments, planned, bool(error.kept))) from error
             finally:
                 output.end_progress()
         peak = peak_rss_bytes()
@@ -190,7 +196,7 @@ def run(arguments: argparse.Namespace) -> int:
             result = evaluate(engine, test, bundle.batch, bundle.classes)
             if log is not None:
                 log.add(planned.total_steps, {"test/accuracy": result.accuracy, "test/loss": result.loss})
-        summary = _summary(planned, engine, state_path, first_step, records, peak, result)
+        summary = _summary(planned, engine, state_path, first_step, times_ms, epoch, peak, result)
         tested_on = None if test is None else "test split" if test is splits.test else "held out"
         output.summary(summary | {"tested_on": tested_on, "notices": notices.as_json()})
     return 0
@@ -241,29 +247,39 @@ def _outside(folder: Path, bundle: Bundle) -> Path:
     return folder
 
 
-def _remedy(arguments: argparse.Namespace, planned: Run) -> str:
-    """The same command anew at a tenth of the learning rate."""
+def _remedy(arguments: argparse.Namespace, planned: Run, kept: bool) -> str:
+    """The same command anew at a tenth of the learning rate; into another file where --state keeps what was good."""
+    dropped = ("--lr", "--state", "--restart") if kept else ("--lr", "--restart")
     words, given = [], iter(arguments.typed)
     for word in given:
-        if word == "--lr":
-            next(given)
-        elif not word.startswith("--lr=") and word != "--restart":
+        if word in dropped:
+            if word != "--restart":
+                next(given)
+        elif word.partition("=")[0] not in dropped:
             words.append(word)
-    rate = planned.hyperparameters["learning_rate"] / 10
-    return shlex.join(["edgestill", *words, "--lr", f"{rate:g}", "--restart"])
+    words += ["--lr", f"{planned.hyperparameters['learning_rate'] / 10:g}"]
+    words += ["--state", str(_free_beside(arguments.state))] if kept else ["--restart"]
+    return shlex.join(["edgestill", *words])
+
+
+def _free_beside(path: Path) -> Path:
+    """The first of `NAME-2`, `NAME-3`, … that does not exist."""
+    names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(2))
+    return next(name for name in names if not name.exists())
 
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
     """A list that signals to end add themselves to, so that a step in progress ends first.
 
-    A second one acts as it always did: who presses Ctrl-C twice does not want to wait.
+    A second one, of whichever kind, acts as it always did: who presses Ctrl-C twice does not want to wait.
     """
     received: list[int] = []
 
     def note(number: int, _: object) -> None:
         received.append(number)
-        signal.signal(number, before[number])
+        for one, handler in before.items():
+            signal.signal(one, handler)  # type: ignore[arg-type]
 
     with handling(note) as before:
         yield received
@@ -350,19 +366,18 @@ def _usable_state_path(path: Path, bundle: Bundle) -> Path:
 
 
 def _summary(
-    planned: Run, engine: Engine, state_path: Path, first_step: int, records: list[StepRecord],
-    peak_bytes: int | None, result: Evaluation | None,
+    planned: Run, engine: Engine, state_path: Path, first_step: int, times_ms: list[float],
+    last_epoch: list[StepRecord], peak_bytes: int | None, result: Evaluation | None,
 ) -> dict[str, Any]:  # fmt: skip
-    last = [record for record in records if record.epoch == planned.settings.epochs]
-    labelled = [record.accuracy for record in last if record.accuracy is not None]
+    labelled = [record.accuracy for record in last_epoch if record.accuracy is not None]
     return {
         "accuracy": None if result is None else result.accuracy,
         "loss": None if result is None else result.loss,
         "per_class": None if result is None else result.per_class,
         "samples": None if result is None else result.samples,
-        "train_loss": statistics.fmean(record.loss for record in last) if last else None,
+        "train_loss": statistics.fmean(record.loss for record in last_epoch) if last_epoch else None,
         "train_accuracy": statistics.fmean(labelled) if labelled else None,
-        "ms_per_step_median": round(statistics.median(one.ms for one in records), 3) if records else None,
+        "ms_per_step_median": round(statistics.median(times_ms), 3) if times_ms else None,
         "peak_rss_bytes": peak_bytes,
         "engine": engine.name,
         "state": str(state_path),

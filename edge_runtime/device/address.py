@@ -5,6 +5,7 @@ from __future__ import annotations
 import ssl
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from edgestill.runtime.errors import UsageError
 
@@ -37,7 +38,7 @@ def hint_unreachable(url: str, reason: str, ca_cert: Path | None = None) -> str:
     if scheme == "https" and any(sign in reason.upper().replace(" ", "_") for sign in _NO_TLS):
         return f"nothing there speaks TLS, it seems: try http://{rest}"
     if "certificate verify failed" in reason.lower():
-        return _hint_untrusted(rest, reason.lower(), ca_cert)
+        return _hint_untrusted(urlsplit(url).hostname, reason.lower(), ca_cert)
     if "CERTIFICATE" in reason:
         return "for a certificate of your own, give --ca-cert"
     hint = "check the address, the network, and that `edgestill serve` runs there"
@@ -46,9 +47,8 @@ def hint_unreachable(url: str, reason: str, ca_cert: Path | None = None) -> str:
     return hint
 
 
-def _hint_untrusted(rest: str, reason: str, ca_cert: Path | None) -> str:
+def _hint_untrusted(host: str | None, reason: str, ca_cert: Path | None) -> str:
     """Whose fault it is that a certificate is not trusted, by what OpenSSL says (X509_verify_cert_error_string(3))."""
-    host = (rest.partition("/")[0].rpartition(":")[0] or rest.partition("/")[0]).strip("[]")
     clock = f"this device's clock says {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}"
     if "has expired" in reason:
         return (

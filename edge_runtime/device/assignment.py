@@ -37,6 +37,11 @@ def fetch_assignment(coordinator: Coordinator, keep: Keep) -> Assignment:
             wanted.append((str(transfer["blob"]), int(transfer["size_bytes"])))
         if task["exchange"] not in EXCHANGES:
             raise ValueError(f"exchange {task['exchange']!r}")
+        names = task.get("class_names") or []
+        if not (isinstance(names, list) and all(isinstance(name, str) and name.strip() for name in names)):
+            raise ValueError(f"class names {str(names)[:70]}")
+        if len(set(names)) < len(names):
+            raise ValueError(f"class names that are not different: {str(names)[:70]}")
         for digest, size_bytes in wanted:
             if len(digest) != 64 or set(digest) - set("0123456789abcdef") or size_bytes < 1:
                 raise ValueError(f"blob {digest[:70]!r} of {size_bytes} bytes")

@@ -20,7 +20,7 @@ class RoundLog:
         """`watch` is told everything as well. Errors: UsageError for a folder that cannot be written."""
         self._watch = watch
         self._file = EventFile(folder)
-        self._round = 0
+        self._round, self._begun = 0, False
 
     def __call__(self, event: str, /, **details: Any) -> None:
         self._watch(event, **details)
@@ -30,6 +30,9 @@ class RoundLog:
             step = (self._round - 1) * details["steps"] + details["step"]
             names = ("loss", "ce_loss", "distillation_loss", "accuracy", "learning_rate")
             figures = {f"train/{name}": details[name] for name in names}
+            if not self._begun:  # not before: a start may make no step, and void none
+                self._begun = True
+                self._file.begin(step)
             self._file.add(step, figures | {"train/step_ms": details["ms"]})
         elif event == "trained":
             scores = {

@@ -42,12 +42,8 @@ class EventFile:
     `clock`: seconds of the epoch. Errors: UsageError where nothing can be written.
     """
 
-    def __init__(
-        self, folder: Path, first_step: int | None = None, clock: Callable[[], float] = time.time
-    ) -> None:
-        """`first_step`: figures of older files from this step on are of a run that was stopped, and void; None: from
-        the first that is added."""
-        self._clock, self._first_step, self._begun = clock, first_step, False
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
         stem = f"events.out.tfevents.{int(clock()):010d}.{platform.node() or 'device'}.{os.getpid()}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -61,6 +57,10 @@ class EventFile:
             ) from error
         self._write(_message(3, b"brain.Event:2"))
 
+    def begin(self, step: int) -> None:
+        """Figures of older files from this step on, of whatever tag, are of a run that was stopped, and void."""
+        self._write(_varint_field(2, step) + _message(7, _STARTED))
+
     def add(self, step: int, figures: Mapping[str, float | None]) -> None:
         """Figures at a step, by tag, such as `train/loss`; those that are None or not finite are left out."""
         values = b"".join(
@@ -68,13 +68,8 @@ class EventFile:
             for tag, value in figures.items()
             if value is not None and math.isfinite(value)
         )
-        if not values:
-            return
-        if not self._begun:
-            first = step if self._first_step is None else self._first_step
-            self._write(_varint_field(2, first) + _message(7, _STARTED))
-            self._begun = True
-        self._write(_varint_field(2, step) + _message(5, values))
+        if values:
+            self._write(_varint_field(2, step) + _message(5, values))
 
     def close(self) -> None:
         """Closing twice is harmless."""

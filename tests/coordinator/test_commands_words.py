@@ -50,6 +50,8 @@ def said(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:
         (GLOBAL, "the global student cannot classify"),
         ([*GLOBAL, "--transfer-labels"], None),
         ([*GLOBAL, "--transfer-labels", "--distil-alpha", "1"], "the global student cannot classify"),
+        (["--clip-norm", "1"], "--clip-norm does nothing with one: export with --clip-gradients"),
+        ([*GLOBAL, "--transfer-labels", "--distil-clip-norm", "1"], "--distil-clip-norm does nothing with two"),
         (["--aggregation", "krum", "--goal", "10", "--minimum", "5"], None),
         (["--aggregation", "krum", "--goal", "4", "--minimum", "4"], "raise --minimum and --goal"),
     ],

@@ -151,6 +151,15 @@ def test_a_fixed_batch_and_the_initial_state(work: Path) -> None:
     assert json.loads(session.get_modelmeta().custom_metadata_map["class_names"]) == ["0", "1", "2"]
 
 
+def test_a_state_that_names_fewer_classes_than_there_are_outputs(work: Path) -> None:
+    wire.save(
+        Path("s.safetensors"), wire.load(Path("s.safetensors")).arrays, names_as_metadata(("apple", "fig"))
+    )
+    assert export("m.onnx") == 0
+    session = onnxruntime.InferenceSession("m.onnx", providers=["CPUExecutionProvider"])
+    assert json.loads(session.get_modelmeta().custom_metadata_map["class_names"]) == ["apple", "fig", "2"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -162,13 +171,15 @@ def test_a_fixed_batch_and_the_initial_state(work: Path) -> None:
         ("--bundle b --output m.onnx --batch 0", "at least 1"),
         ("--bundle b --output m.onnx --state none", "no such state"),
         ("--bundle nowhere --output m.onnx", "no such bundle"),
+        ("--bundle b --output b/m.onnx", "--output b/m.onnx lies in the bundle"),
+        ("--bundle b --output none/m.onnx", "--output none/m.onnx: no folder none"),
     ],
 )
 def test_mistakes(words: str, message: str, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("there.onnx").write_bytes(b"kept")
     assert main(["export", "--inference", *words.split()]) == 2
     assert message in capsys.readouterr().err
-    assert Path("there.onnx").read_bytes() == b"kept" and not Path("m.onnx").exists()
+    assert Path("there.onnx").read_bytes() == b"kept" and not list(Path().rglob("m.onnx"))
 
 
 def test_options_of_inference_alone(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

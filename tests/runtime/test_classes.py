@@ -140,6 +140,17 @@ def test_predictions_have_the_names_of_the_state(
     assert main(words) == 0 and "\n2       no samples" in capsys.readouterr().out
 
 
+def test_outputs_without_a_name_are_called_by_their_number(work: Path) -> None:
+    with edgestill.open(work / "bundle", threads=1) as opened:
+        opened.load_state(work / "s.safetensors")
+        whole = opened.classify(work / "train")
+        opened._classes = KnownClasses(FRUIT[:2], "the data")
+        found = opened.classify(work / "train")
+    short = dict(zip(FRUIT, (*FRUIT[:2], "2", "3"), strict=True))
+    assert [one.class_name for one in found] == [short[one.class_name] for one in whole]
+    assert {one.class_name for one in found} >= {"2", "3"}
+
+
 def test_a_state_keeps_its_names_for_the_official_library(work: Path) -> None:
     import safetensors
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from edgestill.runtime.device.address import hint_unreachable
 from edgestill.runtime.device.client import (
     DamagedBlob,
     HttpCoordinator,
@@ -379,6 +380,16 @@ def test_why_a_certificate_is_not_trusted(
         given = None if trusted is None else tmp_path / f"{trusted}.pem"
         client(url, ca_cert=given, attempts=1).assignment()
     assert hint in (unreachable.value.hint or ""), unreachable.value.message
+
+
+@pytest.mark.parametrize(
+    ("url", "host"),
+    [("https://[fe80::1]", "fe80::1"), ("https://[fe80::1]:8443/a", "fe80::1"), ("https://lab.example", "lab.example"),
+     ("https://192.0.2.7:1/", "192.0.2.7")],
+)  # fmt: skip
+def test_a_certificate_of_another_host_is_told_with_the_host_that_was_asked(url: str, host: str) -> None:
+    hint = hint_unreachable(url, "certificate verify failed: IP address mismatch")
+    assert hint.startswith(f"the certificate is not for {host}: ") and hint.endswith(f" one for {host}")
 
 
 def test_the_client_is_there_without_httpx2() -> None:

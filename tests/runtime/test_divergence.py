@@ -109,3 +109,13 @@ def test_a_checkpoint_that_was_good_stays(work: Path, capsys: pytest.CaptureFixt
     kept = load_checkpoint(work / "s.safetensors", Bundle.open(work / "c"))
     assert f"s.safetensors keeps the state of step {kept.step}" in output.err
     assert 0 < kept.step < lines[-1]["step"] + 1 and "summary" not in lines[-1]
+    # what is proposed trains into another file, and each time into one that is not there yet
+    (work / "s-2.safetensors").write_bytes(b"mine")
+    good = (work / "s.safetensors").read_bytes()
+    assert main(command(*more, "--restart")) == 1
+    words = shlex.split(capsys.readouterr().err.rpartition("edgestill ")[2])
+    assert words[-4:] == ["--lr", "3", "--state", "s-3.safetensors"] and words.count("--state") == 1
+    assert "--restart" not in words and (work / "s.safetensors").read_bytes() == good
+    main([*words, "--lr", "0.01"])
+    finished = load_checkpoint(work / "s-3.safetensors", Bundle.open(work / "c"))
+    assert finished.finished and (work / "s.safetensors").read_bytes() == good

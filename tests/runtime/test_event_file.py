@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgestill.runtime.device.round_log import RoundLog
 from edgestill.runtime.errors import UsageError
 from edgestill.runtime.training.event_file import EventFile
 
@@ -45,13 +46,36 @@ def test_a_run_that_goes_on_replaces_what_was_lost(tmp_path: Path) -> None:
     """Steps 4 and 5 were made after the last checkpoint, before a power cut."""
     seconds = iter(range(1000, 2000))
     for first, last in ((0, 5), (3, 8)):
-        with EventFile(tmp_path, first + 1, clock=lambda: next(seconds)) as file:
+        with EventFile(tmp_path, clock=lambda: next(seconds)) as file:
+            file.begin(first + 1)
             for step in range(first + 1, last + 1):
                 file.add(step, {"loss": first + step / 10})
     wanted = [(1, 0.1), (2, 0.2), (3, 0.3), (4, 3.4), (5, 3.5), (6, 3.6), (7, 3.7), (8, 3.8)]
     found = scalars(tmp_path)["loss"]
     assert [step for step, _ in found] == [step for step, _ in wanted]
     np.testing.assert_allclose([v for _, v in found], [v for _, v in wanted], rtol=1e-6)
+
+
+def test_a_device_that_makes_no_step_voids_none(tmp_path: Path) -> None:
+    """It was killed between the last checkpoint of round 2 and the journal: the restart finds the training finished."""
+
+    def take_part(round_number: int, steps: range, ended: bool) -> None:
+        log = RoundLog(tmp_path, lambda event, **details: None)
+        log("training", round=f"birds.{round_number}")
+        for step in steps:
+            log("step", step=step, steps=10, loss=float(step), ce_loss=None, distillation_loss=None, accuracy=None,
+                learning_rate=None, ms=1.0)  # fmt: skip
+        if ended:
+            log("trained", before={}, after={"t_priv": round_number / 10})
+        log.close()
+
+    take_part(1, range(1, 11), True)
+    take_part(2, range(1, 8), False)
+    take_part(2, range(6, 11), False)  # from the checkpoint of step 5
+    take_part(2, range(11, 11), True)
+    found = scalars(tmp_path)
+    assert found["train/loss"] == [(step, (step - 1) % 10 + 1.0) for step in range(1, 21)]
+    assert [step for step, _ in found["round/t_priv_after"]] == [1, 2]
 
 
 def test_files_of_one_second_stay_apart(tmp_path: Path) -> None:

@@ -258,7 +258,9 @@ def test_a_device_that_is_not_enrolled_needs_a_code_and_an_address(
     "answer",
     [{}, {"task": {}}, {"task": {"exchange": "latents"}, "student": None},
      {"task": {"exchange": "weights"}, "student": {"bundle": "0" * 64, "size_bytes": 3}},
-     {"task": {"exchange": "latents"}, "student": {"bundle": "../x", "size_bytes": 3}}],
+     {"task": {"exchange": "latents"}, "student": {"bundle": "../x", "size_bytes": 3}},
+     *({"task": {"exchange": "latents", "class_names": names}, "student": {"bundle": "0" * 64, "size_bytes": 3}}
+       for names in ([1, 2], "abc", {"a": 1}, ["a", "a"], ["a", " "], 3))],
 )  # fmt: skip
 def test_an_assignment_out_of_form_is_refused(
     work: Path, capsys: pytest.CaptureFixture[str], answer: dict
@@ -269,6 +271,7 @@ def test_an_assignment_out_of_form_is_refused(
         assert main(arguments(work, url)) == 1
     said = capsys.readouterr().err
     assert "version" in said and "Traceback" not in said
+    assert "class_names" not in answer.get("task", {}) or "the assignment is not readable" in said
 
 
 def test_the_token_goes_to_no_discovered_stranger(

@@ -131,6 +131,14 @@ def test_a_log_hears_of_training_twice_a_minute(capsys: pytest.CaptureFixture[st
     ]
 
 
+def test_what_others_wrote_steers_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    output = EventOutput(False)
+    for event, name in (("notice", "text"), ("warning", "message"), ("out of reach", "reason")):
+        output(event, **{name: "class \x1b[2Jcat\rdog ☃"})
+        said = capsys.readouterr().err
+        assert "class \\x1b[2Jcat\\rdog ☃" in said and "\x1b" not in said and "\r" not in said
+
+
 def test_it_is_said_that_the_coordinator_is_back(bench: Bench, tmp_path: Path) -> None:
     fake, seen, failures = bench.coordinator(rounds=1), [], [1, 1]
 

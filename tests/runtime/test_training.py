@@ -20,6 +20,7 @@ import safetensors.numpy
 
 from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.cli import main
+from edgestill.runtime.commands.train import stop_requests
 from edgestill.runtime.data.dataset import load_splits
 from edgestill.runtime.engines.registry import open_engine
 from edgestill.runtime.errors import Interrupted, StateError, TrainingError, UsageError
@@ -423,6 +424,17 @@ def test_who_ignores_a_closing_terminal_goes_on(work: Path) -> None:
     process.terminate()
     process.communicate(timeout=60)
     assert process.returncode == 1 and load_checkpoint(work / "x.safetensors", Bundle.open(work / "s")).step > first
+
+
+def test_after_a_signal_each_acts_as_it_always_did() -> None:
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    with stop_requests() as requests:
+        assert any(signal.getsignal(number) != handler for number, handler in before.items())
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert requests == [signal.SIGTERM]
+        assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == before
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.contract

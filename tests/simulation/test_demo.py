@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgestill.runtime.bundle.bundle import Bundle
-from edgestill.simulation import demo_bundles, demo_commands
+from edgestill.simulation import demo, demo_bundles, demo_commands
 from edgestill.simulation.demo import (
     DEVICES,
     ENGINE,
@@ -192,6 +192,7 @@ def test_without_bundles_it_exports(
     tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch, screen: io.StringIO
 ) -> None:
     monkeypatch.setattr(demo_bundles, "FOLDER", tmp_path / "none")
+    monkeypatch.setattr(demo, "_is_installed", lambda package: True)
     with pytest.raises(DemoFailed, match="export"):  # what stands for edgestill cannot
         lay_bundles(commands, DemoSettings(output=tmp_path))
     assert screen.getvalue().count(" export --student cnn") >= 1
@@ -244,7 +245,7 @@ def results(recorded: bool | None = None) -> Results:
     devices = (device("phone", 0.6, 0.5), device("<watch>", 0.5, 0.6))
     rounds = (RoundResult(1, "completed", 0.35, 0.3, False), RoundResult(2, "completed", 0.33, 0.31, True))
     rows = () if recorded is None else (("seed", "labels − epochs"), ("0", "+3.0 / +9.0"), ("mean", "+3.0 / +9.0"))
-    return Results(0.5, 2, "cnn5", 600, 400, devices, rounds, 7, recorded, rows)
+    return Results(0.5, 2, "cnn5", 600, 400, devices, rounds, 7, recorded, "abcdef1", rows)
 
 
 def test_the_tables_have_devices_means_and_gains_over_both_ways_alone() -> None:
@@ -265,7 +266,7 @@ def test_the_tables_have_devices_means_and_gains_over_both_ways_alone() -> None:
     [
         (None, "not recorded for these settings and this seed"),
         (True, "every figure of this run is the recorded one of seed 7"),
-        (False, "the figures of this run are NOT the recorded ones of seed 7"),
+        (False, "the figures of this run are not the recorded ones of seed 7"),
     ],
 )
 def test_what_is_recorded_and_who_knows_which_classes_is_said(recorded: bool | None, said: str) -> None:

@@ -116,6 +116,7 @@ def test_seeded_entropy_repeats_from_run_to_run_but_not_within_one() -> None:
 
 
 def test_widths_are_those_of_the_exporter() -> None:
+    pytest.importorskip("torch")
     from edgestill.export.students import ARCHITECTURES, StudentOptions, build_student
 
     for name, widths in WIDTHS.items():
