@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -155,10 +156,20 @@ def load(path: str | Path, limits: Limits = Limits()) -> Tensors:
         size_bytes = path.stat().st_size
         if size_bytes > limits.total_bytes:
             raise WireError(f"{path}: {size_bytes} bytes, more than the limit of {limits.total_bytes}")
-        data = path.read_bytes()
+        data = _read(path, size_bytes)
     except OSError as error:
         raise WireError(f"{path}: cannot read: {error.strerror or error}") from error
     return decode(data, limits, source=str(path))
+
+
+def _read(path: Path, size_bytes: int) -> memoryview:
+    """In memory that goes back to the system with its last reader: the allocator would keep what it was given back."""
+    data = memoryview(mmap.mmap(-1, max(size_bytes, 1)))
+    count = 0
+    with path.open("rb", buffering=0) as file:
+        while count < size_bytes and (some := file.readinto(data[count:size_bytes])):
+            count += some
+    return data[:count]
 
 
 @dataclass(frozen=True)

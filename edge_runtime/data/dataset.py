@@ -14,7 +14,7 @@ import numpy as np
 
 from edgestill.runtime.bundle.manifest import InputSpec
 from edgestill.runtime.data.cifar import find_cifar, read_cifar
-from edgestill.runtime.data.classes import KnownClasses, check_names, translate
+from edgestill.runtime.data.classes import KnownClasses, check_names, listed, translate
 from edgestill.runtime.data.datasets import SHIPPED
 from edgestill.runtime.data.notice import Tell, tell_on_stderr
 from edgestill.runtime.data.partition import dirichlet_partition
@@ -119,7 +119,14 @@ def load_splits(
             labels = translate(labels, part.names, reference, where, tell)
         fitted = fit_dataset(part.arrays, labels, (form, *more), classes, where)
         users = None if name != "train" else _fit_users(part.users, len(fitted), where)
-        sets[name] = replace(fitted, class_names=reference.names[:classes], users=users)
+        sets[name] = replace(fitted, class_names=reference.names, users=users)
+    if len(reference.names) > classes:
+        whose = reference.whose if known else str(source)
+        raise DataError(
+            f"{whose} names {len(reference.names)} classes, the bundle has {classes}: {listed(reference.names)}",
+            "labels count the classes in order: remove what is of no class, also folders that are empty, or export "
+            "with --classes",
+        )
     return Splits(sets["train"], sets.get("test"), sets.get("validation"))
 
 
@@ -143,7 +150,8 @@ def class_names_of(source: str | Path) -> tuple[str, ...]:
     elif path.is_dir():
         from edgestill.runtime.data.image_folder import class_folders, find_splits, walk
 
-        names = class_folders(find_splits(walk(path))["train"])
+        tree = walk(path)
+        names = class_folders(tree, find_splits(tree)["train"])
     else:
         names = _names_in(_load_npz(path, ("classes", "class_names")))
     if not names:

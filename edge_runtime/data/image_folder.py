@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -44,15 +45,32 @@ class FolderSplit:
 
 @dataclass
 class Tree:
-    """The files below a folder by their paths from it, as parts; `folders`: the visible ones directly in it."""
+    """The files below a folder by their paths from it, as parts.
+
+    `inside`: by a folder's path the sorted names of the folders in it, without those that are left out.
+    """
 
     root: Path
     pictures: list[tuple[str, ...]] = field(default_factory=list)
     skipped: list[tuple[tuple[str, ...], str]] = field(default_factory=list)
-    folders: list[str] = field(default_factory=list)
+    inside: dict[tuple[str, ...], list[str]] = field(default_factory=dict)
+
+    @property
+    def folders(self) -> list[str]:
+        """Those directly in the root."""
+        return self.inside.get((), [])
 
     def below(self, name: str) -> list[tuple[str, ...]]:
-        return [parts for parts in self.pictures if parts[0] == name and len(parts) > 1]
+        """The pictures in a folder of the root, however deep."""
+        return self._by_folder.get(name, [])
+
+    @cached_property
+    def _by_folder(self) -> dict[str, list[tuple[str, ...]]]:
+        found: dict[str, list[tuple[str, ...]]] = {}
+        for parts in self.pictures:
+            if len(parts) > 1:
+                found.setdefault(parts[0], []).append(parts)
+        return found
 
     def skip(self, pictures: Iterable[tuple[str, ...]], reason: str) -> None:
         self.skipped += [(parts, reason) for parts in pictures]
@@ -66,10 +84,10 @@ def read_image_folder(
     Errors: DataError naming a file that is unreadable, unless `skip_broken`, or of another size without `resize`.
     """
     check_form(form, str(path))
-    tree = walk(path)
+    tree = walk(path, skip_broken)
     found = {}
     for split, root in find_splits(tree).items():
-        names = class_folders(root)
+        names = class_folders(tree, root)
         if not names:
             raise DataError(f"{root}: no subfolders", "put the images of each class into a folder of its own")
         prefix = root.relative_to(path).parts
@@ -96,7 +114,7 @@ def read_unlabelled_folder(
 ) -> np.ndarray:
     """All images of a folder however they lie in it, uint8 [N, H, W, C]; of one with splits those of `train`."""
     check_form(form, str(path))
-    tree = walk(path)
+    tree = walk(path, skip_broken)
     train = [name for name in tree.folders if SPLITS.get(name.casefold()) == "train"]
     others = [name for name in tree.folders if SPLITS.get(name.casefold()) is None and tree.below(name)]
     chosen = tree.pictures
@@ -111,11 +129,9 @@ def read_unlabelled_folder(
     return images
 
 
-def class_folders(root: Path) -> tuple[str, ...]:
-    """The sorted names of the subfolders, without those that systems and archives add (.git, __MACOSX)."""
-    return tuple(
-        sorted(child.name for child in root.iterdir() if child.is_dir() and not is_of_the_system(child.name))
-    )
+def class_folders(tree: Tree, root: Path) -> tuple[str, ...]:
+    """The sorted names of the folders in one of the tree's, without what systems and archives add (.git, __MACOSX)."""
+    return tuple(tree.inside.get(root.relative_to(tree.root).parts, ()))
 
 
 def find_splits(tree: Tree) -> dict[str, Path]:
@@ -171,28 +187,55 @@ def find_splits(tree: Tree) -> dict[str, Path]:
     return {role: splits[role] for role in ("train", "test", "validation") if role in splits}
 
 
-def walk(root: Path) -> Tree:
-    """What lies below a folder, linked folders included, each once."""
+def walk(root: Path, skip_broken: bool = False) -> Tree:
+    """What lies below a folder, linked folders included, each once: where it really lies, else by its first link.
+
+    Errors: DataError for a folder that cannot be read, unless `skip_broken`.
+    """
     tree, seen = Tree(root), {os.path.realpath(root)}
-    for parent, folders, names in os.walk(root, followlinks=True):
-        here = Path(parent).relative_to(root).parts
-        kept = []
-        for name in sorted(folders):
-            real = os.path.realpath(os.path.join(parent, name))
-            if is_of_the_system(name):
-                tree.skip([(*here, name)], "files that systems add")
-            elif real not in seen:
-                seen.add(real)
-                kept.append(name)
-        folders[:] = kept
-        if not here:
-            tree.folders = kept
-        for name in names:
-            reason = why_not_read(name)
-            if reason is None:
-                tree.pictures.append((*here, name))
-            else:
-                tree.skip([(*here, name)], reason)
+
+    def keep_apart(error: OSError) -> None:
+        folder = Path(error.filename or root)
+        if not skip_broken or folder == root:
+            raise DataError(
+                f"{folder.absolute()}: this folder cannot be read: {error.strerror}",
+                "let it be read, remove it, or pass --skip-broken",
+            ) from error
+        tree.skip([folder.relative_to(root).parts], "folders that cannot be read")
+
+    starts = [root]
+    for start in starts:  # which grows: links come after all that lies here itself
+        here = start.relative_to(root).parts
+        if here:
+            real = os.path.realpath(start)
+            if real in seen:
+                tree.skip([here], "links to a folder that is read already")
+                continue
+            seen.add(real)
+            tree.inside[here[:-1]].append(here[-1])
+        for parent, folders, names in os.walk(start, onerror=keep_apart):
+            here = Path(parent).relative_to(root).parts
+            kept = tree.inside.setdefault(here, [])
+            for name in sorted(folders):
+                path = Path(parent, name)
+                if is_of_the_system(name):
+                    tree.skip([(*here, name)], "files that systems add")
+                elif path.is_symlink():
+                    starts.append(path)
+                elif (real := os.path.realpath(path)) in seen:
+                    tree.skip([(*here, name)], "folders that are read already")
+                else:
+                    seen.add(real)
+                    kept.append(name)
+            folders[:] = kept
+            for name in names:
+                reason = why_not_read(name)
+                if reason is None:
+                    tree.pictures.append((*here, name))
+                else:
+                    tree.skip([(*here, name)], reason)
+    for folder_names in tree.inside.values():
+        folder_names.sort()
     tree.pictures.sort()
     tree.skipped.sort()
     return tree

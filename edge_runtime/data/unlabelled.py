@@ -66,7 +66,7 @@ def load_pictures(
         check_form(forms[0], str(path))
         if not path.exists():
             raise UsageError(f"{path}: no such file", "give pictures, folders of pictures, or data with --data")
-        tree = walk(path) if path.is_dir() else Tree(path.parent, [(path.name,)])
+        tree = walk(path, skip_broken) if path.is_dir() else Tree(path.parent, [(path.name,)])
         reader = Reader(tree, forms[0], resize, skip_broken)
         images, read = reader.read(tree.pictures)
         reader.tell(tell)

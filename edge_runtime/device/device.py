@@ -7,6 +7,7 @@ So a simulation runs this very code without sockets, files or waiting.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -262,13 +263,8 @@ class Device:
             )
         except TrainingError as error:
             return machine.RoundGone(error.what)  # the training's file goes with the round
-        except Interrupted:
-            if stop.held:
-                self.watch("waiting", reasons=list(stop.held))
-                return machine.Held(stop.held, self.clock())
-            if stop.requested:
-                raise
-            return machine.Ticked(self.clock())
+        except Interrupted as interrupted:
+            return self._held(stop, interrupted)
         finally:
             self.training = False
         self.keep.keep_trained(work.round, state)
@@ -307,28 +303,33 @@ class Device:
         return machine.Accepted()
 
     def _settle(self, work: Work, report: Mapping[str, Any]) -> machine.Event:
+        self.keep.settle(work.round, self.equipment.bundle)
         if self.equipment.options.compare_alone:
-            report = {**report, "alone": self._train_alone(work)}
+            stop = _Stop(self)
+            try:
+                report = {**report, "alone": self._train_alone(work, stop)}
+            except Interrupted as interrupted:
+                return self._held(stop, interrupted)
         try:
             self.coordinator.report(work.round, self.name, report)
         except (Refused, Unreachable) as error:
             # the upload is what counts; a report that nobody wants must not keep the device from its next round
             self.watch("report not taken", reason=error.message)
-        self.keep.settle(work.round, self.equipment.bundle)
         self.keep.clean(None)
         self.bytes_down = 0
         self.last_report = report
         self.watch("settled", round=work.round, report=dict(report))
         return machine.Settled()
 
-    def _train_alone(self, work: Work) -> Mapping[str, float | None] | None:
+    def _train_alone(self, work: Work, stop: _Stop) -> Mapping[str, float | None] | None:
         """After the upload, so that no deadline can pass meanwhile.
 
         The copy of a device that compares only since a while trains twice a round until it has been trained in as many
-        rounds as the student. None before that, and where training failed.
+        rounds as the student. None before that, and where it failed, which costs no round. Errors: Interrupted, with a
+        checkpoint.
         """
         kit = self.equipment
-        alone, (count, last) = self.keep.alone(kit.bundle), self.keep.rounds(kit.bundle)
+        count, last = self.keep.rounds(kit.bundle)
         if count is None:
             message = (
                 "the student cannot be compared with itself alone: an older edgestill did not count its rounds; enrol "
@@ -336,28 +337,50 @@ class Device:
             )
             self.watch("warning", message=message)
             return None
-        wanted = count if last == work.round else count + 1  # with this round, which is settled next
-        trainings = 0
-        self.training = True
+        wanted = count if last == work.round else count + 1
         try:
-            while alone.done != work.round and alone.rounds < wanted:
-                self.watch("training alone", round=work.round, behind=wanted - alone.rounds - 1)
-                seed = work.seed if not trainings else int(np.random.SeedSequence((work.seed, 1)).generate_state(1)[0])
-                one = replace(work, seed=seed)
-                state = train_alone(kit, one, alone.state, train=self.train, should_stop=self.stop_requested)
-                trainings += 1
-                is_last = trainings == _ALONE_A_ROUND or alone.rounds + 1 == wanted
-                alone = Alone(state, alone.rounds + 1, work.round if is_last else "")
-                self.keep.keep_alone(alone, kit.bundle)
-        except TrainingError as error:
-            self.watch("warning", message=f"training alone failed: {error.message}")
+            alone = self.keep.alone(kit.bundle)
+        except EdgestillError as error:
+            self.keep.forget_alone(kit.bundle)
+            self.watch("warning", message=f"the copy to compare with starts anew next round: {error.message}")
             return None
-        finally:
-            self.training = False
+        try:
+            for left in reversed(range(min(_ALONE_A_ROUND, wanted - alone.rounds))):
+                if alone.done != work.round:  # else before the device was killed
+                    alone = self._train_alone_once(work, alone, wanted, left == 0, stop)
+        except Interrupted:
+            raise
+        except EdgestillError as error:
+            self.watch("warning", message=f"training alone failed: {getattr(error, 'what', error.message)}")
+            return None
         if alone.rounds != wanted:
             return None
         kit.engine.load_state(alone.state)
         return score_tests(kit)
+
+    def _train_alone_once(self, work: Work, alone: Alone, wanted: int, is_last: bool, stop: _Stop) -> Alone:
+        kit, number = self.equipment, alone.rounds + 1
+        self.watch("training alone", round=work.round, behind=wanted - number)
+        if number < wanted:  # what another round drew is not known any more
+            work = replace(work, seed=int(np.random.SeedSequence((work.seed, number)).generate_state(1)[0]))
+        path = self.keep.alone_training_path(work.round, number)
+        self.training = True
+        try:
+            state = train_alone(kit, work, alone.state, train=self.train, state_path=path, should_stop=stop)
+        finally:
+            self.training = False
+        trained = Alone(state, number, work.round if is_last else "")
+        self.keep.keep_alone(trained, kit.bundle)
+        return trained
+
+    def _held(self, stop: _Stop, interrupted: Interrupted) -> machine.Event:
+        """What follows from a training that `stop` interrupted. Errors: `interrupted`, where a person asked for it."""
+        if stop.held:
+            self.watch("waiting", reasons=list(stop.held))
+            return machine.Held(stop.held, self.clock())
+        if stop.requested:
+            raise interrupted
+        return machine.Ticked(self.clock())
 
     def _keep_trained(self, work: Work, reason: str) -> machine.Event:
         if self.equipment.exchange != "parameters":
@@ -396,7 +419,7 @@ class Device:
 class _Stop:
     """Whether training should stop, asked after every step; and then, why."""
 
-    def __init__(self, device: Device, deadline_s: float) -> None:
+    def __init__(self, device: Device, deadline_s: float = math.inf) -> None:
         self._device, self._deadline_s = device, deadline_s
         self._looked_s = device.clock()
         self.requested = False

@@ -9,6 +9,7 @@
 | `training-ROUND.safetensors` | checkpoint of a round's training, at its end the trained state |
 | `rounds.json` | by model digest, how many rounds the student has been trained in, and the last of them |
 | `alone-DIGEST.safetensors` | the same student trained on the device's own data alone, with `--compare-alone` |
+| `alone-training-ROUND.N.safetensors` | checkpoint of its training of that number |
 | `upload-ROUND.bin` | the body, until the coordinator has it |
 | `blobs/` | downloads by SHA-256 |
 """
@@ -78,8 +79,14 @@ class Keep(Protocol):
     def alone(self, bundle: Bundle) -> Alone:
         """The student that is trained alone."""
 
+    def alone_training_path(self, round_name: str, number: int) -> Path | None:
+        """Where the training of that number keeps its checkpoints; None for nowhere."""
+
     def keep_alone(self, alone: Alone, bundle: Bundle) -> None:
         """Keeps it after a training."""
+
+    def forget_alone(self, bundle: Bundle) -> None:
+        """Removes it, so that it starts anew."""
 
     def clean(self, current_round: str | None) -> None:
         """Removes what belongs to other rounds."""
@@ -137,8 +144,14 @@ class WorkMemory:
     def alone(self, bundle: Bundle) -> Alone:
         return self._alone or Alone(bundle.initial_state())
 
+    def alone_training_path(self, round_name: str, number: int) -> Path | None:
+        return None
+
     def keep_alone(self, alone: Alone, bundle: Bundle) -> None:
         self._alone = alone
+
+    def forget_alone(self, bundle: Bundle) -> None:
+        self._alone = None
 
     def clean(self, current_round: str | None) -> None:
         for kept in (self._trained, self._bodies):
@@ -257,15 +270,21 @@ class WorkFolder:
                 return Alone(state, int(found.metadata["rounds"]), found.metadata["round"])
         return Alone(bundle.initial_state())
 
+    def alone_training_path(self, round_name: str, number: int) -> Path | None:
+        return self.folder / f"alone-training-{round_name}.{number}.safetensors"
+
     def keep_alone(self, alone: Alone, bundle: Bundle) -> None:
         about = {"round": alone.done, "rounds": str(alone.rounds)}
         wire.save(self._alone_path(bundle), alone.state, about)
 
+    def forget_alone(self, bundle: Bundle) -> None:
+        self._alone_path(bundle).unlink(missing_ok=True)
+
     def clean(self, current_round: str | None) -> None:
-        kept = {f"training-{current_round}.safetensors", f"upload-{current_round}.bin"}
-        for pattern in ("training-*", "upload-*", ".*.partial"):
+        kept = (f"training-{current_round}.", f"alone-training-{current_round}.", f"upload-{current_round}.")
+        for pattern in ("training-*", "alone-training-*", "upload-*", ".*.partial"):
             for path in self.folder.glob(pattern):
-                if path.name not in kept:
+                if not path.name.startswith(kept):
                     path.unlink(missing_ok=True)
 
     def blob_path(self, digest: str) -> Path:

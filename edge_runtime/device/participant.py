@@ -329,6 +329,10 @@ def step(state: Participant, event: Event) -> tuple[Participant, tuple[Effect, .
             state = replace(state, phase="packing", report=report)
         case Held(reasons) if phase == "training":
             state = replace(state, phase="waiting", reasons=reasons)
+        case Held(reasons) | Checked(reasons) if phase == "uploaded" and reasons:  # training alone waits, too
+            return replace(state, reasons=reasons), (CheckConditions(WAITING_S),)
+        case Checked() if phase == "uploaded":
+            state = replace(state, reasons=())
         case Packed(digest, encoding, report, _, spent) if phase == "packing":
             state = replace(
                 state,

@@ -28,6 +28,8 @@ class Checkpoint:
     run: Mapping[str, Any]
     class_names: tuple[str, ...] = ()
     """What the outputs mean, in their order; empty where nobody said."""
+    first_losses: tuple[float, float] | None = None
+    """Cross-entropy and distillation loss of the first step, by which divergence is told (divergence.py)."""
 
     @property
     def finished(self) -> bool:
@@ -46,7 +48,9 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
                 "train with a smaller --lr, or with --warmup-steps",
                 f"; {path} is left as it was" if path.exists() else "",
             )
-    progress = {"step": checkpoint.step, "total_steps": checkpoint.total_steps}
+    progress: dict[str, Any] = {"step": checkpoint.step, "total_steps": checkpoint.total_steps}
+    if checkpoint.first_losses is not None:
+        progress["first_losses"] = list(checkpoint.first_losses)
     metadata = {
         "format": FORMAT,
         "progress": json.dumps(progress),
@@ -74,7 +78,24 @@ def load_checkpoint(path: Path, bundle: Bundle) -> Checkpoint:
             "pass --restart to overwrite it, or --init to start from it and another --state",
         ) from error
     state = bundle.check_state(file.arrays, source=str(path))
-    return Checkpoint(state, step, total_steps, run, names_in_metadata(file.metadata))
+    names = names_in_metadata(file.metadata)
+    return Checkpoint(state, step, total_steps, run, names, _first_losses_in(progress))
+
+
+def load_first_losses(path: Path) -> tuple[float, float] | None:
+    """Those of a checkpoint; None where it does not say. Errors: WireError when it is damaged."""
+    try:
+        return _first_losses_in(json.loads(wire.load(path).metadata["progress"]))
+    except (KeyError, ValueError):
+        return None
+
+
+def _first_losses_in(progress: Any) -> tuple[float, float] | None:
+    try:
+        ce_loss, distillation_loss = map(float, progress["first_losses"])
+    except (KeyError, ValueError, TypeError, OverflowError):
+        return None
+    return (ce_loss, distillation_loss) if np.isfinite((ce_loss, distillation_loss)).all() else None
 
 
 def load_state(path: Path, bundle: Bundle) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ from edgestill.runtime.training.checkpoint import (
     check_same_classes,
     check_same_run,
     load_checkpoint,
+    load_first_losses,
     save_checkpoint,
 )
 from edgestill.runtime.training.divergence import Growth
@@ -79,7 +80,8 @@ def train(
     CHECKPOINT_EVERY.check("--checkpoint-every", checkpoint_every)
     description, total = {} if state_path is None else run.description(), run.total_steps
     initial_state = run.bundle.initial_state() if run.initial_state is None else run.initial_state
-    growth, kept = Growth(run.bundle, initial_state), first_step
+    first_losses = None if state_path is None or not first_step else load_first_losses(state_path)
+    growth, kept = Growth(run.bundle, initial_state, first_losses), first_step
     for step in range(first_step, total):
         inputs = run.inputs(step)
         started = time.perf_counter()
@@ -88,7 +90,10 @@ def train(
         record = _record(run, step, inputs, metrics, elapsed_ms)
         if not np.isfinite(record.loss):
             raise _diverged(f"the loss of step {record.step} is {record.loss}", state_path, kept)
-        growth.add(record.loss)
+        if record.distillation_loss is None:
+            growth.add(record.ce_loss)
+        else:
+            growth.add(record.ce_loss, record.distillation_loss, float(inputs["alpha"][0]))
         stopping = should_stop()
         due = stopping or record.step == total or record.step % checkpoint_every == 0
         if due and (state_path is not None or record.step == total):
@@ -96,7 +101,9 @@ def train(
             if (how := growth.judge(state, record.step == total)) is not None:
                 raise _diverged(f"the run has diverged by step {record.step}: {how}", state_path, kept)
             if state_path is not None:
-                checkpoint = Checkpoint(state, record.step, total, description, run.class_names)
+                checkpoint = Checkpoint(
+                    state, record.step, total, description, run.class_names, growth.first_losses
+                )
                 save_checkpoint(state_path, checkpoint)
                 kept = record.step
         yield record

@@ -11,12 +11,20 @@ import pytest
 from edgestill.runtime.device import outputs
 from edgestill.runtime.device.client import Refused
 from edgestill.runtime.device.conditions import Conditions
+from edgestill.runtime.device.device import _Stop
 from edgestill.runtime.device.journal import WorkFolder, WorkMemory
 from edgestill.runtime.device.local_round import Equipment, Options, Privacy, score_tests
 from edgestill.runtime.device.local_settings import LocalSettings
 from edgestill.runtime.device.local_training import LocalResult, train_locally
 from edgestill.runtime.device.participant import Participant, Work
-from edgestill.runtime.errors import EdgestillError, StateError, TrainingError, UsageError
+from edgestill.runtime.errors import (
+    EdgestillError,
+    Interrupted,
+    StateError,
+    TrainingError,
+    UsageError,
+    WireError,
+)
 from tests.support.device_bench import Bench, open_bench, upload_undisturbed  # noqa: F401  fixtures
 from tests.support.device_fakes import EXPECTED
 
@@ -323,5 +331,93 @@ def test_killed_after_training_alone_a_device_does_not_train_so_again(bench: Ben
     for _ in range(2):
         with closing(WorkFolder(tmp_path / "w")) as keep:
             device = bench.device(fake, keep, Options(compare_alone=True), train=train)
-            scores.append(device._train_alone(work))
+            scores.append(device._train_alone(work, _Stop(device)))
     assert trained == [1] and scores[0] == scores[1]
+
+
+def alone_undisturbed(bench: Bench) -> object:
+    fake = bench.coordinator(rounds=1)
+    bench.device(fake, WorkMemory(bench.folder / "blobs"), Options(compare_alone=True)).run()
+    return fake.reports["birds.1"]["alone"]
+
+
+def test_a_copy_that_is_stopped_at_every_start_comes_to_its_end(bench: Bench, tmp_path: Path) -> None:
+    """And the student, which has been uploaded, is in its place meanwhile."""
+    fake, student = bench.coordinator(rounds=1), []
+
+    def take_part(keep: WorkFolder) -> bool:
+        begun, asked = [], []
+
+        def stop_after_two_steps() -> bool:
+            asked.extend(begun[:1])
+            return len(asked) > 1
+
+        device = bench.device(
+            fake, keep, Options(compare_alone=True), stop_requested=stop_after_two_steps,
+            watch=lambda event, **details: begun.append(event) if event == "training alone" else None,
+        )  # fmt: skip
+        try:
+            device.run(rounds=1)
+        except Interrupted:
+            student.append(keep.student(bench.bundle))
+            return False
+        return True
+
+    for _ in range(30):
+        with closing(WorkFolder(tmp_path / "w")) as keep:
+            if take_part(keep):
+                break
+    assert len(student) > 2 and fake.reports["birds.1"]["alone"] == alone_undisturbed(bench)
+    with closing(WorkFolder(tmp_path / "w")) as keep:
+        settled = keep.student(bench.bundle)
+    for one in student:
+        assert all((one[name] == settled[name]).all() for name in settled)
+    assert not list((tmp_path / "w").glob("*training-*"))
+
+
+def test_training_alone_waits_for_the_conditions_as_well(bench: Bench, tmp_path: Path) -> None:
+    fake, now_s, seen = bench.coordinator(rounds=1, deadline_s=1e6), [0.0], []
+
+    def clock() -> float:
+        now_s[0] += 8.0
+        return now_s[0]
+
+    def read_status() -> dict[str, object]:
+        low = "training alone" in seen and seen.count("waiting alone") < 3
+        seen.extend(["waiting alone"] * low)
+        return {"battery": 0.1 if low else 0.9, "charging": False}
+
+    with closing(WorkFolder(tmp_path / "w")) as keep:
+        device = bench.device(
+            fake, keep, Options(compare_alone=True), clock=clock, read_status=read_status,
+            conditions=Conditions(minimum_battery=0.5), watch=lambda event, **details: seen.append(event),
+        )  # fmt: skip
+        assert device.run() == 1
+    assert seen.count("training alone") == 2 and seen.count("waiting alone") == 3 and "settled" in seen
+    assert seen.index("training alone") < seen.index("waiting") < len(seen) - 1 - seen[::-1].index("training alone")
+    assert fake.reports["birds.1"]["alone"] == alone_undisturbed(bench)
+
+
+def test_a_copy_that_is_damaged_or_cannot_be_kept_costs_no_round(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake, warned = bench.coordinator(rounds=4), []
+
+    def watch(event: str, /, **details: object) -> None:
+        warned.extend([str(details["message"])] if event == "warning" else [])
+
+    with closing(WorkFolder(tmp_path / "w")) as keep:
+        device = bench.device(fake, keep, Options(compare_alone=True), watch=watch)
+
+        def refuse(*_: object) -> None:
+            raise WireError("No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(keep, "keep_alone", refuse)
+            assert device.run(rounds=1) == 1
+        (tmp_path / "w" / f"alone-{bench.bundle.model_digest[:16]}.safetensors").write_bytes(b"damaged")
+        assert device.run() == 3
+        assert keep.alone(bench.bundle).done == "birds.4"
+    told = [fake.reports[f"birds.{number}"]["alone"] is not None for number in (1, 2, 3, 4)]
+    assert told == [False, False, False, True], "it has caught up"
+    assert "No space left" in warned[0] and "starts anew" in warned[1] and len(warned) == 2

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import edgestill
 from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.cli import main
-from edgestill.runtime.training.checkpoint import load_checkpoint
+from edgestill.runtime.training.checkpoint import load_checkpoint, load_first_losses
 from edgestill.runtime.training.divergence import WINDOW_STEPS, Growth
 from tests.support.handmade_bundle import CLASSES, SIZE, write_handmade_bundle
 
@@ -63,6 +64,54 @@ def test_a_run_that_starts_from_a_good_state_may_get_worse_than_it(work: Path, g
     for loss in [1e-3, *[0.9] * 30]:
         growth.add(loss)
     assert growth.judge(Bundle.open(work / "c").initial_state(), last=True) is None
+
+
+def test_a_distillation_term_of_another_size_that_gains_weight_is_no_divergence(
+    work: Path, growth: Growth
+) -> None:
+    """The sum grows a hundredfold, and neither loss does."""
+    state = Bundle.open(work / "c").initial_state()
+    for alpha in np.linspace(0, 1, 60):
+        growth.add(1.4, 150.0, float(alpha))
+        assert growth.judge(state, last=False) is None
+    assert growth.judge(state, last=True) is None
+    for _ in range(WINDOW_STEPS):
+        growth.add(1.4, 1600.0, 1.0)
+    assert growth.judge(state, last=False) == "its loss went from 150 to 1600"
+
+
+def test_teachers_of_large_latents_are_learned_from_to_the_end(work: Path) -> None:
+    write_handmade_bundle(work / "l", objective="lkd", scale=0.05)
+    with edgestill.open("l", threads=1) as opened:
+        latents = np.random.default_rng(1).standard_normal((80, opened.bundle.latent_size)) * 30
+        records = opened.train(
+            "d.npz", teacher={"latents": latents.astype(np.float32)}, alpha=0.0, alpha_end=1.0, epochs=4,
+            learning_rate=1e-5,
+        )  # fmt: skip
+    assert records[-1].loss > 100 * records[0].loss and len(records) == records[-1].steps
+
+
+def test_a_run_that_goes_on_is_judged_by_its_first_loss(work: Path) -> None:
+    """Not by the one that it goes on with, which may have grown already."""
+    write_handmade_bundle(work / "l", objective="lkd", scale=0.05)
+    path, records, files = work / "s.safetensors", [], []
+    with edgestill.open("l", threads=1) as opened:
+        latents = np.ones((80, opened.bundle.latent_size), np.float32)
+        how = {"teacher": {"latents": latents}, "epochs": 4, "checkpoint": path, "checkpoint_every": 5}
+        steps = opened.steps("d.npz", **how)
+        records += [next(steps) for _ in range(7)]
+        files.append(load_first_losses(path))
+    with edgestill.open("l", threads=1) as opened:
+        records += opened.train("d.npz", **how)
+        files.append(load_first_losses(path))
+        assert records[7].step == 6 and records[-1].step == records[-1].steps
+        first = records[0]
+        assert files == [(first.ce_loss, first.distillation_loss)] * 2
+        assert load_checkpoint(path, opened.bundle).first_losses == files[0]
+        resumed = Growth(opened.bundle, opened.bundle.initial_state(), files[0])
+        for _ in range(WINDOW_STEPS):
+            resumed.add(100.0, 1.0, 0.1)
+        assert resumed.judge(opened.state(), last=False) is not None
 
 
 def test_weights_that_grow_though_the_loss_does_not(work: Path, growth: Growth) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,8 @@ from PIL import Image, ImageOps
 from edgestill.runtime.bundle.manifest import InputSpec
 from edgestill.runtime.cli import main
 from edgestill.runtime.data import image_file
-from edgestill.runtime.data.dataset import Splits, load_splits, load_transfer_samples
+from edgestill.runtime.data.dataset import Splits, class_names_of, load_splits, load_transfer_samples
+from edgestill.runtime.data.image_folder import Tree, find_splits
 from edgestill.runtime.data.notice import Notice
 from edgestill.runtime.errors import DataError
 from tests.support.handmade_bundle import SIZE, write_handmade_bundle
@@ -261,7 +265,67 @@ def test_nested_pictures_are_of_the_class_above_them(tmp_path: Path) -> None:
     assert told[0].details["reasons"] == {
         "files that systems add": {"count": 1, "files": [".hidden"]},
         "images outside of a class's folder": {"count": 1, "files": ["stray.png"]},
+        "links to a folder that is read already": {"count": 2, "files": ["cat/again", "linked"]},
     }
+
+
+@pytest.mark.parametrize("name", ["canine", "zebra"])
+def test_what_really_lies_there_comes_before_links_to_it(tmp_path: Path, name: str) -> None:
+    """In whichever order their names are."""
+    fill(tmp_path / "d", "cat/a.png", "dog/old/b.png")
+    fill(tmp_path / "elsewhere", "one/c.png")
+    (tmp_path / "d" / name).symlink_to(tmp_path / "d/dog")
+    (tmp_path / "d/cat/also").symlink_to(tmp_path / "d/dog/old")  # which is met before the folder itself
+    (tmp_path / "d/bird").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "d/crow").symlink_to(tmp_path / "elsewhere/one")  # by another link's folder
+    splits, (notice,) = load(tmp_path / "d")
+    assert splits.train.class_names == ("bird", "cat", "dog") == class_names_of(tmp_path / "d")
+    assert taken(splits.train) == [("bird", 0), ("cat", 0), ("dog", 1)]
+    (told,) = notice.details["reasons"].values()
+    assert told == {"count": 3, "files": sorted(["cat/also", "crow", name])}
+
+
+@pytest.mark.parametrize("locked", ["dog", "cat/more"])
+def test_a_folder_that_cannot_be_read_is_named_or_skipped(
+    tmp_path: Path, locked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path, "cat/a.png", "cat/more/b.png", "dog/c.png")
+    scan = os.scandir
+
+    def refuse(path: str) -> object:  # for root, who may do the tests, reads everything
+        if str(path) == str(tmp_path / locked):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match="cannot be read: Permission denied") as error:
+        load(tmp_path)
+    assert str(tmp_path / locked) in error.value.message and "--skip-broken" in error.value.hint
+    splits, (notice,) = load(tmp_path, skip_broken=True)
+    assert taken(splits.train) == ([("cat", 0), ("cat", 1)] if locked == "dog" else [("cat", 0), ("dog", 2)])
+    assert notice.details["reasons"] == {"folders that cannot be read": {"count": 1, "files": [locked]}}
+
+
+def test_many_classes_are_looked_at_once_each() -> None:
+    """Counted in paths that are looked at, which must not grow with the square of the classes."""
+    looked = 0
+
+    class Counted(list):
+        def __iter__(self) -> Iterator[tuple[str, ...]]:
+            nonlocal looked
+            for parts in super().__iter__():
+                looked += 1
+                yield parts
+
+    def count(classes: int) -> int:
+        nonlocal looked
+        looked = 0
+        names = [f"c{number:03}" for number in range(classes)]
+        tree = Tree(Path("d"), Counted((name, "a.png") for name in names), [], {(): names})
+        assert find_splits(tree) == {"train": Path("d")}
+        return looked
+
+    assert count(300) == 10 * count(30) > 0
 
 
 def test_files_that_systems_add_stop_nobody(tmp_path: Path) -> None:

@@ -242,7 +242,12 @@ def test_folders_of_other_classes_than_the_task_are_refused(
     image.save(work / "birds/crow/0.png")
     with served(FakeCoordinator(work / "c")) as (url, _):
         assert main(arguments(work, url, "--data", str(work / "birds"))) == 2
-    assert f"has 2 classes, the task has {CLASSES}" in capsys.readouterr().err
+        assert f"has 2 classes, the task has {CLASSES}" in capsys.readouterr().err
+        # too many of them shift the labels as well, though none is out of range
+        for number in range(CLASSES - 1):
+            (work / f"birds/a-{number}").mkdir()
+        assert main(arguments(work, url, "--data", str(work / "birds"))) == 1
+    assert f"birds names {CLASSES + 1} classes, the bundle has {CLASSES}: a-0, " in capsys.readouterr().err
 
 
 def test_a_device_that_is_not_enrolled_needs_a_code_and_an_address(
