@@ -7,11 +7,12 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
 ORT_VENV := .venv-ort-training
-DEVICE_VENV := .venv-device
 # An index with PyTorch's CPU build, where pip's own has none: PyTorch's installation page names it.
 TORCH_INDEX ?=
 TORCH := 2.13.0
 PYTHON_DEVICE ?= python3.13
+# One for each Python that is asked for.
+DEVICE_VENV := .venv-device-$(subst /,-,$(PYTHON_DEVICE))
 DEVICE_EXTRAS := onnxruntime,plots,images,heic,device,discovery,coordinator,completion,uvloop,s3,postgresql
 EXTRAS := $(DEVICE_EXTRAS),executorch,export,dev
 WORKERS ?= 2
@@ -189,5 +190,5 @@ performance: setup
 	$(PY) -m edgestill.benchmarks.performance_page
 
 clean:
-	rm -rf $(VENV) $(ORT_VENV) $(DEVICE_VENV) build *.egg-info
+	rm -rf $(VENV) $(ORT_VENV) .venv-device* build *.egg-info
 	rm -f edge_runtime/native/*.so

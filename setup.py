@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
@@ -21,6 +22,8 @@ class BuildWithLibraries(build_py):
         super().run()
         if self.editable_mode:  # `make setup` compiles what a checkout needs
             return
+        if not any(Path("simulation/carried").glob("*.zip")):
+            self.warn("without the demo's bundles, so `edgestill demo` needs PyTorch; `make wheels` puts them in")
         # Where the build put the packages, for only there they lie as they are imported. -B: all of that is shipped.
         compile_both = [sys.executable, "-B", "-m", "edgestill.runtime.native.compile", "x86_64", "aarch64"]
         subprocess.run(compile_both, cwd=self.build_lib, check=True)

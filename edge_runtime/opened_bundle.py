@@ -59,14 +59,20 @@ class Classified(NamedTuple):
 class OpenedBundle:
     """A bundle on an engine; it begins with the bundle's initial state and keeps what it learns until it is closed.
 
-    engine: None is the first that works here. threads: 0 is the engine's own choice. resize: images of another size,
-    in files, are scaled. Errors: BundleError, UsageError, EngineError, which say what to do in their `hint`.
+    engine: None is the first that works here. threads: 0 is the engine's own choice. Of images in files, `resize`
+    scales those of another size, and `skip_broken` leaves out, counts and names those that cannot be read.
+    Errors: BundleError, UsageError, EngineError, which say what to do in their `hint`.
     """
 
     def __init__(
-        self, bundle: str | Path, engine: str | None = None, threads: int = 0, resize: bool = False
+        self,
+        bundle: str | Path,
+        engine: str | None = None,
+        threads: int = 0,
+        resize: bool = False,
+        skip_broken: bool = False,
     ) -> None:
-        self._resize = resize
+        self._resize, self._skip_broken = resize, skip_broken
         with ExitStack() as stack:
             self.bundle = stack.enter_context(Bundle.open(bundle))
             self._engine = open_engine(self.bundle, engine, threads)
@@ -171,16 +177,18 @@ class OpenedBundle:
         return evaluate(self._engine, dataset, self.bundle.batch, self.bundle.classes)
 
     def predict(self, samples: str | Path | Samples) -> Predictions:
-        """Latents and logits of any number of samples in inference mode; a path's labels are not looked at.
+        """Latents and logits of any number of samples in inference mode, of the samples that `classify` names.
 
         The last batch is filled up from the first samples, and its outputs are cut. Errors: DataError.
         """
-        first, *more = self._samples(samples)
+        first, *more = self._unlabelled(samples).samples
         outputs = encode_all(self._engine, first, self.bundle.batch, tuple(more))
         return Predictions(outputs.latents, outputs.logits)
 
     def classify(self, samples: str | Path | Samples) -> list[Classified]:
         """The most probable class of each sample; a path is a picture, a folder of pictures, or data.
+
+        Labels are not looked at; of data with splits the test split is taken.
 
         Errors: DataError, UsageError.
         """
@@ -238,7 +246,13 @@ class OpenedBundle:
             return replace(data, labels=labels, class_names=known.names)
         if isinstance(data, str | Path):
             splits = load_splits(
-                data, bundle.input, bundle.classes, self._resize, bundle.more_inputs, known=known
+                data,
+                bundle.input,
+                bundle.classes,
+                self._resize,
+                bundle.more_inputs,
+                known=known,
+                skip_broken=self._skip_broken,
             )
             return splits.choose(split)
         if not isinstance(data, tuple) or len(data) != 2:
@@ -251,7 +265,9 @@ class OpenedBundle:
     def _samples(self, samples: str | Path | Samples) -> tuple[np.ndarray, ...]:
         bundle = self.bundle
         if isinstance(samples, str | Path):
-            return load_transfer_samples(samples, bundle.input, self._resize, bundle.more_inputs)
+            return load_transfer_samples(
+                samples, bundle.input, self._resize, bundle.more_inputs, skip_broken=self._skip_broken
+            )
         return fit_tensors(_tensors(samples), bundle.samples, "samples")
 
     def _unlabelled(self, samples: str | Path | Samples) -> Unlabelled:
@@ -259,7 +275,7 @@ class OpenedBundle:
         if not isinstance(samples, str | Path):
             tensors = self._samples(samples)
             return Unlabelled(tuple(map(str, range(len(tensors[0])))), tensors)
-        how = (self._resize, False, tell_on_stderr)
+        how = (self._resize, self._skip_broken, tell_on_stderr)
         if Path(samples).suffix.lower() in SUFFIXES:
             return load_pictures([Path(samples)], forms, *how)
         return load_unlabelled(str(samples), forms, None, *how)

@@ -18,17 +18,22 @@ __all__ = ["export", "open"]
 
 
 def open(
-    bundle: str | Path, engine: str | None = None, threads: int = 0, resize: bool = False
+    bundle: str | Path,
+    engine: str | None = None,
+    threads: int = 0,
+    resize: bool = False,
+    skip_broken: bool = False,
 ) -> OpenedBundle:
     """Opens a bundle, a folder or a .zip, on an engine: None is the first that works here, 0 threads its own choice.
 
-    resize: images of another size, in files, are scaled.
+    Of images in files, `resize` scales those of another size, and `skip_broken` leaves out, counts and names those
+    that cannot be read.
 
     Errors: BundleError, UsageError, EngineError, which say what to do in their `hint`.
     """
     from edgestill.runtime.opened_bundle import OpenedBundle
 
-    return OpenedBundle(bundle, engine, threads, resize)
+    return OpenedBundle(bundle, engine, threads, resize, skip_broken)
 
 
 def __getattr__(name: str) -> object:

@@ -7,12 +7,14 @@ The export needs PyTorch; what comes after it does not, and runs on a device as 
 """
 
 # %% The folder: one subfolder for each class, pictures of any size. `test/` and `train/` may divide it.
+import shlex
 import sys
 from pathlib import Path
 
 import numpy as np
 
 import edgestill
+from edgestill.runtime.data.image_folder import walk
 
 FOLDER = Path(sys.argv[1] if len(sys.argv) > 1 else "photos")
 WORK = Path(sys.argv[2] if len(sys.argv) > 2 else "own-images")  # everything is written here
@@ -35,8 +37,6 @@ def make_folder(folder: Path, each: int = 60) -> None:
 
 if not FOLDER.exists():
     make_folder(FOLDER)
-classes = sorted(path.name for path in FOLDER.iterdir() if path.is_dir())
-print("classes:", ", ".join(classes))
 
 # %% A student: three blocks of convolution, pictures of 32 x 32. `resize` scales yours.
 student = edgestill.export(
@@ -44,14 +44,14 @@ student = edgestill.export(
     WORK / "bundle",
     widths=(16, 32, 64),
     latent_size=64,
-    class_names=tuple(classes),
-    classes=len(classes),
+    class_names=str(FOLDER),
     objective="ce",
     optimizer="adamw",
     engines=("native",),
     overwrite=True,
     resize=True,
 )
+print("classes:", ", ".join(student.class_names))
 
 # %% Train it: every step is one run of the exported graph, no PyTorch in it.
 records = student.train(FOLDER, epochs=EPOCHS, learning_rate=1e-3, augment=("flip",))
@@ -66,11 +66,12 @@ student.save(WORK / "student.safetensors")
 student.close()
 
 # %% Use it, here or on a device: the bundle and the state are all that is needed.
-picture = next(path for path in sorted(FOLDER.rglob("*")) if path.is_file())
+picture = FOLDER.joinpath(*walk(FOLDER).pictures[0])
 with edgestill.open(WORK / "bundle", resize=True) as model:
     model.load_state(WORK / "student.safetensors")
     for found in model.classify(picture):
         print(f"{found.sample}: {found.class_name}, {found.probability:.0%}")
 
 # %% The same from a shell
-print(f"edgestill predict {WORK / 'bundle'} --state {WORK / 'student.safetensors'} --resize {picture}")
+words = ("predict", WORK / "bundle", "--state", WORK / "student.safetensors", "--resize", picture)
+print("edgestill", shlex.join(map(str, words)))

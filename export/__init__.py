@@ -54,6 +54,7 @@ class _Export(ModuleType):
         engine: str | None = None,
         threads: int = 0,
         resize: bool = False,
+        skip_broken: bool = False,
     ) -> OpenedBundle:
         """Writes the bundle of a student to the folder or .zip `output`, and opens it as `edgestill.open` does.
 
@@ -73,7 +74,8 @@ class _Export(ModuleType):
             given[name] = tuple(given[name].split(",")) if isinstance(given[name], str) else tuple(given[name])
         also = (also_input,) if isinstance(also_input, str) else also_input
         given["more_inputs"] = tuple(read_input(text) for text in also)
-        return OpenedBundle(export_bundle(options_of(given), output, progress, overwrite), engine, threads, resize)
+        path = export_bundle(options_of(given), output, progress, overwrite)
+        return OpenedBundle(path, engine, threads, resize, skip_broken)
 
 
 sys.modules[__name__].__class__ = _Export

@@ -25,6 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def _add_export(subparsers: argparse._SubParsersAction) -> None:
     p = subparsers.add_parser(
         "export",
+        allow_abbrev=False,  # run_export_inference looks at what was typed
         help="write the bundle of a student: its training graphs for each engine",
         description="Lowers one whole training step of a student to forward operators, for each engine, and writes a "
         "bundle that trains without PyTorch.",

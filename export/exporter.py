@@ -27,11 +27,11 @@ from edgestill.export.students import ARCHITECTURES, INSTANCE, StudentOptions, b
 from edgestill.export.targets import open_target
 from edgestill.runtime.bundle.manifest import (
     FORMAT,
-    FORMAT_VERSION,
     InputSpec,
     Objective,
     Optimizer,
     TensorSpec,
+    format_version,
 )
 from edgestill.runtime.bundle.wire import save
 from edgestill.runtime.bundle.writer import check_output, replacing, write_manifest
@@ -348,7 +348,7 @@ def _manifest(options: ExportOptions, spec: StepSpec, graphs: dict) -> dict:
     first, *more = (_input_entry(sample) for sample in spec.samples)
     return {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": format_version(options.class_names, options.optimizer.clips),
         "edgestill_version": own_version,
         "student": {"name": options.student_name, "options": own_student, "parameters": sum(parameters)},
         "latent_size": spec.latent_size,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import shlex
 import shutil
 import sys
 import threading
@@ -21,6 +22,7 @@ from typing import Any, TextIO
 
 from edgestill.coordinator.distillation.job import VALIDATION
 from edgestill.runtime.console import add_json_option
+from edgestill.runtime.errors import UsageError
 from edgestill.simulation import demo_bundles
 from edgestill.simulation.demo_commands import Background, Commands, DemoFailed
 from edgestill.simulation.demo_page import (
@@ -49,6 +51,8 @@ START_TIMEOUT_S = 60.0
 DEFAULTS = settings_of(seed=0, labelled=True)
 GLOBAL_STUDENT = STUDENTS[-1]
 ENGINE = "native"
+MARK = ".edgestill-demo"
+"""Lies in a folder that a demo made."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +107,9 @@ def run_demo(settings: DemoSettings, screen: TextIO, tell: Callable[[Results], N
     """Runs all commands, writes the page and tells what it shows. Errors: DemoFailed."""
     started_s = time.monotonic()
     show = Commands(screen)
-    folder = settings.output
+    folder = claim(settings.output)
     for stale in ("coordinator", *(f"device-{device.name}" for device in DEVICES)):
         shutil.rmtree(folder / stale, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
 
     lay_bundles(show, settings)
 
@@ -146,6 +149,23 @@ def run_demo(settings: DemoSettings, screen: TextIO, tell: Callable[[Results], N
     finally:
         for process in reversed(running):
             process.stop()
+
+
+def claim(folder: Path) -> Path:
+    """Makes or marks the folder as the demo's own, in which it may delete.
+
+    Errors: UsageError where other things lie.
+    """
+    if folder.exists() and not (folder / MARK).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UsageError(
+            f"--output {folder}: is there already, and no demo made it",
+            f"give a folder that is new or empty, such as --output {shlex.quote(str(folder / 'demo'))}"
+            if folder.is_dir()
+            else "give a folder that is new or empty",
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).write_text("`edgestill demo` made this folder, and replaces what it wrote here.\n")
+    return folder
 
 
 def lay_bundles(show: Commands, settings: DemoSettings) -> None:
@@ -420,7 +440,7 @@ def add_parser(subparsers: Any) -> None:
         "command that is shown. Method: docs/simulation.md.",
     )
     for name, help_text in (
-        ("output", "folder for everything that the demo writes"),
+        ("output", "folder for everything that the demo writes: a new or empty one, or of a demo before"),
         ("gamma", "Dirichlet concentration of the devices' classes"),
         ("rounds", "rounds of the federation"),
         ("local_epochs", "epochs of local training a round"),

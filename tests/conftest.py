@@ -75,8 +75,3 @@ def needs_exporter(path: Path) -> bool:
             if name.startswith("tests.") and any(file.is_file() and needs_exporter(file) for file in files):
                 return True
     return False
-
-
-def _files_of(*modules: str) -> list[Path]:
-    files = [ROOT.joinpath(*module.strip(".").split(".")).with_suffix(".py") for module in modules]
-    return [file for file in files if file.is_file()]

@@ -136,6 +136,8 @@ def test_a_shell_is_told_every_command_and_option(shell: str, capsys: pytest.Cap
         ("edgestill task cr", {"create"}),
         ("edgestill serve --dashboard-t", {"--dashboard-token"}),
         ("edgestill task create --exchange l", {"latents", "logits"}),
+        ("edgestill predict ./edge", {"./edgestill.bash"}),
+        ("edgestill predict x ./edge", {"./edgestill.bash"}),
     ],
 )
 def test_bash_completes_what_was_begun(
@@ -147,5 +149,5 @@ def test_bash_completes_what_was_begun(
     script = f"""source {shlex.quote(str(tmp_path / "edgestill.bash"))}
         COMP_WORDS=({words}); COMP_CWORD={len(typed.split()) - 1}
         $(complete -p edgestill | sed 's/.*-F \\([^ ]*\\).*/echo \\1/' | bash); printf '%s\\n' "${{COMPREPLY[@]}}\""""
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert set(done.stdout.split()) == wanted, done.stderr

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -18,9 +18,9 @@ import numpy as np
 from edgestill.runtime.errors import BundleError
 
 FORMAT = "edgestill-bundle"
-FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)
-"""What version 1 can say, version 2 says alike."""
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (1, 2, 3)
+"""What an older version can say, a newer says alike."""
 OBJECTIVES = {
     "ce": (),
     "kd": ("logits",),
@@ -183,6 +183,12 @@ class Manifest:
     files: Mapping[str, FileRecord]
     class_names: tuple[str, ...] = ()
     """What the outputs mean, in their order; empty where nobody said."""
+
+
+def format_version(class_names: Sequence[str], clips: bool) -> int:
+    """The oldest version whose readers do right by a bundle: those of 2 would count classes by the order of their
+    folders, and not feed `clip_norm`."""
+    return FORMAT_VERSION if class_names or clips else 2
 
 
 def parse_manifest(text: bytes) -> Manifest:

@@ -11,7 +11,7 @@ from edgestill.runtime.console import add_json_option
 SHELLS = ("bash", "zsh", "fish")
 _FOLDERS = frozenset(("DIR",))
 _FILES = frozenset(
-    ("FILE", "FILE.toml", "FILE.png", "TASK.toml", "BUNDLE", "DIR_OR_ZIP", "NAME_OR_PATH", "BACKUP")
+    ("FILE", "FILE.toml", "FILE.png", "TASK.toml", "BUNDLE", "DIR_OR_ZIP", "NAME_OR_PATH", "BACKUP", "IMAGE")
 )
 
 

@@ -12,7 +12,7 @@ from edgestill.runtime.bundle.manifest import InputSpec
 from edgestill.runtime.data.cifar import find_cifar
 from edgestill.runtime.data.dataset import find_source, fit_tensors, read_unlabelled
 from edgestill.runtime.data.image_file import SUFFIXES, check_form
-from edgestill.runtime.data.image_folder import Reader, Tree, walk
+from edgestill.runtime.data.image_folder import Reader, Tree, find_splits, walk
 from edgestill.runtime.data.notice import Tell
 from edgestill.runtime.errors import DataError, UsageError
 
@@ -42,13 +42,23 @@ def load_unlabelled(
     """
     path = find_source(source)
     if path.is_dir() and not find_cifar(path):
-        if split is not None:
-            raise UsageError(
-                f"--split {split} of a folder, all of whose images are taken", f"give {path / split}"
-            )
-        return load_pictures([path], forms, resize, skip_broken, tell)
+        return load_pictures([_split_of(path, split, skip_broken)], forms, resize, skip_broken, tell)
     samples = fit_tensors(read_unlabelled(source, forms, split, tell), forms, source)
     return Unlabelled(tuple(map(str, range(len(samples[0])))), samples)
+
+
+def _split_of(path: Path, split: str | None, skip_broken: bool) -> Path:
+    """Where the pictures of a folder's split lie; None is as above. Errors: UsageError, DataError."""
+    tree = walk(path, skip_broken)
+    try:
+        splits = find_splits(tree)
+    except DataError:  # without labels, pictures may lie in it as they like
+        if split is not None:
+            raise
+        return path
+    if split is not None and split not in splits:
+        raise UsageError(f"{path} has no {split} split", f"it has {' and '.join(splits)}; or leave --split out")
+    return splits.get(split or "test", path)
 
 
 def load_pictures(

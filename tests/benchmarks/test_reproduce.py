@@ -317,7 +317,7 @@ def test_a_real_run_in_miniature(tmp_path):
         logits = student.eval()((torch.from_numpy(uni.images) / 255 - mean) / std)[1].numpy()
     assert score(logits, uni.labels, 10).accuracy == pytest.approx(result["uni"], abs=0.011)
     with Bundle.open(tmp_path / "states" / "lkd-bundle") as bundle:
-        engine = open_engine(bundle, "onnxruntime", threads=1)
+        engine = open_engine(bundle, "native", threads=1)
         untrained = encode_all(engine, uni.images, bundle.batch).logits
         engine.load_state(bundle.check_state(arrays))
         trained = encode_all(engine, uni.images, bundle.batch).logits

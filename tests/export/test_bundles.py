@@ -302,5 +302,7 @@ def test_a_bundle_names_its_classes(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main([*words, "--output", str(tmp_path / "b")]) == 0
     with Bundle.open(tmp_path / "b") as bundle:
         assert bundle.classes == 3 and bundle.class_names == ("apple", "Banana", "cherry")
+    # an edgestill that would go by the order of folders refuses it
+    assert json.loads((tmp_path / "b/manifest.json").read_text())["format_version"] == 3
     assert main([*words, "--classes", "4", "--output", str(tmp_path / "c")]) == 2
     assert "--class-names gives 3 names, --classes 4" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -76,6 +77,8 @@ def test_a_norm_that_is_never_reached_changes_nothing(tmp_path: Path) -> None:
             states.append(engine.state())
             engine.close()
             operators.append(sum(bundle.graph("native", "train_step").operators.values()))
+            manifest = json.loads((tmp_path / str(clips) / "manifest.json").read_text())
+            assert manifest["format_version"] == (3 if clips else 2)
             assert ("clip_norm" in {spec.name for spec in bundle.inputs("train_step")}) is clips
     for name, array in states[0].items():
         np.testing.assert_array_equal(array, states[1][name], err_msg=name)

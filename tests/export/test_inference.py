@@ -168,6 +168,7 @@ def test_a_state_that_names_fewer_classes_than_there_are_outputs(work: Path) -> 
         ("--bundle b --output b", "which format?"),
         ("--output m.onnx", "--bundle BUNDLE"),
         ("--bundle b --output m.onnx --objective ce", "--objective with --inference"),
+        ("--bundle b --output m.onnx --stat s.safetensors", "unrecognized arguments: --stat"),
         ("--bundle b --output m.onnx --batch 0", "at least 1"),
         ("--bundle b --output m.onnx --state none", "no such state"),
         ("--bundle nowhere --output m.onnx", "no such bundle"),

@@ -55,11 +55,12 @@ def test_a_good_bundle_opens_with_its_specs(folder: Path) -> None:
     assert bundle.objective.needs_teacher
 
 
-def test_both_formats_are_read_and_the_digest_of_the_older_one_stays(folder: Path, tmp_path: Path) -> None:
+def test_all_formats_are_read_and_the_digest_of_the_older_one_stays(folder: Path, tmp_path: Path) -> None:
     older = Bundle.open(folder)
     assert json.loads((folder / "manifest.json").read_text())["format_version"] == 1
-    change_manifest(folder, lambda m: m.update(format_version=2, more_inputs=[]))
-    assert Bundle.open(folder).model_digest == older.model_digest
+    for version in (2, 3):
+        change_manifest(folder, lambda m, version=version: m.update(format_version=version, more_inputs=[]))
+        assert Bundle.open(folder).model_digest == older.model_digest
     newer = Bundle.open(write_handmade_bundle(tmp_path / "newer", dropout=True))
     assert [spec.name for spec in newer.noise_specs] == ["noise.0"] and newer.sample_names == ("images",)
     assert newer.model_digest != older.model_digest
@@ -125,7 +126,7 @@ def test_links_out_of_the_bundle_are_refused(folder: Path) -> None:
     ("change", "message"),
     [
         (lambda m: m.update(format="zip"), "format is 'zip'"),
-        (lambda m: m.update(format_version=3), "format version 3"),
+        (lambda m: m.update(format_version=4), "format version 4"),
         (lambda m: m.update(format_version="2"), "format version '2'"),
         (lambda m: m["input"].update(shape=[3, 6, 7]), "the samples are uint8[3, 6, 7]"),
         (lambda m: m["input"].update(shape=[]), "is not the shape of a sample"),

@@ -317,7 +317,6 @@ def test_https_where_nobody_speaks_it_hints_at_http() -> None:
     assert f"try http://{place}" in (unreachable.value.hint or "")
 
 
-@pytest.mark.contract
 @contextmanager
 def over_tls(certificate: Path, key: Path) -> Iterator[str]:
     """The address of a server with this certificate, which answers with an assignment."""
@@ -341,6 +340,7 @@ def over_tls(certificate: Path, key: Path) -> Iterator[str]:
         http.server_close()
 
 
+@pytest.mark.contract
 def test_a_certificate_of_ones_own_is_trusted_when_it_is_given(tmp_path: Path) -> None:
     write_certificate(tmp_path / "cert.pem", tmp_path / "key.pem")
     with over_tls(tmp_path / "cert.pem", tmp_path / "key.pem") as url:
@@ -352,6 +352,7 @@ def test_a_certificate_of_ones_own_is_trusted_when_it_is_given(tmp_path: Path) -
         client(url, ca_cert=tmp_path / "key.pem")
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize(
     ("certificate", "trusted", "hint"),
     [

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import edgestill
 from edgestill.runtime.bundle import wire
 from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.cli import main
 from edgestill.runtime.data.classes import names_as_metadata
+from edgestill.runtime.errors import DataError
 from tests.support.handmade_bundle import BATCH, MEAN, SIZE, STD, write_handmade_bundle
 
 pytestmark = pytest.mark.unit
@@ -80,6 +82,43 @@ def test_arrays_with_and_without_labels(images: np.ndarray, capsys: pytest.Captu
     assert "has no test split" in capsys.readouterr().err
 
 
+def test_a_folder_is_split_as_evaluate_splits_it(images: np.ndarray, capsys: pytest.CaptureFixture[str]) -> None:
+    """A broken picture beside them is left out where that is asked for; in Python as on the command line."""
+    for number in range(6):
+        path = Path("divided", "train" if number < 4 else "test", "ab"[number % 2], f"{number}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[number]).save(path)
+    trained = ("train/a/0", "train/a/2", "train/b/1", "train/b/3")
+    names = [f"divided/{one}.png" for one in ("test/a/4", "test/b/5", *trained)]
+    wanted = expected(images)
+    for words, order in (
+        ("--data divided", names[:2]), ("--data divided --split test", names[:2]),
+        ("--data divided --split train", names[2:]), ("divided", names),
+        ("--data divided/train --split train", names[2:]),
+    ):  # fmt: skip
+        *said, _ = said_of([*PREDICT, *words.split()], capsys)
+        assert [one["sample"] for one in said] == order, words
+        rows = wanted[[int(Path(name).stem) for name in order]]
+        np.testing.assert_allclose([one["probabilities"] for one in said], rows, rtol=1e-4, atol=1e-7)
+    assert main([*PREDICT, "--data", "divided", "--split", "validation"]) == 2
+    assert "divided has no validation split" in capsys.readouterr().err
+    Path("divided/test/a/broken.png").write_bytes(b"no picture")
+    np.savez("split.npz", x_train=images[:5], y_train=np.zeros(5, int), x_test=images[5:], y_test=np.zeros(6, int))
+    with edgestill.open("c", threads=1, skip_broken=True) as opened:
+        opened.load_state("s.safetensors")
+        for source, count in (("divided", 2), ("divided/train", 4), ("divided/train/a/0.png", 1), ("split.npz", 6)):
+            classified, outputs = opened.classify(source), opened.predict(source)
+            assert len(classified) == len(outputs.logits) == count
+            best = [NAMES[number] for number in outputs.logits.argmax(axis=1)]
+            assert [one.class_name for one in classified] == best
+    capsys.readouterr()
+    with edgestill.open("c", threads=1, skip_broken=True) as opened:
+        assert opened.evaluate("divided").samples == 2 and len(opened.train("divided", epochs=1)) == 1
+    assert "divided: 1 file skipped" in capsys.readouterr().err
+    with edgestill.open("c", threads=1) as opened, pytest.raises(DataError, match=r"broken\.png: not a readable"):
+        opened.evaluate("divided")
+
+
 def test_csv_is_a_table(images: np.ndarray, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*PREDICT, "photos", "--csv"]) == 0
     head, *rows = csv.reader(io.StringIO(capsys.readouterr().out))
@@ -109,7 +148,7 @@ def test_words_without_names(images: np.ndarray, capsys: pytest.CaptureFixture[s
         ("", 2, "predict what?"),
         ("photos --data photos", 2, "pictures and --data"),
         ("photos --split test", 2, "--split without --data"),
-        ("--data photos --split test", 2, "give photos/test"),
+        ("--data photos --split test", 2, "photos has no test split"),
         ("nowhere.png", 2, "nowhere.png: no such file"),
         ("large.png", 1, "large.png: 9x5 pixels, the bundle takes 6x6"),
         ("photos broken.png", 1, "broken.png: not a readable image"),

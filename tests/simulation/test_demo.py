@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgestill.runtime.bundle.bundle import Bundle
+from edgestill.runtime.cli import main
 from edgestill.simulation import demo, demo_bundles, demo_commands
 from edgestill.simulation.demo import (
     DEVICES,
@@ -23,6 +24,7 @@ from edgestill.simulation.demo import (
     STUDENTS,
     DemoSettings,
     Seen,
+    claim,
     join_words,
     lay_bundles,
     next_commands,
@@ -176,6 +178,25 @@ def test_what_a_wheel_carries_serves_every_device_and_is_small(
             needed[student] = bundle.training_memory_bytes / 1e6
     got = [max((mb, name) for name, mb in needed.items() if mb <= (one.memory_mb or 1e9))[1] for one in DEVICES]
     assert got == ["cnn3", "cnn4", "cnn5", "cnn3"]
+
+
+def test_a_folder_that_no_demo_made_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `--output .` where the sources of the coordinator lie."""
+    (tmp_path / "coordinator").mkdir()
+    (tmp_path / "coordinator/app.py").write_text("mine")
+    (tmp_path / "cnn3").write_text("mine, too")
+    monkeypatch.chdir(tmp_path)
+    for output, hint in ((".", "--output demo"), ("cnn3", "new or empty")):
+        assert main(["demo", "--output", output]) == 2
+        said = capsys.readouterr().err
+        assert "no demo made it" in said and hint in said
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["app.py", "cnn3", "coordinator"]
+    for _ in range(2):  # the second time it holds what the first has written
+        (claim(Path("demo")) / "coordinator").mkdir(exist_ok=True)
+    (tmp_path / "empty").mkdir()
+    claim(Path("empty"))
 
 
 def test_without_bundles_and_pytorch_it_says_what_to_install(
