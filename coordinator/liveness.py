@@ -26,6 +26,11 @@ class Liveness:
     silent_after_s: float
     arriving: Collection[str] = ()
 
+    @classmethod
+    def at(cls, now_s: float, long_poll_s: float, arriving: Collection[str]) -> Liveness:
+        """With twice as long as a device that waits lets a request for work stand, and a minute for what goes wrong."""
+        return cls(now_s, 2 * long_poll_s + 60, frozenset(arriving))
+
     def state_of(self, device: DeviceRecord, present: RoundOverview | None, ended: bool) -> str:
         """One of STATES; `present` is the task's last round.
 
@@ -46,8 +51,3 @@ class Liveness:
         if present is not None and present.phase == COLLECTING and device.name in present.accepted:
             return UPLOADED
         return WAITING
-
-
-def silent_after_s(long_poll_s: float) -> float:
-    """Twice as long as a device that waits lets a request for work stand, and a minute for what goes wrong."""
-    return 2 * long_poll_s + 60

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 
 from edgestill.coordinator.problems import Problem
@@ -20,48 +22,61 @@ BEST, LAST = "best", "last"
 
 @dataclass(frozen=True)
 class GlobalModel:
-    """`body`: a safetensors file of the whole state of `student`'s bundle, with task, round and class names in it."""
+    """Where the model after a round is; `body_of` makes its file: the whole state of `student`'s bundle."""
 
-    task: str
+    task: Task
     round: int
     best: bool
     """Whether it is the best round's, by the task's validation images."""
     student: StudentEntry
-    body: bytes
+    blob: str
+    """Of the state; or with exchanged parameters, of these."""
 
     @property
     def file_name(self) -> str:
-        return f"{self.task}-round-{self.round}.safetensors"
+        return f"{self.task.name}-round-{self.round}.safetensors"
+
+    @property
+    def mark(self) -> str:
+        """Of everything that `body_of` makes the file of, as a digest: another one for any other file."""
+        form = 1  # to be raised when the same makes another file
+        made_of = [form, self.task.name, self.round, self.student.bundle, self.blob, self.task.class_names]
+        return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
 
-def global_model(service: Service, name: str, wanted: str | None) -> GlobalModel:
+def find_model(service: Service, name: str, wanted: str | None) -> GlobalModel:
     """Of the round `best`, `last` or one by its number; None: of the best where one is marked, else of the last.
 
     Errors: Problem `no_such_task`, `no_model` saying which rounds there are.
     """
     task = task_of(service, name)
-    student = model_student(task)
-    found = _choose(name, service.rounds(name), wanted)
-    if task.exchange == "parameters":
-        assert found.published is not None
-        arrays, _ = outputs.unpack(
-            read_blob(service.blobs, found.published), "identity", task.expected_upload(), source="the global model"
+    student, rounds = model_student(task), service.rounds(name)
+    found = _choose(name, rounds, wanted)
+    blob = found.published if task.exchange == "parameters" else found.student_state
+    if blob is None or service.blobs.size(blob) is None:
+        kept = [str(one.number) for one in rounds if _is_kept(service, one)]
+        raise Problem(
+            "no_model",
+            f"of round {name}.{found.number} the model is no longer there: those of the best and of the last round "
+            f"are kept, here {' and '.join(kept) or 'none'}",
         )
-        with Bundle.open(service.blobs.path(student.bundle)) as bundle:
+    return GlobalModel(task, found.number, found.best, student, blob)
+
+
+def body_of(service: Service, model: GlobalModel) -> bytes:
+    """A safetensors file of the whole state of the bundle, with task, round and class names in it.
+
+    Errors: BlobError, WireError.
+    """
+    task, stored = model.task, read_blob(service.blobs, model.blob)
+    if task.exchange == "parameters":
+        arrays, _ = outputs.unpack(stored, "identity", task.expected_upload(), source="the global model")
+        with Bundle.open(service.blobs.path(model.student.bundle)) as bundle:
             state = with_parameters(bundle, bundle.initial_state(), arrays)
     else:
-        digest = found.student_state
-        if digest is None or service.blobs.size(digest) is None:
-            kept = [one.number for one in service.rounds(name) if _is_kept(service, one)]
-            raise Problem(
-                "no_model",
-                f"of round {name}.{found.number} the model is no longer there: those of the best and of the last round "
-                f"are kept, here {' and '.join(map(str, kept))}",
-            )
-        state = wire.decode(read_blob(service.blobs, digest), source=f"the model of {name}.{found.number}").arrays
-    about = {"task": name, "round": str(found.number), "bundle": student.bundle}
-    body = b"".join(wire.encode(state, about | names_as_metadata(task.class_names)))
-    return GlobalModel(name, found.number, found.best, student, body)
+        state = wire.decode(stored, source=f"the model of {task.name}.{model.round}").arrays
+    about = {"task": task.name, "round": str(model.round), "bundle": model.student.bundle}
+    return b"".join(wire.encode(state, about | names_as_metadata(task.class_names)))
 
 
 def task_of(service: Service, name: str) -> Task:

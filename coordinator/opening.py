@@ -10,11 +10,13 @@ from edgestill.coordinator.service import Service
 from edgestill.coordinator.settings import STORE_SETTINGS, Settings, place_words
 from edgestill.coordinator.store.blobs import open_blobs
 from edgestill.coordinator.store.database import Store
+from edgestill.coordinator.store.place import check_no_backup
 from edgestill.runtime.errors import UsageError
 
 
 def open_service(settings: Settings) -> Service:
     """Opens or creates database and blobs. Errors: StoreError, BlobError, UsageError, OSError."""
+    _check_places(settings)
     if not settings.database or not settings.blobs:
         try:
             settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -44,15 +46,29 @@ def open_existing(settings: Settings) -> Service:
 def check_existing(settings: Settings) -> None:
     """Errors: UsageError where no coordinator has kept anything, or where the store is in memory."""
     check_shared(settings)
-    url = settings.database_url
-    file = url.removeprefix("sqlite:///").partition("?")[0]
-    if file != url and not Path(file).exists():
-        flag, where = ("--database", url) if settings.database else ("--data-dir", settings.data_dir)
+    _check_places(settings)
+    if (file := _sqlite_file(settings)) is not None and not file.exists():
+        flag, where = ("--database", settings.database) if settings.database else ("--data-dir", settings.data_dir)
         place = place_words({name: getattr(settings, name) for name in STORE_SETTINGS})
         raise UsageError(
             f"no coordinator's data in {where}",
             f"check {flag}; `edgestill serve{place}` makes a place that is new",
         )
+
+
+def _check_places(settings: Settings) -> None:
+    """Errors: UsageError where the settings name what lies in a backup."""
+    file = _sqlite_file(settings)
+    if file is not None:
+        check_no_backup(file.parent)
+    if "://" not in settings.blobs_location:
+        check_no_backup(Path(settings.blobs_location).parent)
+
+
+def _sqlite_file(settings: Settings) -> Path | None:
+    url = settings.database_url
+    file = url.removeprefix("sqlite:///").partition("?")[0]
+    return None if file == url else Path(file)
 
 
 def task_creation(place: str) -> str:

@@ -40,6 +40,12 @@ CATALOG: dict[str, ProblemKind] = {
         "The enrolment code is unknown, used or expired",
         "ask the operator for a new code: `edgestill enrol --task TASK`",
     ),
+    "token_not_set": ProblemKind(
+        403,
+        "The coordinator gives models to this machine alone while it has no dashboard token",
+        "on the coordinator's machine `edgestill task export TASK --output FILE.safetensors --bundle DIR`, with its "
+        "--data-dir; or serve with EDGESTILL_DASHBOARD_TOKEN set, and ask with that token",
+    ),
     "foreign_device": ProblemKind(
         403, "The token belongs to another device", "send outputs and reports under your own device name only"
     ),

@@ -83,6 +83,8 @@ class Service:
         self._runner = JobRunner(store, blobs, self._queue, clock, engine_threads)
         self._uploads = Uploads(store, blobs, self._progress, clock, quota_bytes, max_body_bytes)
         self._identified: dict[str, DeviceRecord] = {}
+        self._authorities: dict[str, str] = {}
+        self._authorities_at: int | None = None
         self._hearing = Hearing()
         self._hear = GroupCommit(self._hear_all)
         self._refused = RefusalCounts(store, clock)
@@ -159,10 +161,12 @@ class Service:
 
     def authority(self, wanted: str) -> str:
         """The certificate, PEM, of this fingerprint that a task carries; for everyone. Errors: Problem `not_found`."""
-        for record in self.tasks():
-            certificate = record.task.ca_cert
-            if certificate is not None and fingerprint(certificate) == wanted:
-                return certificate
+        if wanted not in self._authorities and self._authorities_at != (change := self.last_change()):
+            found = {record.task.ca_cert for record in self.tasks()} - {None}
+            self._authorities = {fingerprint(certificate): certificate for certificate in found}
+            self._authorities_at = change
+        if wanted in self._authorities:  # a task stays, and keeps its certificate
+            return self._authorities[wanted]
         raise Problem("not_found", "no task has an authority with that fingerprint")
 
     # device

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from edgestill.coordinator.store.place import without_secrets
 from edgestill.runtime.errors import UsageError
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -37,8 +38,9 @@ class Settings:
     tls_cert: Path | None = _setting(None, "PEM file of the certificate chain; with a key: HTTPS")
     tls_key: Path | None = _setting(None, "PEM file of the certificate's private key")
     dashboard_token: str = _setting(
-        "", "what a browser needs for the dashboard and /metrics; empty: open to all", secret=True
-    )
+        "", "what a browser needs for the dashboard, /metrics and the global model; empty: open to all, the model "
+        "only to this machine", secret=True
+    )  # fmt: skip
     public_url: str = _setting("", "address that devices are told, where it is not http(s)://HOST:PORT")
     allowed_hosts: str = _setting(
         "", "further names without port, comma-separated, that requests may ask for (Host)"
@@ -118,8 +120,7 @@ def place_words(given: Mapping[str, Any]) -> str:
     words = []
     for name in ("config", *STORE_SETTINGS):
         if value := given.get(name):
-            shown = re.sub(r"(://[^:@/]*):[^@/]*@", r"\1:***@", str(value))
-            words += [f"--{name.replace('_', '-')}", shown]
+            words += [f"--{name.replace('_', '-')}", without_secrets(str(value))]
     return "".join(f" {shlex.quote(word)}" for word in words)
 
 

@@ -192,6 +192,8 @@ def describe_summary(summary: dict[str, Any]) -> str:
     rows.append(("federated", share(summary["t_priv"]), share(summary["t_uni"])))
     rows.append(("local only", share(summary["local_only_t_priv"]), share(summary["local_only_t_uni"])))
     rows.append(("global student", "–", share(summary["global_t_uni"])))
+    if summary["best_round"] is not None:
+        rows.append((f"its best, round {summary['best_round']}", "–", share(summary["best_global_t_uni"])))
     return "\n".join(
         [
             align(rows),

@@ -23,7 +23,7 @@ PAGES = [
 ]
 # pip's, TensorBoard's, podman's
 OTHER_PROGRAMS_OPTIONS = {
-    "--no-deps", "--wheel-dir", "--logdir", "--read-only", "--tmpfs", "--cap-drop", "--log-opt",
+    "--no-deps", "--wheel-dir", "--logdir", "--read-only", "--tmpfs", "--cap-drop", "--log-opt", "--format",
 }  # fmt: skip
 CALL = re.compile(r"^(?:\S*/)?edgestill (?=[a-z])")
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")

@@ -9,7 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from edgestill.coordinator.model import BEST, LAST, GlobalModel, global_model
+from edgestill.coordinator.model import BEST, LAST, GlobalModel, body_of, find_model
 from edgestill.coordinator.opening import open_existing
 from edgestill.coordinator.problems import Problem
 from edgestill.coordinator.service import Service
@@ -46,35 +46,41 @@ def run_export(arguments: argparse.Namespace) -> int:
     wanted, output = arguments.round, arguments.output
     if wanted not in (None, BEST, LAST) and not wanted.isdecimal():
         raise UsageError(f"--round {wanted}", f"give {BEST}, {LAST} or a round's number")
-    if output.is_dir() or (output.exists() and not arguments.overwrite):
+    if output.is_dir():
+        raise UsageError(f"{output} is a folder", f"give a file: --output {output / arguments.name}.safetensors")
+    if output.exists() and not arguments.overwrite:
         raise UsageError(f"{output} exists already", "add --overwrite, or give another --output")
     if arguments.bundle is not None:
         check_output(arguments.bundle, arguments.overwrite)
     service = open_existing(settings_from(arguments))
     try:
-        model = global_model(service, arguments.name, wanted)
+        model = find_model(service, arguments.name, wanted)
     except Problem as problem:
         raise UsageError(problem.detail, problem.hint) from problem
-    if arguments.bundle is not None:
-        _write_bundle(service, model, arguments.bundle)
-    write_atomically(output, [model.body])
+    samples = "" if arguments.bundle is None else _write_bundle(service, model, arguments.bundle)
+    body = body_of(service, model)
+    write_atomically(output, [body])
     bundle = None if arguments.bundle is None else str(arguments.bundle)
     if arguments.json:
-        said = {"task": model.task, "round": model.round, "best": model.best, "student": model.student.student}
-        print(json.dumps(said | {"model": str(output), "size_bytes": len(model.body), "bundle": bundle}))
+        said = {"task": model.task.name, "round": model.round, "best": model.best, "student": model.student.student}
+        print(json.dumps(said | {"model": str(output), "size_bytes": len(body), "bundle": bundle}))
         return 0
     which = f"round {model.round}{', the best' if model.best else ''}"
-    print(f"edgestill: wrote {output}: {model.student.student} of {model.task} after {which}", file=sys.stderr)
+    print(f"edgestill: wrote {output}: {model.student.student} of {model.task.name} after {which}", file=sys.stderr)
     if bundle is not None:
         words = shlex.join(["edgestill", "predict", bundle, "--state", str(output)])
-        print(f"edgestill: next: {words} --resize IMAGE", file=sys.stderr)
+        print(f"edgestill: next: {words} {samples}", file=sys.stderr)
     return 0
 
 
-def _write_bundle(service: Service, model: GlobalModel, output: Path) -> None:
+def _write_bundle(service: Service, model: GlobalModel, output: Path) -> str:
+    """What `edgestill predict` is told of the samples that the bundle takes."""
     source = service.blobs.path(model.student.bundle)
-    if output.suffix == ".zip":
-        write_atomically(output, [source.read_bytes()])
-        return
-    with Bundle.open(source) as bundle, replacing(output) as folder:
-        shutil.copytree(bundle.path, folder, dirs_exist_ok=True)
+    with Bundle.open(source) as bundle:
+        samples = "--resize IMAGE" if bundle.input.is_image and not bundle.more_inputs else "--data PATH"
+        if output.suffix == ".zip":
+            write_atomically(output, [source.read_bytes()])
+            return samples
+        with replacing(output) as folder:
+            shutil.copytree(bundle.path, folder, dirs_exist_ok=True)
+    return samples

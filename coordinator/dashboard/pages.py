@@ -16,9 +16,10 @@ from markupsafe import Markup
 
 from edgestill.coordinator.dashboard import curves, formats, tables, views
 from edgestill.coordinator.dashboard.words import MODES, STATES, WORDS
-from edgestill.coordinator.liveness import Liveness, silent_after_s
+from edgestill.coordinator.http.address import is_private
+from edgestill.coordinator.liveness import Liveness
 from edgestill.coordinator.service import Service
-from edgestill.coordinator.settings import FIELDS, STORE_SETTINGS, Settings, place_words
+from edgestill.coordinator.settings import Settings
 from edgestill.coordinator.store.records import TaskRecord
 from edgestill.runtime.console import describe_time
 
@@ -62,8 +63,7 @@ class Pages:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._service, self._settings, self._arriving, self._clock = service, settings, arriving, clock
-        given = {name: getattr(settings, name) for name in STORE_SETTINGS}
-        self._place = place_words({k: v for k, v in given.items() if v != FIELDS[k].default})
+        self._gives_models = bool(settings.dashboard_token) or is_private(settings)
         self.files = {name: _read_static(name, media_type) for name, media_type in STATIC.items()}
         self._templates = jinja2.Environment(
             loader=jinja2.FileSystemLoader(_HERE / "templates"),
@@ -82,7 +82,7 @@ class Pages:
         records = sorted(self._service.tasks(), key=lambda one: (-one.created_s, one.name))
         tasks = [self._view(record) for record in records]
         news = " ".join(views.summarise(task) for task in tasks[:3])
-        return self._live("tasks.html", root, since, task_name="", tasks=tasks, news=news, place=self._place)
+        return self._live("tasks.html", root, since, task_name="", tasks=tasks, news=news)
 
     def task(self, root: str, since: int, origin: str, name: str, page: int) -> Page:
         """One task; `page` of its devices, from 1. Status 404 when there is no such task."""
@@ -93,10 +93,10 @@ class Pages:
         page = min(max(page, 1), pages)
         return self._live(
             "task.html", root, since, task_name=name, task=task, news=views.summarise(task),
-            charts=curves.draw_task(task), distribution=curves.draw_classes(task), place=self._place, origin=origin,
+            charts=curves.draw_task(task), distribution=curves.draw_classes(task), origin=origin,
             rounds_shown=task.rounds[: -ROUNDS_SHOWN - 1 : -1],
             devices_shown=task.devices[(page - 1) * DEVICES_A_PAGE : page * DEVICES_A_PAGE],
-            page=page, pages=pages,
+            page=page, pages=pages, gives_models=self._gives_models,
         )  # fmt: skip
 
     def device(self, root: str, since: int, name: str, device: str) -> Page:
@@ -107,12 +107,11 @@ class Pages:
         if not found:
             return self.message(root, 404, "Not found", f"Task {name} has no device {device[:60]}.")
         rounds = self._service.rounds(name)
-        history = views.view_device(record, rounds, found[0], self._liveness())
-        names = tuple(getattr(record.task, "class_names", ()))
+        (history,) = views.view_devices(record, rounds, found, self._liveness())
         return self._live(
             "device.html", root, since, task_name=name, history=history, device=history.view,
             news=f"{history.view.label}: {history.view.state}.",
-            charts=curves.draw_device(history), distribution=curves.draw_class_counts(history, names),
+            charts=curves.draw_device(history), distribution=curves.draw_class_counts(history, record.task.class_names),
             parts_shown=history.parts[: -ROUNDS_SHOWN - 1 : -1],
         )  # fmt: skip
 
@@ -130,7 +129,7 @@ class Pages:
         if device is not None and not devices:
             return self.message(root, 404, "Not found", f"Task {name} has no device {device[:60]}.")
         rounds, liveness = self._service.rounds(name), self._liveness()
-        text = tables.reports_csv(views.view_device(record, rounds, one, liveness) for one in devices)
+        text = tables.reports_csv(views.view_devices(record, rounds, devices, liveness))
         return Page(text, 200, "text/csv", f"{name}-{device or 'devices'}.csv")
 
     def message(self, root: str, status: int, heading: str, text: str, form_for: str | None = None) -> Page:
@@ -145,7 +144,7 @@ class Pages:
         return self.message(root, 404, "Not found", f"There is no task named {name[:60]}.")
 
     def _liveness(self) -> Liveness:
-        return Liveness(self._clock(), silent_after_s(self._settings.long_poll_s), frozenset(self._arriving()))
+        return Liveness.at(self._clock(), self._settings.long_poll_s, self._arriving())
 
     def _view(self, record: TaskRecord) -> views.TaskView:
         name = record.name

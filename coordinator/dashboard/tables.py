@@ -11,8 +11,8 @@ from edgestill.coordinator.dashboard.views import DeviceHistory, TaskView
 
 ROUND_COLUMNS = (
     "round", "phase", "reason", "opened_s", "took_s", "goal", "selected", "accepted", "refused", "bytes_up",
-    "bytes_down", "global_t_uni", "global_loss", "before_t_priv", "before_t_uni", "before_loss", "after_t_priv",
-    "after_t_uni", "after_loss", "alone_t_priv", "alone_t_uni", "alone_loss",
+    "bytes_down", "global_t_uni", "global_loss", "best", "validation_accuracy", "before_t_priv", "before_t_uni",
+    "before_loss", "after_t_priv", "after_t_uni", "after_loss", "alone_t_priv", "alone_t_uni", "alone_loss",
 )  # fmt: skip
 REPORT_COLUMNS = (
     "device", "name", "round", "phase", "part", "before_t_priv", "before_t_uni", "before_loss", "after_t_priv",

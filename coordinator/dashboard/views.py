@@ -5,7 +5,7 @@ Reports and descriptions of devices are what devices say about themselves: every
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -224,32 +224,47 @@ def view_task(
             RefusalView(kind, count, CATALOG[kind].title if kind in CATALOG else "")
             for kind, count in sorted(by_kind.items(), key=lambda item: (-item[1], item[0]))
         ),
-        class_names=tuple(getattr(task, "class_names", ())),
+        class_names=task.class_names,
         has_model=record.student_state is not None
         or (task.exchange == "parameters" and any(one.published is not None for one in ordered)),
         seconds_left=_seconds_left(record, views, shown, liveness.now_s),
     )
 
 
-def view_device(
-    record: TaskRecord, rounds: Iterable[RoundOverview], device: DeviceRecord, liveness: Liveness
-) -> DeviceHistory:
-    """Everything a page shows of one device."""
+def view_devices(
+    record: TaskRecord, rounds: Iterable[RoundOverview], devices: Iterable[DeviceRecord], liveness: Liveness
+) -> Iterator[DeviceHistory]:
+    """Everything that pages show of each device."""
     ordered = sorted(rounds, key=lambda one: one.number)
-    state = liveness.state_of(device, ordered[-1] if ordered else None, record.ended is not None)
+    newest, parts = _newest(ordered), _parts(ordered)
+    last = ordered[-1] if ordered else None
+    for device in devices:
+        state = liveness.state_of(device, last, record.ended is not None)
+        view = _view_device(device, newest.get(device.name, {}), state)
+        yield _view_history(device, view, parts.get(device.name, []))
+
+
+def _parts(ordered: Sequence[RoundOverview]) -> dict[str, list[PartView]]:
+    """By device its part in every round that it was selected for or reported."""
+    parts: dict[str, list[PartView]] = {}
+    for one in ordered:
+        accepted, selected = frozenset(one.accepted), frozenset(one.selected)
+        for name in selected | one.reports.keys():
+            part = "uploaded" if name in accepted else "selected" if name in selected else "–"
+            parts.setdefault(name, []).append(_view_part(one, part, one.reports.get(name, {})))
+    return parts
+
+
+def _view_history(device: DeviceRecord, view: DeviceView, parts: Sequence[PartView]) -> DeviceHistory:
     named = device.info.get("engines")
     engines = [one for one in named if isinstance(one, str)] if isinstance(named, list | tuple) else []
     processor = device.info.get("processor")
     return DeviceHistory(
-        view=_view_device(device, _newest(ordered).get(device.name, {}), state),
+        view=view,
         enrolled_s=device.enrolled_s,
         engines=", ".join(engines) or "–",
         processor=processor if isinstance(processor, str) and processor else "–",
-        parts=tuple(
-            _view_part(one, device.name)
-            for one in ordered
-            if device.name in one.selected or device.name in one.reports
-        ),
+        parts=tuple(parts),
     )
 
 
@@ -265,11 +280,16 @@ def summarise(task: TaskView) -> str:
 
 
 def _newest(ordered: Sequence[RoundOverview]) -> dict[str, dict[str, Any]]:
-    """The newest that each device reported, field by field: a later report may leave out what an earlier one said."""
+    """The newest that each device reported, field by field: a later report may leave out what an earlier one said.
+
+    But what a student does alone is compared with what it did after the same round, or with nothing.
+    """
     newest: dict[str, dict[str, Any]] = {}
     for overview in ordered:
         for name, report in overview.reports.items():
-            newest.setdefault(name, {}).update((k, v) for k, v in report.items() if v is not None)
+            known = newest.setdefault(name, {})
+            known.update((k, v) for k, v in report.items() if v is not None)
+            known["alone"] = None if report.get("after") is None else report.get("alone")
     return newest
 
 
@@ -285,12 +305,11 @@ def _seconds_left(
     return fmean(took) * (record.task.rounds - ended) - begun_s
 
 
-def _view_part(one: RoundOverview, device: str) -> PartView:
-    report = one.reports.get(device, {})
+def _view_part(one: RoundOverview, part: str, report: Mapping[str, Any]) -> PartView:
     return PartView(
         number=one.number,
         phase=one.phase,
-        part="uploaded" if device in one.accepted else "selected" if device in one.selected else "–",
+        part=part,
         before=_figures(report.get("before")),
         after=_figures(report.get("after")),
         alone=_figures(report.get("alone")),

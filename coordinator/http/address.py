@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 import ssl
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -21,10 +22,17 @@ def url_of(settings: Settings, port: int) -> str:
     host = settings.host
     if host in EVERYWHERE:
         # few networks resolve a bare host name, so an address of the network is better
-        reachable = [*lan_addresses(host), socket.getfqdn(), socket.gethostname()]
-        host = next((name for name in reachable if _objection(settings, name) is None), reachable[0])
+        found = lan_addresses(host)
+        host = next((name for name in _names(found) if _objection(settings, name) is None), next(_names(found)))
     host = f"[{host}]" if ":" in host else host
     return f"{'https' if settings.tls_cert else 'http'}://{host}:{port}"
+
+
+def _names(addresses: list[str]) -> Iterator[str]:
+    """What this machine may be called; a name is looked up, which may take long, only once it is asked for."""
+    yield from addresses
+    yield socket.getfqdn()
+    yield socket.gethostname()
 
 
 def lan_addresses(host: str) -> list[str]:
@@ -50,6 +58,12 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
+def is_private(settings: Settings) -> bool:
+    """Whether the coordinator is meant for this machine alone, by where it listens and what devices are told."""
+    public = urlsplit(settings.public_url).hostname
+    return is_loopback(settings.host) and (public is None or is_loopback(public))
+
+
 def risks_of(settings: Settings, url: str) -> list[str]:
     """What anyone on the network can do or nobody can, a sentence each, and what to do; on loopback validity alone."""
     found = []
@@ -66,7 +80,8 @@ def risks_of(settings: Settings, url: str) -> list[str]:
         )
     if not settings.dashboard_token:
         found.append(
-            "everyone who reaches this address sees the dashboard and /metrics: set EDGESTILL_DASHBOARD_TOKEN"
+            "everyone who reaches this address sees the dashboard and /metrics, and nobody gets the global model over "
+            "HTTP: set EDGESTILL_DASHBOARD_TOKEN"
         )
     if settings.tls_cert is None and not settings.public_url.startswith("https://"):
         found.append(

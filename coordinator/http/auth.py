@@ -9,6 +9,7 @@ from urllib.parse import unquote
 from fastapi import Depends, Request
 from fastapi.security import HTTPBearer
 
+from edgestill.coordinator.http.address import is_loopback, is_private
 from edgestill.coordinator.http.context import Context, context_of
 from edgestill.coordinator.problems import Problem
 
@@ -42,6 +43,20 @@ async def check_operator(request: Request, context: Annotated[Context, Depends(c
     given = bearer.strip() if scheme.lower() == "bearer" else cookie_of(request)
     if not is_operator(given, context.settings.dashboard_token):
         raise Problem("unauthorised", "this page needs the dashboard's token")
+
+
+async def check_keeper(request: Request, context: Annotated[Context, Depends(context_of)]) -> None:
+    """`check_operator`, and without a token only who asks on this machine a coordinator that listens to it alone: for
+    what is not to be seen by the whole network.
+
+    Errors: Problem `unauthorised`, `token_not_set`.
+    """
+    await check_operator(request, context)
+    settings = context.settings
+    # behind a proxy the client is the one that the proxy names (trusted_proxies)
+    here = request.client is not None and is_loopback(request.client.host)
+    if not settings.dashboard_token and not (here and is_private(settings)):
+        raise Problem("token_not_set")
 
 
 def is_operator(given: str, token: str) -> bool:

@@ -16,7 +16,7 @@ import anyio.to_thread
 from fastapi import Request
 
 from edgestill.coordinator.http.metrics import Metrics
-from edgestill.coordinator.liveness import Liveness, silent_after_s
+from edgestill.coordinator.liveness import Liveness
 from edgestill.coordinator.problems import Problem
 from edgestill.coordinator.service import Service
 from edgestill.coordinator.settings import Settings
@@ -24,6 +24,8 @@ from edgestill.coordinator.settings import Settings
 Result = TypeVar("Result")
 _UPLOADS_OF_DEVICE = 2
 """At once: one is enough, and one more where a connection broke without anybody being told."""
+_MODELS = 4
+"""In memory at once, for those who download them."""
 
 
 class Waiting:
@@ -94,18 +96,26 @@ class Context:
 
     def __post_init__(self) -> None:
         self.upload_memory = UploadMemory(self.settings.upload_memory_bytes)
+        self.model_places = _MODELS
         self._limiter: anyio.CapacityLimiter | None = None
+        self._alone: anyio.CapacityLimiter | None = None
 
     def liveness(self) -> Liveness:
         """How devices stand now."""
-        silent_s = silent_after_s(self.settings.long_poll_s)
-        return Liveness(self.service.clock(), silent_s, self.upload_memory.devices())
+        return Liveness.at(self.service.clock(), self.settings.long_poll_s, self.upload_memory.devices())
 
     async def call(self, function: Callable[..., Result], *arguments: Any, **named: Any) -> Result:
         """Runs a blocking call of the service in a thread; at most `settings.threads` at once."""
         if self._limiter is None:  # made late: a limiter belongs to a running event loop
             self._limiter = anyio.CapacityLimiter(self.settings.threads)
         return await anyio.to_thread.run_sync(partial(function, *arguments, **named), limiter=self._limiter)
+
+
+    async def call_alone(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """Runs what takes much memory in a thread of its own, one after another, beside those of `call`."""
+        if self._alone is None:
+            self._alone = anyio.CapacityLimiter(1)
+        return await anyio.to_thread.run_sync(partial(function, *arguments), limiter=self._alone)
 
 
 async def context_of(request: Request) -> Context:

@@ -14,6 +14,7 @@ COLLECTING = "collecting"
 AGGREGATING = "aggregating"
 COMPLETED = "completed"
 ABANDONED = "abandoned"
+PHASES = (COLLECTING, AGGREGATING, COMPLETED, ABANDONED)
 QUEUED_AT_MOST_S = 86_400.0
 """How long a round waits for its turn to be aggregated."""
 FINAL_PHASES = frozenset({COMPLETED, ABANDONED})

@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 from sqlalchemy import Engine, create_engine, event
@@ -20,6 +21,7 @@ from sqlalchemy.pool import StaticPool
 from edgestill.coordinator.settings import place_words
 from edgestill.coordinator.store import migrations
 from edgestill.coordinator.store.migrations.definitions import CannotGoBack
+from edgestill.coordinator.store.place import without_secrets
 from edgestill.coordinator.store.schema import metadata
 from edgestill.coordinator.store.transaction import Transaction
 from edgestill.runtime.errors import EdgestillError
@@ -44,6 +46,7 @@ class Store:
         self.url = _parse_url(url)
         self._sqlite = self.url.get_backend_name() == "sqlite"
         self.in_memory = self._sqlite and self.url.database in (None, "", ":memory:")
+        self.shown = without_secrets(self.url.render_as_string(hide_password=False))
         # SQLite has one writer: waiting here is fair and cheap, its own waiting polls
         self._lock = threading.RLock()
         try:
@@ -53,7 +56,7 @@ class Store:
             elif schema == "checked":
                 self._check_version()
         except SQLAlchemyError as error:
-            raise StoreError(f"{self.url!r}: {_first_line(error)}", "check --database") from error
+            raise StoreError(f"{self.shown}: {_first_line(error)}", "check --database") from error
         except migrations.UnknownVersion as error:
             raise self._unknown(str(error)) from error
 
@@ -99,16 +102,21 @@ class Store:
         except CannotGoBack as error:
             task, field = error.args
             raise StoreError(
-                f"{self.url!r}: task {task} runs by {field}, which no version before has",
+                f"{self.shown}: task {task} runs by {field}, which no version before has",
                 f"`edgestill task stop {task}{self._place}` ends it; or restore the backup from before the upgrade",
             ) from error
         except migrations.UnknownVersion as error:
             if str(error) != version:
                 raise self._unknown(str(error)) from error
             raise StoreError(
-                f"{self.url!r}: the database is of an older version than {version} already",
+                f"{self.shown}: the database is of an older version than {version} already",
                 "serve it with the older edgestill",
             ) from error
+
+    @property
+    def file(self) -> Path | None:
+        """Of SQLite, unless it is in memory."""
+        return Path(self.url.database or "") if self._sqlite and not self.in_memory else None
 
     def close(self) -> None:
         """Gives all connections back."""
@@ -144,7 +152,7 @@ class Store:
             raise migrations.UnknownVersion(found)
         if found != newest:
             raise StoreError(
-                f"{self.url!r}: the database is of version {found}, this edgestill's is {newest}",
+                f"{self.shown}: the database is of version {found}, this edgestill's is {newest}",
                 "use the edgestill that serves it; or let this one bring it to its version, by serving it",
             )
 
@@ -152,7 +160,7 @@ class Store:
         """The error for a database whose version is not known here, with the way back to one that is."""
         newest = migrations.versions()[-1]
         return StoreError(
-            f"{self.url!r}: the database is of version {version}, this edgestill knows versions up to {newest}",
+            f"{self.shown}: the database is of version {version}, this edgestill knows versions up to {newest}",
             f"use the newer edgestill that made it so; or with that one run `edgestill downgrade --to {newest}"
             f"{self._place}` and then this one",
         )
@@ -174,20 +182,20 @@ class Store:
         try:
             yield
         except SQLAlchemyError as error:
-            raise StoreError(f"{self.url!r}: {_first_line(error)}", "check the database server") from error
+            raise StoreError(f"{self.shown}: {_first_line(error)}", "check the database server") from error
 
 
 def _parse_url(text: str) -> URL:
     try:
         url = make_url(text)
-    except ArgumentError as error:
+    except (ArgumentError, ValueError) as error:  # the latter for a port that is no number
         raise StoreError(
-            f"database {text!r} is not a URL", "sqlite:///FILE or postgresql://USER@HOST/NAME"
+            f"database {without_secrets(text)!r} is not a URL", "sqlite:///FILE or postgresql://USER@HOST/NAME"
         ) from error
     if url.drivername in ("postgresql", "postgres"):
         url = url.set(drivername="postgresql+psycopg")
     if url.get_backend_name() not in ("sqlite", "postgresql"):
-        raise StoreError(f"database {url!r}: not supported", "sqlite:///FILE or postgresql://USER@HOST/NAME")
+        raise StoreError(f"database {without_secrets(text)}: not supported", "sqlite:///FILE or postgresql://USER@HOST/NAME")
     return url
 
 

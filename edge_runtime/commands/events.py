@@ -109,7 +109,8 @@ def _describe(event: str, details: Mapping[str, Any]) -> str | None:
         case "trained":
             return f"trained: {_accuracy(details['before'])} → {_accuracy(details['after'])}"
         case "training alone":
-            return "training a copy alone, to compare"
+            behind = f" ({details['behind']} rounds to catch up first)" if details["behind"] else ""
+            return f"training a copy alone, to compare{behind}"
         case "uploaded":
             spent = f"; ε {_epsilon(details['epsilon'], details['delta'])}" if "delta" in details else ""
             return f"uploaded {details['size_bytes'] / 1e3:.1f} kB{spent}"

@@ -10,7 +10,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +19,7 @@ from edgestill.runtime.device import outputs
 from edgestill.runtime.device import participant as machine
 from edgestill.runtime.device.client import Coordinator, DamagedBlob, Refused, Unreachable
 from edgestill.runtime.device.conditions import Conditions, unmet
-from edgestill.runtime.device.journal import Keep
+from edgestill.runtime.device.journal import Alone, Keep
 from edgestill.runtime.device.local_round import (
     Equipment,
     TrainLocally,
@@ -39,6 +39,8 @@ from edgestill.runtime.training.trainer import StepRecord
 LONG_POLL_S = 25.0
 _OUT_OF_REACH_S = (1.0, 60.0)
 """The first and the longest pause while the coordinator is out of reach."""
+_ALONE_A_ROUND = 2
+"""Trainings of the copy that learns from nobody, at most: one for the round, one to catch up."""
 
 
 class Watch(Protocol):
@@ -320,40 +322,56 @@ class Device:
         return machine.Settled()
 
     def _train_alone(self, work: Work, stop: _Stop) -> Mapping[str, float | None] | None:
-        """After the upload, so that no deadline can pass meanwhile; None where it failed, which costs no round.
+        """After the upload, so that no deadline can pass meanwhile.
 
-        Errors: Interrupted, with a checkpoint.
+        The copy of a device that compares only since a while trains twice a round until it has been trained in as many
+        rounds as the student. None before that, and where it failed, which costs no round. Errors: Interrupted, with a
+        checkpoint.
         """
         kit = self.equipment
+        count, last = self.keep.rounds(kit.bundle)
+        if count is None:
+            message = (
+                "the student cannot be compared with itself alone: an older edgestill did not count its rounds; enrol "
+                "again in another --work-dir"
+            )
+            self.watch("warning", message=message)
+            return None
+        wanted = count if last == work.round else count + 1
         try:
-            done, state = self.keep.alone(kit.bundle)
+            alone = self.keep.alone(kit.bundle)
         except EdgestillError as error:
             self.keep.forget_alone(kit.bundle)
             self.watch("warning", message=f"the copy to compare with starts anew next round: {error.message}")
             return None
-        if done == work.round:  # before the device was killed
-            kit.engine.load_state(state)
-            return score_tests(kit)
-        self.watch("training alone", round=work.round)
-        self.training = True
         try:
-            state, scores = train_alone(
-                kit,
-                work,
-                state,
-                train=self.train,
-                state_path=self.keep.alone_training_path(work.round),
-                should_stop=stop,
-            )
-            self.keep.keep_alone(work.round, kit.bundle, state)
+            for left in reversed(range(min(_ALONE_A_ROUND, wanted - alone.rounds))):
+                if alone.done != work.round:  # else before the device was killed
+                    alone = self._train_alone_once(work, alone, wanted, left == 0, stop)
         except Interrupted:
             raise
         except EdgestillError as error:
             self.watch("warning", message=f"training alone failed: {getattr(error, 'what', error.message)}")
             return None
+        if alone.rounds != wanted:
+            return None
+        kit.engine.load_state(alone.state)
+        return score_tests(kit)
+
+    def _train_alone_once(self, work: Work, alone: Alone, wanted: int, is_last: bool, stop: _Stop) -> Alone:
+        kit, number = self.equipment, alone.rounds + 1
+        self.watch("training alone", round=work.round, behind=wanted - number)
+        if number < wanted:  # what another round drew is not known any more
+            work = replace(work, seed=int(np.random.SeedSequence((work.seed, number)).generate_state(1)[0]))
+        path = self.keep.alone_training_path(work.round, number)
+        self.training = True
+        try:
+            state = train_alone(kit, work, alone.state, train=self.train, state_path=path, should_stop=stop)
         finally:
             self.training = False
-        return scores
+        trained = Alone(state, number, work.round if is_last else "")
+        self.keep.keep_alone(trained, kit.bundle)
+        return trained
 
     def _held(self, stop: _Stop, interrupted: Interrupted) -> machine.Event:
         """What follows from a training that `stop` interrupted. Errors: `interrupted`, where a person asked for it."""

@@ -7,8 +7,9 @@
 | `journal.json` | where the device stands in which round (`participant.Participant`) |
 | `student-DIGEST.safetensors` | the student between rounds, of the bundle with this model digest |
 | `training-ROUND.safetensors` | checkpoint of a round's training, at its end the trained state |
+| `rounds.json` | by model digest, how many rounds the student has been trained in, and the last of them |
 | `alone-DIGEST.safetensors` | the same student trained on the device's own data alone, with `--compare-alone` |
-| `alone-training-ROUND.safetensors` | checkpoint of that training |
+| `alone-training-ROUND.N.safetensors` | checkpoint of its training of that number |
 | `upload-ROUND.bin` | the body, until the coordinator has it |
 | `blobs/` | downloads by SHA-256 |
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -31,6 +33,15 @@ from edgestill.runtime.files import sync, write_atomically
 
 FORMAT = "edgestill-journal"
 _MAX_JSON_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A student that learns from nobody: its state after so many trainings, and the last round it is done with."""
+
+    state: Mapping[str, np.ndarray]
+    rounds: int = 0
+    done: str = ""
 
 
 class Keep(Protocol):
@@ -62,14 +73,17 @@ class Keep(Protocol):
         """The trained state becomes that of the student it is of, which may be another than the bundle's by now;
         repeating it does no harm."""
 
-    def alone(self, bundle: Bundle) -> tuple[str, dict[str, np.ndarray]]:
-        """The last round and the state of the student that is trained alone; before the first "" and its start."""
+    def rounds(self, bundle: Bundle) -> tuple[int | None, str]:
+        """In how many rounds the student was trained, and the last one's name; None where nobody counted."""
 
-    def alone_training_path(self, round_name: str) -> Path | None:
-        """Where that training keeps its checkpoints; None for nowhere."""
+    def alone(self, bundle: Bundle) -> Alone:
+        """The student that is trained alone."""
 
-    def keep_alone(self, round_name: str, bundle: Bundle, state: Mapping[str, np.ndarray]) -> None:
-        """Keeps that state after a round."""
+    def alone_training_path(self, round_name: str, number: int) -> Path | None:
+        """Where the training of that number keeps its checkpoints; None for nowhere."""
+
+    def keep_alone(self, alone: Alone, bundle: Bundle) -> None:
+        """Keeps it after a training."""
 
     def forget_alone(self, bundle: Bundle) -> None:
         """Removes it, so that it starts anew."""
@@ -92,7 +106,8 @@ class WorkMemory:
         self._student = None if student is None else dict(student)
         self._trained: dict[str, dict[str, np.ndarray]] = {}
         self._bodies: dict[str, bytes] = {}
-        self._alone: tuple[str, dict[str, np.ndarray]] | None = None
+        self._rounds: tuple[int | None, str] = (0 if student is None else None, "")
+        self._alone: Alone | None = None
 
     def read(self) -> Participant:
         return self._participant
@@ -119,16 +134,21 @@ class WorkMemory:
         return self._bodies[round_name]
 
     def settle(self, round_name: str, bundle: Bundle) -> None:
-        self._student = self._trained.pop(round_name, self._student)
+        if round_name in self._trained:
+            self._student = self._trained.pop(round_name)
+            self._rounds = _one_more(self._rounds, round_name)
 
-    def alone(self, bundle: Bundle) -> tuple[str, dict[str, np.ndarray]]:
-        return self._alone or ("", bundle.initial_state())
+    def rounds(self, bundle: Bundle) -> tuple[int | None, str]:
+        return self._rounds
 
-    def alone_training_path(self, round_name: str) -> Path | None:
+    def alone(self, bundle: Bundle) -> Alone:
+        return self._alone or Alone(bundle.initial_state())
+
+    def alone_training_path(self, round_name: str, number: int) -> Path | None:
         return None
 
-    def keep_alone(self, round_name: str, bundle: Bundle, state: Mapping[str, np.ndarray]) -> None:
-        self._alone = (round_name, dict(state))
+    def keep_alone(self, alone: Alone, bundle: Bundle) -> None:
+        self._alone = alone
 
     def forget_alone(self, bundle: Bundle) -> None:
         self._alone = None
@@ -230,31 +250,41 @@ class WorkFolder:
     def settle(self, round_name: str, bundle: Bundle) -> None:
         trained = self.folder / f"training-{round_name}.safetensors"
         if trained.exists():  # else it happened before the device was killed
-            os.replace(trained, self._path_of(_model_of(trained) or bundle.model_digest))
+            model = _model_of(trained) or bundle.model_digest
+            counts = _read_json(self._counts_path) or {}
+            # counted first: whoever is killed in between does it again, and does not count the same round twice
+            counts[model] = _one_more(self._rounds_of(model), round_name)
+            write_atomically(self._counts_path, [json.dumps(counts, indent=1).encode()])
+            os.replace(trained, self._path_of(model))
             sync(self.folder)
 
-    def alone(self, bundle: Bundle) -> tuple[str, dict[str, np.ndarray]]:
+    def rounds(self, bundle: Bundle) -> tuple[int | None, str]:
+        return self._rounds_of(bundle.model_digest)
+
+    def alone(self, bundle: Bundle) -> Alone:
         path = self._alone_path(bundle)
-        if not path.exists():
-            return "", bundle.initial_state()
-        found = wire.load(path)
-        return found.metadata.get("round", ""), bundle.check_state(found.arrays, source=str(path))
+        if path.exists():
+            found = wire.load(path)
+            if "rounds" in found.metadata:  # else nobody counted, and it begins anew
+                state = bundle.check_state(found.arrays, source=str(path))
+                return Alone(state, int(found.metadata["rounds"]), found.metadata["round"])
+        return Alone(bundle.initial_state())
 
-    def alone_training_path(self, round_name: str) -> Path | None:
-        return self.folder / f"alone-training-{round_name}.safetensors"
+    def alone_training_path(self, round_name: str, number: int) -> Path | None:
+        return self.folder / f"alone-training-{round_name}.{number}.safetensors"
 
-    def keep_alone(self, round_name: str, bundle: Bundle, state: Mapping[str, np.ndarray]) -> None:
-        wire.save(self._alone_path(bundle), state, {"round": round_name})
+    def keep_alone(self, alone: Alone, bundle: Bundle) -> None:
+        about = {"round": alone.done, "rounds": str(alone.rounds)}
+        wire.save(self._alone_path(bundle), alone.state, about)
 
     def forget_alone(self, bundle: Bundle) -> None:
         self._alone_path(bundle).unlink(missing_ok=True)
 
     def clean(self, current_round: str | None) -> None:
-        kept = {f"{kind}-{current_round}.safetensors" for kind in ("training", "alone-training")}
-        kept.add(f"upload-{current_round}.bin")
+        kept = (f"training-{current_round}.", f"alone-training-{current_round}.", f"upload-{current_round}.")
         for pattern in ("training-*", "alone-training-*", "upload-*", ".*.partial"):
             for path in self.folder.glob(pattern):
-                if path.name not in kept:
+                if not path.name.startswith(kept):
                     path.unlink(missing_ok=True)
 
     def blob_path(self, digest: str) -> Path:
@@ -278,8 +308,24 @@ class WorkFolder:
     def _path_of(self, model_digest: str) -> Path:
         return self.folder / f"student-{model_digest[:16]}.safetensors"
 
+    def _rounds_of(self, model_digest: str) -> tuple[int | None, str]:
+        found = (_read_json(self._counts_path) or {}).get(model_digest)
+        if isinstance(found, list) and len(found) == 2:
+            return found[0], str(found[1])
+        # an older edgestill trained without counting
+        return None if self._path_of(model_digest).exists() else 0, ""
+
+    @property
+    def _counts_path(self) -> Path:
+        return self.folder / "rounds.json"
+
     def _alone_path(self, bundle: Bundle) -> Path:
         return self.folder / f"alone-{bundle.model_digest[:16]}.safetensors"
+
+
+def _one_more(rounds: tuple[int | None, str], round_name: str) -> tuple[int | None, str]:
+    count, last = rounds
+    return (count if count is None or last == round_name else count + 1), round_name
 
 
 def _model_of(path: Path) -> str | None:

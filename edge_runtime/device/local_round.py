@@ -198,8 +198,8 @@ def train_alone(
     *,
     train: TrainLocally = train_locally,
     **how: Any,
-) -> tuple[dict[str, np.ndarray], dict[str, float | None]]:
-    """The same training as a round's without what others know: the trained state, and its accuracies.
+) -> dict[str, np.ndarray]:
+    """The same training as a round's without what others know: the trained state.
 
     `student`: the state that came of it in the rounds before. Errors: those of `train_locally`.
     """
@@ -209,8 +209,7 @@ def train_alone(
         equipment.engine, equipment.bundle, equipment.private, None, None, settings, work.seed, dict(student),
         **{"state_path": None, **how},
     )  # fmt: skip
-    equipment.engine.load_state(result.state)
-    return result.state, score_tests(equipment)
+    return result.state
 
 
 def pack_round(

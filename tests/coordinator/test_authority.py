@@ -11,6 +11,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
+from edgestill.coordinator.service import Service
 from edgestill.runtime.cli import main
 from edgestill.runtime.device.authority import (
     MOST_BYTES,
@@ -103,6 +104,25 @@ def test_the_coordinator_hands_out_what_its_tasks_carry(tmp_path: Path, certific
     assert wanted == fingerprint(one)
     answer = site.client.post("/v1/enrol", json={"code": code, "device": {"engines": ["onnxruntime"]}})
     assert answer.status_code == 201 and answer.json()["task"] == "crows"
+
+
+def test_certificates_are_read_when_a_task_is_made_and_not_for_every_question(
+    tmp_path: Path, certificates: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, (one, two) = make_site(tmp_path), certificates
+    assert problem_of(site.client.get(f"/v1/authorities/{fingerprint(one)}")) == "not_found"
+    add_task(site.service, tmp_path, site.bundle, name="crows", ca_cert=one)
+    tasks, asked = site.service.tasks, []
+    monkeypatch.setattr(site.service, "tasks", lambda: asked.append(1) or tasks())
+    monkeypatch.setattr("ssl.SSLContext.load_verify_locations", lambda *_, **__: pytest.fail("it was checked already"))
+    for _ in range(3):
+        assert site.client.get(f"/v1/authorities/{fingerprint(one)}").text == one
+        assert problem_of(site.client.get(f"/v1/authorities/{fingerprint(two)}")) == "not_found"
+    assert len(asked) == 1
+    # another replica's task is found, too
+    other = Service(site.service.store, site.service.blobs, site.clock)
+    add_task(other, tmp_path, site.bundle, name="jays", ca_cert=two)
+    assert site.client.get(f"/v1/authorities/{fingerprint(two)}").text == two
 
 
 def test_join_needs_no_file_and_no_one_else_gets_the_code(

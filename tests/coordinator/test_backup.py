@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 from edgestill.coordinator.service import Service
+from edgestill.coordinator.store import backup
 from edgestill.coordinator.store.backup import restore_backup, write_backup
 from edgestill.coordinator.store.blobs import BlobError, Blobs, FileBlobs, read_blob
 from edgestill.coordinator.store.database import Store
 from edgestill.coordinator.store.sweep import blobs_of
 from edgestill.runtime.cli import main
-from edgestill.runtime.errors import UsageError
+from edgestill.runtime.errors import EdgestillError, UsageError
 from tests.support.coordinator_backends import *  # noqa: F403  fixtures
 from tests.support.coordinator_commands import CREATE, make_place, run_json, serving  # noqa: F401  fixture
 from tests.support.coordinator_round import Clock, add_task, enrol, make_upload, run_due, submit
@@ -31,9 +32,9 @@ def open_service(url: str, blobs: Blobs | Path, clock: Callable[[], float] | Non
     return Service(Store(url), FileBlobs(blobs) if isinstance(blobs, Path) else blobs, clock or Clock())
 
 
-def check_whole(backup: Path) -> None:
+def check_whole(folder: Path) -> None:
     """Every blob that the database of a backup refers to is there, with its own bytes."""
-    store, blobs = Store(f"sqlite:///{backup / 'coordinator.db'}"), FileBlobs(backup / "blobs")
+    store, blobs = Store(f"sqlite:///{folder / 'coordinator.db'}"), FileBlobs(folder / "blobs")
     with store.read() as transaction:
         needed = transaction.references.all_referred()
         needed |= {digest for record in transaction.tasks() for digest in blobs_of(record.task)}
@@ -115,7 +116,7 @@ def test_backups_of_a_coordinator_at_work_are_whole(kind: str, tmp_path: Path) -
         for index in range(4):
             folder = tmp_path / f"backup-{index % 2}"  # each a second time, too
             write_backup(service.store, blobs, folder)
-            assert {path.name for path in folder.iterdir()} == {"coordinator.db", "blobs"}
+            assert {path.name for path in folder.iterdir()} == {"coordinator.db", "blobs", "edgestill-backup"}
             check_whole(folder)
             with closing(sqlite3.connect(folder / "coordinator.db")) as database:
                 numbers.append(database.execute("select count(*) from rounds").fetchone()[0])
@@ -160,7 +161,9 @@ def test_a_blob_that_goes_while_it_is_copied_makes_the_backup_begin_again(
     service.store.close()
 
 
-def test_a_damaged_or_missing_blob_is_named_and_the_last_backup_stays(tmp_path: Path) -> None:
+def test_a_damaged_or_missing_blob_is_named_and_the_last_backup_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     service = open_service(f"sqlite:///{tmp_path / 'c.db'}", tmp_path / "blobs")
     task = add_task(service, tmp_path)
     write_backup(service.store, service.blobs, tmp_path / "backup")
@@ -173,14 +176,86 @@ def test_a_damaged_or_missing_blob_is_named_and_the_last_backup_stays(tmp_path: 
     with pytest.raises(BlobError, match=f"{digest} is damaged"):
         write_backup(service.store, service.blobs, tmp_path / "backup")
     path.unlink()
+    copies: list[Path] = []
+    copy_database = backup._copy_database
+    monkeypatch.setattr(backup, "_copy_database", lambda *given: copies.append(given[1]) or copy_database(*given))
     with pytest.raises(BlobError, match=f"{digest} is missing"):
         write_backup(service.store, service.blobs, tmp_path / "backup")
+    assert len(copies) == 2, "a newer copy of the database names it too"
     check_whole(tmp_path / "backup")
     other = open_service(f"sqlite:///{tmp_path / 'other.db'}", tmp_path / "other")
     restore_backup(tmp_path / "backup", other.store, other.blobs)
     assert [record.name for record in other.tasks()] == ["birds"]
     service.store.close()
     other.store.close()
+
+
+def contents_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_neither_takes_a_coordinator_for_a_backup_nor_the_reverse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    services = {}
+    for name in ("federation", "other"):
+        (tmp_path / name).mkdir()
+        services[name] = open_service(f"sqlite:///{tmp_path / name}/coordinator.db", tmp_path / name / "blobs")
+        add_task(services[name], tmp_path)
+        enrol(services[name])
+
+    def refused(words: str, message: str) -> None:
+        before = {name: contents_of(tmp_path / name) for name in services}
+        assert main(words.split()) == 2
+        said = capsys.readouterr().err
+        assert message in said and "hint: " in said
+        assert before == {name: contents_of(tmp_path / name) for name in services}
+
+    refused("backup --data-dir federation --output federation", "the coordinator keeps the database")
+    refused("backup --data-dir federation --output federation/blobs", "the coordinator keeps the blobs")
+    refused("backup --data-dir federation --output other", "is not empty, and no backup")
+    refused("restore other --data-dir third", "no backup: edgestill-backup is not there")
+    assert main("backup --data-dir federation --output kept".split()) == 0
+    for words in ("serve --port 0 --data-dir", "task list --data-dir", "backup --output x --data-dir"):
+        refused(f"{words} kept", "kept is a backup")
+    refused("restore kept --database sqlite:///kept/coordinator.db --blobs b", "kept is a backup")
+    # who serves one all the same, with a program that does not know the mark, does not lose it
+    (tmp_path / "kept/coordinator.db").rename(tmp_path / "kept/c.db")
+    served = open_service(f"sqlite:///{tmp_path / 'kept/c.db'}", tmp_path / "kept/blobs")
+    with pytest.raises(UsageError, match="the coordinator keeps the database"):
+        write_backup(served.store, served.blobs, tmp_path / "kept")
+    for service in (served, *services.values()):
+        service.store.close()
+
+
+def test_two_backups_at_once_do_not_spoil_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = open_service(f"sqlite:///{tmp_path / 'c.db'}", tmp_path / "blobs")
+    add_task(service, tmp_path)
+    folder, copy_blob = tmp_path / "backup", backup._copy_blob
+    (folder / ".incoming-killed").mkdir(parents=True)
+    (folder / ".incoming-killed/coordinator.db").write_bytes(b"half")
+    (folder / "edgestill-backup").touch()
+    other = open_service(f"sqlite:///{tmp_path / 'other.db'}", tmp_path / "other")
+    refused = []
+
+    def meanwhile(*given: object) -> bool:
+        for work in (write_backup, lambda *of: restore_backup(of[2], *of[:2])):
+            (folder / "coordinator.db").touch()
+            with pytest.raises(EdgestillError, match="is at work there") as caught:
+                work(other.store, other.blobs, folder)
+            refused.append(caught.value.hint)
+        return copy_blob(*given)
+
+    monkeypatch.setattr(backup, "_copy_blob", meanwhile)
+    write_backup(service.store, service.blobs, folder)
+    assert refused and all("again when that one has ended" in hint for hint in refused)
+    assert {path.name for path in folder.iterdir()} == {"coordinator.db", "blobs", "edgestill-backup"}
+    check_whole(folder)
+    monkeypatch.undo()
+    restore_backup(folder, other.store, other.blobs)
+    for one in (service, other):
+        one.store.close()
 
 
 @pytest.mark.contract

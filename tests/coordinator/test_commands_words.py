@@ -16,7 +16,8 @@ from edgestill.coordinator.commands.serve import say
 from edgestill.coordinator.http import address
 from edgestill.coordinator.http.address import risks_of, url_of
 from edgestill.coordinator.settings import Settings, place_words
-from edgestill.coordinator.store.database import Store
+from edgestill.coordinator.store.database import Store, StoreError
+from edgestill.coordinator.store.place import without_secrets
 from edgestill.coordinator.task.creation import make_task
 from edgestill.runtime.cli import main
 from edgestill.runtime.errors import UsageError
@@ -237,6 +238,21 @@ def test_where_there_is_no_task_the_hint_makes_one(place: Path, capsys: pytest.C
 def test_a_password_in_a_url_is_not_repeated() -> None:
     given = {"database": "postgresql://me:s3cr3t@db/edgestill", "blobs": "s3://bucket/blobs", "data_dir": None}
     assert place_words(given) == " --database 'postgresql://me:***@db/edgestill' --blobs s3://bucket/blobs"
+    for url, shown in {
+        "postgresql://me:s3/cr3t@db/x": "postgresql://me:***@db/x",
+        "postgresql://db/x?password=s3cr3t&sslmode=require": "postgresql://db/x?password=***&sslmode=require",
+        "postgresql+psycopg://me:s3:cr3t@db:5432/x?sslpassword=s3cr3t":
+            "postgresql+psycopg://me:***@db:5432/x?sslpassword=***",
+        "s3://key:s3cr3t@bucket/x": "s3://key:***@bucket/x",
+        "postgresql://me:s3cr3t@db:port/x?password=s3cr3t": "postgresql://***@db:port/x",
+        "sqlite:////srv/a:b@c.db": "sqlite:////srv/a:b@c.db",
+        "/srv/a@b": "/srv/a@b",
+    }.items():  # fmt: skip
+        assert without_secrets(url) == shown
+    for url in ("mysql://db/x?password=s3cr3t", "postgresql://db:port/x?password=s3cr3t"):
+        with pytest.raises(StoreError) as caught:
+            Store(url)
+        assert "s3cr3t" not in caught.value.message
 
 
 def test_what_the_whole_network_can_do_is_warned_of(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -383,6 +383,13 @@ def test_a_device_is_compared_with_itself_alone_and_only_those_that_told_both_co
     })  # fmt: skip
     task = views.view_task(service.tasks()[0], service.rounds("birds"), service.devices("birds"), [], NOW)
     assert (task.gain.t_priv, task.gain.t_uni) == (0.25, (0.25 + 0.125) / 2)
+    # what was trained alone for one round is not compared with what was trained together for two
+    service.round_records[1] = dataclasses.replace(service.round_records[1], reports={
+        one: {"after": {"t_priv": 0.9, "t_uni": 0.9}, "alone": None}, two: {"samples": 3},
+    })  # fmt: skip
+    task = views.view_task(service.tasks()[0], service.rounds("birds"), service.devices("birds"), [], NOW)
+    assert (task.gain.t_priv, task.gain.t_uni) == (None, None)
+    assert {device.device: device.after.t_uni for device in task.devices} == {one: 0.9, two: 0.5, three: 0.9}
 
 
 def test_the_time_that_is_left_is_that_of_the_last_rounds():
@@ -430,6 +437,9 @@ def test_what_a_device_is_at(seen_ago_s, selected, accepted, arriving, ended, st
 
 def test_tables_are_for_spreadsheets_and_start_no_formula():
     service = DashboardService(names=("=cmd|' /C calc'!A0", 'say "x", y'))
+    chosen = service.round_records[1]
+    measured = {**chosen.metrics, "validation_accuracy": 0.625}
+    service.round_records[1] = dataclasses.replace(chosen, best=True, metrics=measured)
     with make_client(service) as client:
         answer = client.get("/tasks/birds/rounds.csv")
         assert answer.headers["content-type"].startswith("text/csv")
@@ -443,6 +453,8 @@ def test_tables_are_for_spreadsheets_and_start_no_formula():
     first = service.round_records[0]
     assert [row["phase"] for row in rounds] == [one.phase for one in service.round_records]
     assert float(rounds[0]["global_t_uni"]) == first.metrics["t_uni"] and rounds[2]["global_t_uni"] == ""
+    assert [row["round"] for row in rounds if row["best"] == "True"] == ["2"]
+    assert [row["validation_accuracy"] for row in rounds[:3]] == ["", "0.625", ""]
     assert rounds[2]["reason"] == "1 accepted at the deadline, at least 2 are needed"
     assert len(devices) == 25 and [row for row in devices if row["device"] == device_name(1)] == own
     assert {row["name"] for row in devices} == {"'=cmd|' /C calc'!A0", 'say "x", y'}
@@ -460,14 +472,16 @@ def test_every_word_is_explained_where_it_stands_and_below(client):
         assert links[-2:] == ["/docs", "/metrics"]
 
 
-def test_the_commands_on_a_page_name_this_coordinator(tmp_path):
+def test_the_commands_on_a_page_say_nothing_of_the_server(tmp_path):
     app = FastAPI(docs_url=None)
     settings = Settings(data_dir=tmp_path / "a folder", database="postgresql://me:s3cret@db/x")
     app.include_router(make_dashboard_router(DashboardService(), settings))
     with TestClient(app, base_url="http://192.0.2.7:8000") as client:
-        (shown,) = Document(client.get("/tasks/empty").text).all("pre")
+        text = client.get("/tasks/empty").text
+    assert "s3cret" not in text and str(tmp_path) not in text and "with the <code>--data-dir</code>" in text
+    (shown,) = Document(text).all("pre")
     assert "".join(shown[2]).splitlines() == [
-        f"edgestill enrol --task empty --data-dir '{tmp_path}/a folder' --database 'postgresql://me:***@db/x'",
+        "edgestill enrol --task empty",
         "edgestill join http://192.0.2.7:8000 --code CODE --data PATH",
     ]
 
@@ -479,7 +493,7 @@ def test_names_of_classes_stand_on_the_axes():
     drawn = curves.draw_classes(dataclasses.replace(task, class_names=names))
     assert drawn.columns[2:6] == (*names, "class 3")
     assert ">plum<" in drawn.svg and ">a very…class<" in drawn.svg and "plum: 130 of" in drawn.svg
-    history = views.view_device(service.tasks()[0], service.rounds("birds"), service.device_records[0], NOW)
+    (history,) = views.view_devices(service.tasks()[0], service.rounds("birds"), service.device_records[:1], NOW)
     own = curves.draw_class_counts(history, names)
     assert own.rows[0] == ("plum", "130") and ">plum<" in own.svg
     assert curves.draw_class_counts(history, ()).rows[0] == ("0", "130")

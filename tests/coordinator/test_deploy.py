@@ -167,6 +167,16 @@ def test_the_container_serves_with_extras_that_there_are() -> None:
         assert (ROOT / line.split()[0]).exists(), line
 
 
+def test_the_container_is_built_of_what_a_wheel_needs_and_of_no_more() -> None:
+    lines = (ROOT / ".containerignore").read_text().splitlines()
+    assert [line for line in lines if line[:1] not in "#!"][0] == "*", "nothing else is seen"
+    seen = {line.removeprefix("!/") for line in lines if line.startswith("!/")}
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    needed = {Path(folder).parts[0] for folder in setuptools["package-dir"].values()}
+    needed |= {"pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "constraints.txt"}
+    assert seen == needed and all((ROOT / name).exists() for name in seen)
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])

@@ -312,6 +312,7 @@ def test_figures(tmp_path: Path) -> None:
     assert 'edgestill_uploads_total{result="created"} 1.0' in text
     assert 'edgestill_refusals_total{kind="no_such_round"} 1.0' in text
     assert 'edgestill_rounds{phase="collecting",task="birds"} 1.0' in text
+    assert 'edgestill_rounds{phase="abandoned",task="birds"} 0.0' in text, "or its first is no increase"
     assert '"pi"' not in text and one.token not in text, "no device is called as it calls itself"
     assert site.client.get("/healthz").json() == {"status": "ok"}
 
@@ -338,6 +339,7 @@ def test_figures_of_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert found[f'edgestill_device_t_uni{{device="{two.name}",task="birds"}}'] == 0.75
     assert found['edgestill_devices_t_uni{task="birds"}'] == 0.5
     assert found['edgestill_devices_alone_t_uni{task="birds"}'] == 0.125
+    assert found['edgestill_devices_gain_t_uni{task="birds"}'] == (0.125 + 0.625) / 2
     assert found['edgestill_task_running{task="birds"}'] == 1 and found["edgestill_blobs_free_bytes"] > 0
     monkeypatch.setattr(figures_module, "DEVICES_NAMED", 1)
     assert not [name for name in figures() if one.name in name or two.name in name]

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +20,7 @@ from torch import nn
 
 from edgestill.coordinator.distillation.global_student import evaluate_global
 from edgestill.coordinator.http.app import make_app
+from edgestill.coordinator.http.routes import models
 from edgestill.coordinator.service import Service
 from edgestill.coordinator.settings import Settings
 from edgestill.coordinator.store.blobs import FileBlobs, read_blob
@@ -23,12 +28,13 @@ from edgestill.coordinator.store.database import Store
 from edgestill.coordinator.task.task import Task
 from edgestill.runtime.bundle import wire
 from edgestill.runtime.bundle.bundle import Bundle
+from edgestill.runtime.bundle.manifest import InputSpec
 from edgestill.runtime.cli import main
 from edgestill.runtime.device import outputs
 from edgestill.runtime.device.local_training import Transfer
 from edgestill.runtime.engines.registry import open_engine
 from tests.coordinator.test_best_round import play, stored
-from tests.support.coordinator_round import Clock, add_task, describe_task
+from tests.support.coordinator_round import Clock, add_task, describe_task, enrol, run_due, submit
 from tests.support.coordinator_site import problem_of
 from tests.support.handmade_bundle import CHANNELS, CLASSES, LATENT, MEAN, SIZE, STD
 
@@ -53,9 +59,9 @@ def export(*more: str) -> int:
     return main(["task", "export", "birds", "--data-dir", "federation", "--output", "m.safetensors", *more])
 
 
-def site(service: Service, **settings: str) -> TestClient:
+def site(service: Service, client: tuple[str, int] = ("127.0.0.1", 50000), **settings: Any) -> TestClient:
     app = make_app(service, Settings(allowed_hosts="testserver", **settings), loop=False)
-    return TestClient(app, raise_server_exceptions=False)
+    return TestClient(app, raise_server_exceptions=False, client=client)
 
 
 class Linear(nn.Module):
@@ -98,12 +104,16 @@ def test_the_best_and_the_last_model_with_their_bundle(
 
 
 def test_it_loads_into_pytorch_and_predicts(
-    service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = add(service, tmp_path, global_student=True)
     play(service, task, tmp_path, 1)
     assert export("--bundle", "out.zip") == 0
-    assert "edgestill predict out.zip --state m.safetensors" in capsys.readouterr().err
+    assert "edgestill predict out.zip --state m.safetensors --resize IMAGE" in capsys.readouterr().err
+    with monkeypatch.context() as patched:  # as of a bundle for sensors
+        patched.setattr(InputSpec, "is_image", False)
+        assert export("--bundle", "out.zip", "--overwrite") == 0
+    assert "edgestill predict out.zip --state m.safetensors --data PATH" in capsys.readouterr().err
     state = safetensors.torch.load_file("m.safetensors")
     student = Linear()
     student.load_state_dict({k: v for k, v in state.items() if not k.startswith(("optimizer.", "crd."))})
@@ -155,6 +165,81 @@ def test_over_http_as_the_command_writes_it(service: Service, tmp_path: Path) ->
         assert problem_of(client.get(f"/v1/tasks/{path}", headers=headers)) == kind, path
 
 
+def test_without_a_token_models_stay_on_the_machine(service: Service, tmp_path: Path) -> None:
+    """A proxy says who asks; the address that devices are told says whether there may be one."""
+    play(service, add(service, tmp_path, global_student=True, rounds=3), tmp_path, 1)
+    here, there = ("127.0.0.1", 50000), ("192.0.2.9", 50000)
+    for settings, client, allowed in (
+        ({}, here, True), ({}, there, False), ({"host": "0.0.0.0"}, here, False), ({"host": "0.0.0.0"}, there, False),
+        ({"public_url": "https://edge.example"}, here, False), ({"public_url": "http://localhost:80"}, here, True),
+        ({"host": "0.0.0.0", "dashboard_token": "secret"}, there, True),
+    ):  # fmt: skip
+        asking = site(service, client, **settings)
+        headers = {"Authorization": "Bearer secret"}
+        for path in ("model", "bundle"):
+            answer = asking.get(f"/v1/tasks/birds/{path}", headers=headers)
+            if allowed:
+                assert answer.status_code == 200, settings
+            else:
+                assert problem_of(answer) == "token_not_set" and "task export TASK" in answer.json()["hint"]
+        links, command = "/v1/tasks/birds/model", "edgestill task export birds --output birds.safetensors"
+        page = asking.get("/tasks/birds?token=secret").text
+        kept_private = settings.get("host") == "0.0.0.0" or "example" in settings.get("public_url", "")
+        assert (links in page) == ("dashboard_token" in settings or not kept_private), settings
+        assert (command in page) != (links in page)
+
+
+def test_who_has_a_model_already_does_not_get_it_again(service: Service, tmp_path: Path) -> None:
+    task = add(service, tmp_path, global_student=True, rounds=3)
+    play(service, task, tmp_path, 2)
+    client = site(service)
+    for path in ("model", "bundle"):
+        first = client.get(f"/v1/tasks/birds/{path}")
+        known = {"If-None-Match": f'"other", W/{first.headers["etag"]}'}
+        again = client.get(f"/v1/tasks/birds/{path}", headers=known)
+        assert (first.status_code, again.status_code, again.content) == (200, 304, b"")
+        assert again.headers["etag"] == first.headers["etag"]
+    other = client.get("/v1/tasks/birds/model?round=2", headers={"If-None-Match": '"x"'})
+    assert other.status_code == 200
+    device = enrol(service, "birds")
+    service.ask(device, {})
+    submit(service, task, device, "birds.3")
+    run_due(service, tmp_path)
+    known = {"If-None-Match": other.headers["etag"]}
+    newer = client.get("/v1/tasks/birds/model", headers=known)
+    assert newer.status_code == 200 and newer.content != other.content
+
+
+def test_models_are_made_one_at_a_time_and_few_are_in_memory(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play(service, add(service, tmp_path, global_student=True), tmp_path, 1)
+    made, at_once, begun, go_on = models.body_of, [], threading.Semaphore(0), threading.Event()
+
+    def make(*given: object) -> bytes:
+        at_once.append(1)
+        begun.release()
+        assert go_on.wait(60) and len(at_once) == 1
+        at_once.pop()
+        return made(*given)
+
+    monkeypatch.setattr(models, "body_of", make)
+    client = site(service, threads=1)
+    with client, ThreadPoolExecutor(5) as threads:
+        asked = [threads.submit(client.get, "/v1/tasks/birds/model") for _ in range(4)]
+        assert begun.acquire(timeout=60)
+        places = client.app.state.context
+        while places.model_places:
+            time.sleep(0.01)
+        fifth = client.get("/v1/tasks/birds/model")
+        assert problem_of(fifth) == "unavailable" and int(fifth.headers["retry-after"]) >= 1
+        assert client.get("/v1/tasks/birds/bundle").status_code == 200, "others go on, even with one thread"
+        go_on.set()
+        bodies = {one.result(60).content for one in asked}
+        assert len(bodies) == 1 and client.get("/v1/tasks/birds/model").content in bodies
+        assert places.model_places == 4
+
+
 def test_models_that_are_not_there(
     service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,6 +261,11 @@ def test_models_that_are_not_there(
     assert "no task fish" in capsys.readouterr().err
     Path("there").write_text("kept")
     assert main("task export birds --data-dir federation --output there".split()) == 2
+    assert "add --overwrite" in capsys.readouterr().err
+    Path("folder").mkdir()
+    assert main("task export birds --data-dir federation --output folder".split()) == 2
+    said = capsys.readouterr().err
+    assert "--output folder/birds.safetensors" in said and "--overwrite" not in said
     assert main("task export birds --data-dir federation --output m.safetensors --bundle there".split()) == 2
     assert Path("there").read_text() == "kept" and not Path("m.safetensors").exists()
 

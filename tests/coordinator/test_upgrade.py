@@ -11,6 +11,7 @@ import pytest
 from alembic.migration import MigrationContext
 from sqlalchemy import inspect, text
 
+from edgestill.coordinator.model import body_of, find_model
 from edgestill.coordinator.service import Service
 from edgestill.coordinator.store import migrations
 from edgestill.coordinator.store.blobs import FileBlobs
@@ -46,7 +47,7 @@ def test_back_to_an_older_version_and_forth_again_keeps_a_federation(
         service.ask(device, {})
         submit(service, task, device, "birds.1")
     run_due(service, tmp_path)
-    before = service.rounds("birds")[0]
+    before, model = service.rounds("birds")[0], body_of(service, find_model(service, "birds", None))
     service.store.close()
     older = Store(store_url, "any")
     undone = older.downgrade(version)
@@ -58,8 +59,9 @@ def test_back_to_an_older_version_and_forth_again_keeps_a_federation(
     older.close()
     service = Service(Store(store_url), blobs, Clock())
     after = service.rounds("birds")[0]
-    kept = ("number", "phase", "selected", "accepted", "published", "metrics", "closed_s")
+    kept = ("number", "phase", "selected", "accepted", "published", "metrics", "closed_s", "student_state")
     assert [getattr(after, name) for name in kept] == [getattr(before, name) for name in kept]
+    assert body_of(service, find_model(service, "birds", None)) == model, "and it can be taken out"
     for device in devices:
         assert service.ask(device, {})["round"] == "birds.2"
         assert submit(service, task, device, "birds.2") == "created"

@@ -42,7 +42,8 @@ def test_a_device_reports_what_it_did(bench: Bench, tmp_path: Path) -> None:
     assert second["step_ms"] > 0 and 0 < second["max_error"] < 0.1
     left = sorted(path.name for path in (tmp_path / "w").iterdir())
     assert [name.split("-")[0] for name in left] == [
-        "blobs", "journal.json", "lock", f"student-{bench.bundle.model_digest[:16]}.safetensors".split("-")[0],
+        "blobs", "journal.json", "lock", "rounds.json",
+        f"student-{bench.bundle.model_digest[:16]}.safetensors".split("-")[0],
     ]  # fmt: skip
 
 
@@ -275,8 +276,46 @@ def test_a_device_can_compare_itself_with_training_alone(bench: Bench, tmp_path:
         kit.engine.load_state(state)
         assert fake.reports[f"birds.{number}"]["alone"] == score_tests(kit)
     with closing(WorkFolder(tmp_path / "w")) as again:
-        done, kept = again.alone(kit.bundle)
-        assert done == "birds.2" and all((kept[name] == state[name]).all() for name in state)
+        kept = again.alone(kit.bundle)
+        assert (kept.done, kept.rounds) == ("birds.2", 2)
+        assert all((kept.state[name] == state[name]).all() for name in state)
+
+
+@pytest.mark.parametrize("where", ["folder", "memory"])
+def test_who_compares_later_catches_up_first(bench: Bench, tmp_path: Path, where: str) -> None:
+    """Told only once the copy was trained in as many rounds as the student."""
+    fake = bench.coordinator(rounds=5)
+    memory, trained = WorkMemory(bench.folder / "blobs"), []
+
+    def train(*arguments: object, **how: object) -> LocalResult:
+        trained.append(1)
+        return train_locally(*arguments, **how)
+
+    for compares, rounds, counts in ((False, 2, (2, 0)), (True, 1, (3, 2)), (True, 1, (4, 4)), (True, 1, (5, 5))):
+        with closing(WorkFolder(tmp_path / "w")) as folder:
+            keep = folder if where == "folder" else memory
+            trained.clear()
+            device = bench.device(fake, keep, Options(compare_alone=compares), train=train)
+            device.run(rounds)
+            bundle = device.equipment.bundle
+            assert (keep.rounds(bundle)[0], keep.alone(bundle).rounds) == counts
+            told = (device.last_report or {}).get("alone")
+            assert (told is not None) == (counts[0] == counts[1])
+            if told is not None:
+                device.equipment.engine.load_state(keep.alone(bundle).state)
+                assert told == score_tests(device.equipment)
+    assert len(trained) == 2, "and then as often as the student"
+
+
+def test_a_student_of_an_edgestill_that_did_not_count_is_not_compared(bench: Bench, tmp_path: Path) -> None:
+    fake, told = bench.coordinator(), []
+    with closing(WorkFolder(tmp_path / "w")) as keep:
+        bench.device(fake, keep, Options()).run(1)
+        (tmp_path / "w/rounds.json").unlink()
+        watch = lambda event, **details: told.append((event, details.get("message", "")))  # noqa: E731
+        bench.device(fake, keep, Options(compare_alone=True), watch=watch).run(1)
+    assert fake.reports["birds.2"]["alone"] is None
+    assert any(event == "warning" and "another --work-dir" in message for event, message in told)
 
 
 def test_killed_after_training_alone_a_device_does_not_train_so_again(bench: Bench, tmp_path: Path) -> None:
@@ -362,7 +401,7 @@ def test_training_alone_waits_for_the_conditions_as_well(bench: Bench, tmp_path:
 def test_a_copy_that_is_damaged_or_cannot_be_kept_costs_no_round(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake, warned = bench.coordinator(rounds=3), []
+    fake, warned = bench.coordinator(rounds=4), []
 
     def watch(event: str, /, **details: object) -> None:
         warned.extend([str(details["message"])] if event == "warning" else [])
@@ -377,7 +416,8 @@ def test_a_copy_that_is_damaged_or_cannot_be_kept_costs_no_round(
             patch.setattr(keep, "keep_alone", refuse)
             assert device.run(rounds=1) == 1
         (tmp_path / "w" / f"alone-{bench.bundle.model_digest[:16]}.safetensors").write_bytes(b"damaged")
-        assert device.run() == 2
-        assert keep.alone(bench.bundle)[0] == "birds.3"
-    assert [fake.reports[f"birds.{number}"]["alone"] is None for number in (1, 2, 3)] == [True, True, False]
+        assert device.run() == 3
+        assert keep.alone(bench.bundle).done == "birds.4"
+    told = [fake.reports[f"birds.{number}"]["alone"] is not None for number in (1, 2, 3, 4)]
+    assert told == [False, False, False, True], "it has caught up"
     assert "No space left" in warned[0] and "starts anew" in warned[1] and len(warned) == 2

@@ -46,7 +46,7 @@ async def blob(
         "Cache-Control": "private, max-age=31536000, immutable",
         "Vary": "Authorization",
     }
-    if if_none_match is not None and _matches(if_none_match, etag):
+    if matches(if_none_match, etag):
         return Response(status_code=304, headers=headers)
     wanted = None
     if range is not None and (if_range is None or if_range.strip() == etag):
@@ -89,7 +89,9 @@ def parse_range(text: str, size_bytes: int) -> tuple[int, int] | None:
     return start, stop
 
 
-def _matches(header: str, etag: str) -> bool:
-    """If-None-Match compares weakly: `W/` does not count."""
+def matches(header: str | None, etag: str) -> bool:
+    """Whether If-None-Match names it; compared weakly: `W/` does not count."""
+    if header is None:
+        return False
     tags = {tag.strip().removeprefix("W/") for tag in header.split(",")}
     return "*" in tags or etag in tags

@@ -17,6 +17,12 @@ _NEEDED = ("transfer.labels", "local.clip_norm", "distil.clip_norm")
 
 def upgrade() -> None:
     op.add_column("rounds", sa.Column("student_state", sa.String(64), nullable=True))
+    # the model of the last completed round is there already: it is the one that the next round goes on from
+    op.execute(
+        "UPDATE rounds SET student_state = (SELECT tasks.student_state FROM tasks WHERE tasks.name = rounds.task) "
+        "WHERE number = (SELECT max(ended.number) FROM rounds AS ended "
+        "WHERE ended.task = rounds.task AND ended.published IS NOT NULL)"
+    )
     op.add_column("tasks", sa.Column("best_round", sa.Integer(), nullable=True))
     op.add_column("tasks", sa.Column("codes", sa.Integer(), nullable=True))
     op.add_column("codes", sa.Column("number", sa.Integer(), nullable=True))
