@@ -92,7 +92,7 @@ def add_json_option(parser: argparse._ActionsContainer, form: str) -> None:
     parser.add_argument("--json", action="store_true", help=f"{form} on stdout instead of words")
 
 
-def about(seconds: float) -> str:
+def describe_time(seconds: float) -> str:
     """A time to come in words, as exact as an estimate is: `about 40 s`, `about 3 min`, `about 2 h 10 min`."""
     tens = max(10, round(seconds / 10) * 10)
     if tens < 90:

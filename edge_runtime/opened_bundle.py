@@ -23,7 +23,7 @@ from edgestill.runtime.data.dataset import (
 )
 from edgestill.runtime.data.image_file import SUFFIXES
 from edgestill.runtime.data.notice import tell_on_stderr
-from edgestill.runtime.data.unlabelled import Unlabelled, load_pictures, load_unlabelled
+from edgestill.runtime.data.pictures import Unlabelled, load_pictures, load_unlabelled
 from edgestill.runtime.engines.registry import open_engine
 from edgestill.runtime.errors import UsageError
 from edgestill.runtime.training.batches import TransferSet

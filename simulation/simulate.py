@@ -16,7 +16,7 @@ from typing import Any
 
 from edgestill.coordinator.task.task import EXCHANGES, MODES, RULES, clip_value
 from edgestill.runtime.bundle.manifest import OBJECTIVES, OPTIMIZERS
-from edgestill.runtime.console import about, add_json_option
+from edgestill.runtime.console import add_json_option, describe_time
 from edgestill.runtime.errors import UsageError
 from edgestill.runtime.training.hyperparameters import HYPERPARAMETERS
 from edgestill.simulation.settings import Poison, SimulationSettings
@@ -145,7 +145,7 @@ def run(arguments: argparse.Namespace) -> int:
                 print(json.dumps(line), flush=True)
             elif "round" in line:
                 left_s = seconds_left(rounds_s, settings.rounds, settings.local_only)
-                _tell(f"{describe_round(line)}; {about(left_s)} left" if left_s else describe_round(line))
+                _tell(f"{describe_round(line)}; {describe_time(left_s)} left" if left_s else describe_round(line))
     summary = lines[-1]["summary"]
     if not arguments.json:
         print(describe_summary(summary))

@@ -21,8 +21,8 @@ from edgestill.runtime.bundle import wire
 from edgestill.runtime.bundle.bundle import Bundle, InputSpec
 from edgestill.runtime.data.classes import KnownClasses, names_as_metadata
 from edgestill.runtime.data.dataset import Splits, load_splits
-from edgestill.runtime.data.disjoint import without
 from edgestill.runtime.data.notice import Notice
+from edgestill.runtime.data.overlap import without
 from edgestill.runtime.data.shares import TEST_SAMPLES, DeviceData, deal
 from edgestill.runtime.device.assignment import Assignment, fetch_assignment
 from edgestill.runtime.device.device import Device

@@ -21,7 +21,7 @@ from edgestill.coordinator.liveness import Liveness
 from edgestill.coordinator.service import Service
 from edgestill.coordinator.settings import Settings
 from edgestill.coordinator.store.records import TaskRecord
-from edgestill.runtime.console import about
+from edgestill.runtime.console import describe_time
 
 _HERE = Path(__file__).parent
 STATIC = {"dashboard.css": "text/css", "dashboard.js": "text/javascript", "icon.svg": "image/svg+xml"}
@@ -73,7 +73,7 @@ class Pages:
         self._templates.filters.update(
             percent=formats.format_percent, bytes=formats.format_bytes, milliseconds=formats.format_milliseconds,
             ago=formats.format_ago, left=formats.format_left, iso=formats.format_moment, points=formats.format_points,
-            about=about,
+            about=describe_time,
             slug=lambda text: re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-"), drawing=Markup,
         )  # fmt: skip
 

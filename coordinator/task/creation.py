@@ -16,7 +16,7 @@ from edgestill.coordinator.task.task import Task, parse_task
 from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.bundle.common_head import common_head
 from edgestill.runtime.bundle.writer import zip_bundle
-from edgestill.runtime.data.classes import KnownClasses, first_known, listed
+from edgestill.runtime.data.classes import KnownClasses, first_known, join_names
 from edgestill.runtime.data.dataset import (
     Dataset,
     Splits,
@@ -25,8 +25,8 @@ from edgestill.runtime.data.dataset import (
     load_splits,
     load_transfer_samples,
 )
-from edgestill.runtime.data.disjoint import apart
 from edgestill.runtime.data.notice import Notice, Tell, tell_on_stderr
+from edgestill.runtime.data.overlap import find_apart
 from edgestill.runtime.device.authority import only_certificate
 from edgestill.runtime.device.local_training import (
     EXCHANGED_OUTPUTS,
@@ -206,7 +206,8 @@ def _known_classes(
     for bundle in bundles:
         if bundle.class_names and bundle.class_names != known.names:
             raise UsageError(
-                f"{bundle.source} has classes {listed(bundle.class_names)}; {known.whose} has {listed(known.names)}",
+                f"{bundle.source} has classes {join_names(bundle.class_names)}; "
+                f"{known.whose} has {join_names(known.names)}",
                 "export all students of a task with the same --class-names",
             )
     sources = [description.get("test"), description["transfer"] if description.get("transfer_labels") else None]
@@ -310,7 +311,7 @@ def _hold_out(transfer: Transfer, seed: int) -> tuple[Transfer, Transfer]:
 def _apart(samples: Transfer, name: str, reserved: Sequence[tuple[str, Transfer]], warn: Warn) -> Transfer:
     """Without what is in the reserved sets. Errors: UsageError where nothing is left."""
     for what, others in reserved:
-        kept = apart(samples.images, others.images)
+        kept = find_apart(samples.images, others.images)
         if len(kept) == 0:
             raise UsageError(
                 f"every sample of --{name} is in {what}, too", f"give a {name} set of other samples"

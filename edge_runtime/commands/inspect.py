@@ -13,7 +13,7 @@ from typing import Any
 from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.bundle.manifest import ROLES
 from edgestill.runtime.console import add_json_option, printable
-from edgestill.runtime.data.classes import listed
+from edgestill.runtime.data.classes import join_names
 from edgestill.runtime.native.plan_work import read_plan
 
 
@@ -219,4 +219,4 @@ def _megabytes(size_bytes: int) -> str:
 
 
 def _named(names: list[str]) -> str:
-    return f": {printable(listed(names))}" if names else ""
+    return f": {printable(join_names(names))}" if names else ""

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 from shlex import quote
-from typing import Any
 
 from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.commands.events import EventOutput
 from edgestill.runtime.console import add_image_options, add_json_option
-from edgestill.runtime.data.classes import KnownClasses, first_known
-from edgestill.runtime.data.dataset import Dataset, Splits, load_splits
-from edgestill.runtime.data.disjoint import without
-from edgestill.runtime.data.notice import Notice, Tell
-from edgestill.runtime.data.shares import deal, draw_tests, parse_share, share_of
+from edgestill.runtime.data.notice import Notice
 from edgestill.runtime.device.address import check_url
 from edgestill.runtime.device.assignment import fetch_assignment
 from edgestill.runtime.device.authority import fetch_authority
@@ -28,6 +24,7 @@ from edgestill.runtime.device.journal import WorkFolder
 from edgestill.runtime.device.local_round import Equipment, Options, Privacy, warn_of_noise
 from edgestill.runtime.device.local_training import Transfer
 from edgestill.runtime.device.outputs import PRECISIONS
+from edgestill.runtime.device.private_data import PrivateSettings, find_known_classes, load_private
 from edgestill.runtime.device.round_log import RoundLog
 from edgestill.runtime.engines.registry import (
     ENGINES,
@@ -35,10 +32,9 @@ from edgestill.runtime.engines.registry import (
     engine_status,
     open_engine,
 )
-from edgestill.runtime.errors import DataError, EngineError, Interrupted, UsageError
+from edgestill.runtime.errors import EngineError, Interrupted, UsageError
 from edgestill.runtime.machine import memory_bytes, peak_rss_bytes
-from edgestill.runtime.stopping import handling
-from edgestill.runtime.training.checkpoint import classes_of
+from edgestill.runtime.stop_signals import handling
 
 _MEGABYTE = 10**6
 
@@ -198,10 +194,11 @@ def run(arguments: argparse.Namespace) -> int:
             output("notice", **notice.as_json())
         engine = open_task_engine(bundle, arguments.engine, arguments.threads)
         stack.callback(engine.close)
-        known = known_classes(assignment.task, bundle)
+        known = find_known_classes(assignment.task, bundle)
         transfer = None if assignment.transfer_path is None else Transfer.load(assignment.transfer_path)
+        wanted = PrivateSettings(**{one.name: getattr(arguments, one.name) for one in fields(PrivateSettings)})
         private, tests = load_private(
-            arguments, bundle, known, lambda notice: output("notice", **notice.as_json()), transfer
+            wanted, bundle, known, lambda notice: output("notice", **notice.as_json()), transfer
         )
         student = (assignment.bundle_path, keep.student_path(bundle))
         device = Device(
@@ -289,90 +286,6 @@ def conditions_from(arguments: argparse.Namespace) -> Conditions | None:
         minimum_memory_bytes=least_bytes,
         allow_metered=arguments.allow_metered,
     )
-
-
-def load_private(
-    arguments: argparse.Namespace,
-    bundle: Bundle,
-    known: KnownClasses | None,
-    tell: Tell,
-    transfer: Transfer | None = None,
-) -> tuple[Dataset, dict[str, Dataset]]:
-    """This device's training samples, and its tests `t_priv` and `t_uni`, without those that the transfer set holds.
-
-    Errors: UsageError, DataError.
-    """
-
-    def load(source: str, known: KnownClasses | None) -> Splits:
-        return load_splits(
-            source, bundle.input, bundle.classes, arguments.resize, bundle.more_inputs,
-            known=known, skip_broken=arguments.skip_broken, tell=tell,
-        )  # fmt: skip
-
-    def apart(dataset: Dataset, source: str) -> Dataset:
-        return dataset if transfer is None else _apart(dataset, transfer, source, tell)
-
-    splits = load(arguments.data, known)
-    private = splits.train
-    if not known and private.class_names:
-        if len(private.class_names) != bundle.classes:
-            raise UsageError(
-                f"{arguments.data} has {len(private.class_names)} classes, the task has {bundle.classes} without names",
-                "labels count the classes in order: make a folder for each of the task's, empty where you have none",
-            )
-        known = KnownClasses(private.class_names, arguments.data)
-        counted = ", ".join(f"{number} {name}" for number, name in enumerate(private.class_names[:12]))
-        tell(
-            Notice(
-                "classes",
-                f"the task does not name its classes; these are counted {counted}"
-                f"{', …' if bundle.classes > 12 else ''}, and must be the same on every device",
-                {"names": list(private.class_names)},
-            )
-        )
-    private = apart(private, arguments.data)
-    number = 1
-    if arguments.share is not None:
-        number, devices = parse_share(arguments.share)
-        gamma = 0.5 if arguments.gamma is None else arguments.gamma
-        private = share_of(private, number, devices, gamma, arguments.seed)
-    held_out = splits.test
-    if arguments.test is not None:
-        held_out = load(arguments.test, known).choose(None)
-    if held_out is not None:
-        held_out = apart(held_out, arguments.test or arguments.data)
-        t_priv, t_uni = draw_tests(private.labels, held_out.labels, arguments.seed, device=number - 1)
-        return private, {"t_priv": held_out.select(t_priv), "t_uni": held_out.select(t_uni)}
-    try:
-        # one device gets all that is not held out, so gamma says nothing here
-        own = deal(private, 1, 1.0, arguments.seed)[0]
-    except DataError:  # too few samples to hold any out
-        return private, {}
-    return own.train, {"t_priv": own.t_priv, "t_uni": own.t_uni}
-
-
-def _apart(dataset: Dataset, transfer: Transfer, source: str, tell: Tell) -> Dataset:
-    """The samples that are not in the transfer set. Errors: DataError where none is left."""
-    kept, lost = without(dataset, transfer.images)
-    if len(kept) == 0:
-        raise DataError(
-            f"{source}: every sample is in the task's transfer set, too", "give samples that nobody else has"
-        )
-    if lost:
-        tell(
-            Notice(
-                "shared",
-                f"{lost} samples of {source} are in the task's transfer set, too, and are left out: what is private "
-                "stays apart from what is shared",
-                {"samples": lost},
-            )
-        )
-    return kept
-
-
-def known_classes(task: Mapping[str, Any], bundle: Bundle) -> KnownClasses | None:
-    """What the task's classes are: as it says, else as the student's bundle does."""
-    return first_known(KnownClasses(tuple(task.get("class_names") or ()), "the task"), classes_of(bundle))
 
 
 def open_task_engine(bundle: Bundle, name: str | None, threads: int) -> Engine:

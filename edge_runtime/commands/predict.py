@@ -16,7 +16,7 @@ from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.console import add_image_options, add_json_option, printable
 from edgestill.runtime.data.classes import names_of_outputs
 from edgestill.runtime.data.notice import Notices
-from edgestill.runtime.data.unlabelled import load_pictures, load_unlabelled
+from edgestill.runtime.data.pictures import load_pictures, load_unlabelled
 from edgestill.runtime.engines.registry import ENGINES, open_engine
 from edgestill.runtime.errors import UsageError
 from edgestill.runtime.training.checkpoint import classes_of, load_named_state

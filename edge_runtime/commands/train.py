@@ -30,7 +30,7 @@ from edgestill.runtime.data.shares import hold_out
 from edgestill.runtime.engines.registry import ENGINES, Engine, open_engine
 from edgestill.runtime.errors import TrainingError, UsageError
 from edgestill.runtime.machine import peak_rss_bytes
-from edgestill.runtime.stopping import handling
+from edgestill.runtime.stop_signals import handling
 from edgestill.runtime.training.batches import TransferSet
 from edgestill.runtime.training.checkpoint import (
     check_same_classes,

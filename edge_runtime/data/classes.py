@@ -38,7 +38,7 @@ def first_known(*known: KnownClasses | None) -> KnownClasses | None:
     return next((one for one in known if one), None)
 
 
-def places(own: Sequence[str], wanted: Sequence[str]) -> list[int | None]:
+def find_places(own: Sequence[str], wanted: Sequence[str]) -> list[int | None]:
     """Where each of one's own names stands among the wanted ones; None for those that are not among them."""
     exact = {name: place for place, name in enumerate(wanted)}
     alike, mine = Counter(map(_plain, wanted)), Counter(map(_plain, own))
@@ -64,15 +64,15 @@ def translate(
     if used and not 0 <= used[0] <= used[-1] < len(own):
         wrong = used[0] if used[0] < 0 else used[-1]
         raise DataError(
-            f"{where}: label {wrong} has no name: the data name {len(own)} classes: {listed(own)}",
+            f"{where}: label {wrong} has no name: the data name {len(own)} classes: {join_names(own)}",
             f"name all classes of the data, for they are compared with those of {known.whose}",
         )
-    found = places(own, known.names)
+    found = find_places(own, known.names)
     strangers = [own[label] for label in used if found[label] is None]
     if strangers:
         raise DataError(
-            f"{where}: {'class' if len(strangers) == 1 else 'classes'} {listed(strangers)} not among those of "
-            f"{known.whose}; the data's classes: {listed(own)}; {known.whose} has: {listed(known.names)}",
+            f"{where}: {'class' if len(strangers) == 1 else 'classes'} {join_names(strangers)} not among those of "
+            f"{known.whose}; the data's classes: {join_names(own)}; {known.whose} has: {join_names(known.names)}",
             "rename the data's classes, remove what is of no class, or use a student of these classes",
         )
     renamed = {
@@ -80,7 +80,7 @@ def translate(
     }
     if renamed:
         pairs = [f"{mine} is {theirs}" for mine, theirs in renamed.items()]
-        tell(Notice("classes", f"{where}: classes taken by name: {listed(pairs)}", {"renamed": renamed}))
+        tell(Notice("classes", f"{where}: classes taken by name: {join_names(pairs)}", {"renamed": renamed}))
     table = np.array([-1 if place is None else place for place in found], np.int64)
     return table[labels]
 
@@ -117,7 +117,7 @@ def names_in_metadata(metadata: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(names) if right and len(set(names)) == len(names) else ()
 
 
-def listed(names: Sequence[str]) -> str:
+def join_names(names: Sequence[str]) -> str:
     """The names in a row, the first dozen of many."""
     more = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

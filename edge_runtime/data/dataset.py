@@ -14,7 +14,7 @@ import numpy as np
 
 from edgestill.runtime.bundle.manifest import InputSpec
 from edgestill.runtime.data.cifar import find_cifar, read_cifar
-from edgestill.runtime.data.classes import KnownClasses, check_names, listed, translate
+from edgestill.runtime.data.classes import KnownClasses, check_names, join_names, translate
 from edgestill.runtime.data.datasets import SHIPPED
 from edgestill.runtime.data.notice import Tell, tell_on_stderr
 from edgestill.runtime.data.partition import dirichlet_partition
@@ -123,7 +123,7 @@ def load_splits(
     if len(reference.names) > classes:
         whose = reference.whose if known else str(source)
         raise DataError(
-            f"{whose} names {len(reference.names)} classes, the bundle has {classes}: {listed(reference.names)}",
+            f"{whose} names {len(reference.names)} classes, the bundle has {classes}: {join_names(reference.names)}",
             "labels count the classes in order: remove what is of no class, also folders that are empty, or export "
             "with --classes",
         )

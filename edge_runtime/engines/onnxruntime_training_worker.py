@@ -131,8 +131,9 @@ def serve(worker: Worker, read_exactly: Callable[[int], bytearray], write: Calla
 def main() -> int:
     # what ends the parent goes to the whole process group; it still wants the state, and ends us
     # by closing the pipe.
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGPWR"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGXCPU", "SIGUSR1", "SIGUSR2", "SIGPWR"):
+        if name in signal.Signals.__members__:
+            signal.signal(signal.Signals[name], signal.SIG_IGN)
     # Native code that prints must not land between frames.
     replies_fd = os.dup(1)
     os.dup2(2, 1)

@@ -12,7 +12,7 @@ import numpy as np
 
 from edgestill.runtime.bundle import wire
 from edgestill.runtime.bundle.bundle import Bundle
-from edgestill.runtime.data.classes import KnownClasses, listed, names_as_metadata, names_in_metadata
+from edgestill.runtime.data.classes import KnownClasses, join_names, names_as_metadata, names_in_metadata
 from edgestill.runtime.errors import StateError, TrainingError, UsageError
 
 FORMAT = "edgestill-state"
@@ -136,7 +136,7 @@ def check_same_classes(path: Path, saved: Sequence[str], wanted: Sequence[str]) 
     """Errors: StateError where both name what the outputs mean, and not alike."""
     if saved and wanted and tuple(saved) != tuple(wanted):
         raise StateError(
-            f"{path}: its outputs mean {listed(saved)}; here they would mean {listed(wanted)}",
+            f"{path}: its outputs mean {join_names(saved)}; here they would mean {join_names(wanted)}",
             "give data and a bundle with the classes of that state; or, to train its outputs for other classes, start "
             "a new --state from it with --init and --new-classes",
         )

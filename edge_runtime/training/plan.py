@@ -13,7 +13,7 @@ import numpy as np
 
 from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.data.augmentation import check_augmentation
-from edgestill.runtime.data.classes import listed
+from edgestill.runtime.data.classes import join_names
 from edgestill.runtime.data.dataset import Dataset, digest_of_arrays
 from edgestill.runtime.errors import DataError, UsageError
 from edgestill.runtime.randomness import noise
@@ -126,7 +126,8 @@ def plan(
     named = dataset.class_names
     if named and bundle.class_names and named != bundle.class_names:
         raise DataError(
-            f"{bundle.source}: its outputs mean {listed(bundle.class_names)}; the data's labels mean {listed(named)}",
+            f"{bundle.source}: its outputs mean {join_names(bundle.class_names)}; "
+            f"the data's labels mean {join_names(named)}",
             "read the data with `known=classes_of(bundle)`, or leave their class_names out",
         )
     objective = bundle.objective

@@ -9,7 +9,7 @@ import numpy as np
 
 from edgestill.runtime.bundle import wire
 from edgestill.runtime.bundle.bundle import Bundle
-from edgestill.runtime.data.classes import KnownClasses, listed, places
+from edgestill.runtime.data.classes import KnownClasses, find_places, join_names
 from edgestill.runtime.engines.registry import Engine, open_engine
 from edgestill.runtime.errors import BundleError, UsageError, WireError
 from edgestill.runtime.training.checkpoint import classes_of, load_named_state
@@ -70,11 +70,11 @@ def in_order_of(
         return outputs
     if teacher.names == names:
         return outputs
-    found = places(names, teacher.names)
+    found = find_places(names, teacher.names)
     columns = [place for place in found if place is not None]
     if len(columns) != outputs.logits.shape[1]:
         raise UsageError(
-            f"{teacher.whose} has classes {listed(teacher.names)}; the student's are {listed(names)}",
+            f"{teacher.whose} has classes {join_names(teacher.names)}; the student's are {join_names(names)}",
             "use a teacher of the same classes, or one whose latents alone are learnt from (--objective lkd)",
         )
     return TeacherOutputs(outputs.latents, np.ascontiguousarray(outputs.logits[:, columns]))

@@ -20,7 +20,7 @@ from edgestill.runtime.bundle import wire
 from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.bundle.manifest import Objective
 from edgestill.runtime.cli import main
-from edgestill.runtime.data.classes import KnownClasses, names_in_metadata, places, translate
+from edgestill.runtime.data.classes import KnownClasses, find_places, names_in_metadata, translate
 from edgestill.runtime.data.dataset import class_names_from, load_splits
 from edgestill.runtime.errors import BundleError, DataError, StateError, UsageError
 from edgestill.runtime.training.plan import TrainSettings, plan
@@ -245,7 +245,7 @@ def test_translation_against_a_dictionary(own: list[str], wanted: list[str], dat
 
 
 def test_accents_as_macos_writes_them() -> None:
-    assert places([unicodedata.normalize("NFD", "Müsli")], ["müsli"]) == [0]
+    assert find_places([unicodedata.normalize("NFD", "Müsli")], ["müsli"]) == [0]
 
 
 def test_a_teacher_of_the_same_classes_in_another_order() -> None:

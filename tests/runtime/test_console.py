@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from edgestill.runtime.console import Progress, about, cut
+from edgestill.runtime.console import Progress, cut, describe_time
 
 
 class Clock:
@@ -143,4 +143,4 @@ def test_a_narrow_terminal_shows_one_line(columns: int, code: str) -> None:
     ],
 )
 def test_a_time_to_come_is_no_more_exact_than_an_estimate(seconds: float, text: str) -> None:
-    assert about(seconds) == text
+    assert describe_time(seconds) == text

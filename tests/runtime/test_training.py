@@ -24,7 +24,7 @@ from edgestill.runtime.commands.train import stop_requests
 from edgestill.runtime.data.dataset import load_splits
 from edgestill.runtime.engines.registry import open_engine
 from edgestill.runtime.errors import Interrupted, StateError, TrainingError, UsageError
-from edgestill.runtime.stopping import STOP_SIGNALS
+from edgestill.runtime.stop_signals import STOP_SIGNALS
 from edgestill.runtime.training.checkpoint import load_checkpoint
 from edgestill.runtime.training.evaluation import score
 from edgestill.runtime.training.hyperparameters import resolve

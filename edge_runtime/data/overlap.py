@@ -10,7 +10,7 @@ import numpy as np
 from edgestill.runtime.data.dataset import Dataset
 
 
-def apart(images: np.ndarray, *reserved: np.ndarray) -> np.ndarray:
+def find_apart(images: np.ndarray, *reserved: np.ndarray) -> np.ndarray:
     """Indices of the samples [N, …] that are in none of the reserved sets [M, …], equal to the last byte."""
     taken = set(_digests(reserved))
     kept = [index for index, digest in enumerate(_digests([images])) if digest not in taken]
@@ -19,7 +19,7 @@ def apart(images: np.ndarray, *reserved: np.ndarray) -> np.ndarray:
 
 def without(dataset: Dataset, *reserved: np.ndarray) -> tuple[Dataset, int]:
     """The dataset without samples of the reserved sets, and how many it has lost; its first tensor decides."""
-    kept = apart(dataset.images, *reserved)
+    kept = find_apart(dataset.images, *reserved)
     lost = len(dataset) - len(kept)
     return (dataset.select(kept) if lost else dataset), lost
 
