@@ -304,3 +304,9 @@ def test_a_terminal_gets_a_code_for_the_camera(
     assert found.text == "http://192.0.2.7:8000"
     say("http://127.0.0.1:8000", False, False)
     assert "camera" not in capsys.readouterr().err, "a phone does not reach loopback"
+
+
+def test_no_name_is_looked_up_where_an_address_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(address, "lan_addresses", lambda _: ["192.0.2.7"])
+    monkeypatch.setattr("socket.getfqdn", lambda: pytest.fail("a resolver may take long"))
+    assert address.url_of(Settings(host="0.0.0.0"), 8000) == "http://192.0.2.7:8000"
