@@ -50,6 +50,9 @@ OPERATIONS = [
     ("GET", "/v1/standing"),
     ("POST", "/v1/work"),
     ("GET", "/v1/blobs/{digest}"),
+    ("GET", "/v1/tasks/{task}/model"),
+    ("GET", "/v1/tasks/{task}/bundle"),
+    ("GET", "/v1/authorities/{fingerprint}"),
     ("PUT", "/v1/rounds/{round}/devices/{device}/report"),
     ("PUT", "/v1/rounds/{round}/devices/{device}/outputs"),
 ]
@@ -78,7 +81,7 @@ def check(case: Any, site: Site, device: Device) -> None:
     draw = random.Random(repr((case.path_parameters, case.query, str(case.body)[:99])))
     headers = device.headers if draw.random() < 0.9 else {}
     if case.path_parameters and draw.random() < 0.7:
-        real = {"round": "birds.1", "device": device.name, "digest": "0" * 64}
+        real = {"round": "birds.1", "device": device.name, "digest": "0" * 64, "task": "birds", "fingerprint": "0" * 64}
         case.path_parameters.update(
             {name: real[name] for name in case.path_parameters if draw.random() < 0.8}
         )
