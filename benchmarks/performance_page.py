@@ -74,7 +74,7 @@ def engines(run: Run) -> str:
     """W1 on every engine."""
     header = ("engine", "1 thread, ms (ratio)", "2 threads, ms (ratio)", "peak memory, MB", "cold start, s")
     rows = []
-    for engine in dict.fromkeys(line["engine"] for line in run.lines):
+    for engine in dict.fromkeys(("native", *(line["engine"] for line in run.lines))):
         one, two = (run.line((*W1, threads), engine) for threads in (1, 2))
         if one is None:
             continue
@@ -142,8 +142,9 @@ def tensorflow(run: Run) -> str:
 def blocks(folder: Path = RESULTS) -> dict[str, str]:
     """Every block by its name."""
     runs, beside = read_runs(folder, "step-*.jsonl"), read_runs(folder, "tensorflow*.jsonl")
+    widest = max(reversed(runs), key=lambda run: len({line["engine"] for line in run.lines}))  # the newest of them
     return {
-        "engines": engines(runs[-1]),
+        "engines": engines(widest),
         "native": native(runs[0], runs[-1]),
         "history": history(runs),
         "tensorflow": tensorflow(beside[-1]) if beside else "Not measured yet.\n",
