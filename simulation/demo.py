@@ -15,8 +15,8 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,6 +24,7 @@ from edgestill.coordinator.distillation.job import VALIDATION
 from edgestill.runtime.console import add_json_option
 from edgestill.runtime.errors import UsageError
 from edgestill.simulation import demo_bundles
+from edgestill.simulation.demo_board import DEVICES, Board
 from edgestill.simulation.demo_commands import Background, Commands, DemoFailed
 from edgestill.simulation.demo_page import (
     DeviceResult,
@@ -53,23 +54,6 @@ GLOBAL_STUDENT = STUDENTS[-1]
 ENGINE = "native"
 MARK = ".edgestill-demo"
 """Lies in a folder that a demo made."""
-
-
-@dataclass(frozen=True)
-class DemoDevice:
-    """A device; `memory_mb` is what it offers for training, None all."""
-
-    name: str
-    memory_mb: float | None = None
-
-
-# The coordinator gives each the largest student that fits its memory: cnn3, cnn4, cnn5 and cnn3, as a simulation deals.
-DEVICES = (
-    DemoDevice("camera", 6.0),
-    DemoDevice("tablet", 7.0),
-    DemoDevice("phone"),
-    DemoDevice("watch", 6.0),
-)
 
 
 @dataclass(frozen=True)
@@ -134,6 +118,12 @@ def run_demo(settings: DemoSettings, screen: TextIO, tell: Callable[[Results], N
         ]
         running += joined
         board.follow(joined, server)
+        for device, seen in zip(DEVICES, board.seen, strict=True):
+            if not seen.settled:
+                raise DemoFailed(
+                    f"{device.name} finished no round: there is nothing to compare with devices alone",
+                    "give the devices more time, or fewer --local-epochs",
+                )
         show.heading("4. The same devices, each alone on the same data: as many epochs, then as many steps")
         task = json.loads(show.run("task", "show", TASK, "--data-dir", data_dir, "--json"))
         results = collect(settings, task, board, train_alone(settings, data_dir, task, board))
@@ -259,90 +249,6 @@ def start_coordinator(show: Commands, data_dir: Path, port: int) -> tuple[Backgr
     return server, urls[0]
 
 
-@dataclass
-class Seen:
-    """What one device has said so far."""
-
-    device: str = ""
-    student: str = ""
-    samples: int = 0
-    round: int = 0
-    doing: str = "starting"
-    reports: list[dict[str, Any]] = field(default_factory=list)
-    news: list[str] = field(default_factory=list)
-
-
-class Board:
-    """Turns the events of all devices into lines for people, and keeps their reports."""
-
-    def __init__(self, show: Commands) -> None:
-        self._show = show
-        self._lock = threading.Lock()
-        self.seen = [Seen() for _ in DEVICES]
-
-    def listener(self, number: int) -> Any:
-        """What takes the lines of device `number`, in a thread of its own."""
-
-        def listen(line: str) -> None:
-            event = json.loads(line)
-            with self._lock:
-                note(self.seen[number], event)
-
-        return listen
-
-    def follow(self, joined: Sequence[Background], server: Background) -> None:
-        """Shows what happens until every device has left. Errors: DemoFailed when a process fails."""
-        while any(process.poll() is None for process in joined):
-            if server.poll() is not None:
-                server.check()
-                raise DemoFailed("the coordinator ended before the devices")
-            for process in joined:
-                if process.poll():
-                    process.check()
-            self._show_news()
-            time.sleep(0.2)
-        for process in joined:
-            process.check()
-        self._show_news()
-
-    def _show_news(self) -> None:
-        with self._lock:
-            for device, seen in zip(DEVICES, self.seen, strict=True):
-                for text in seen.news:
-                    self._show.say_once(f"  {device.name:<7} {text}")
-                seen.news.clear()
-            pairs = zip(DEVICES, self.seen, strict=True)
-            doing = [f"{device.name} {seen.doing}" for device, seen in pairs]
-        self._show.progress("  " + " | ".join(doing))
-
-
-def note(seen: Seen, event: dict[str, Any]) -> None:
-    """Changes what is known of a device by one event of `edgestill join --json`."""
-    match event.get("event"):
-        case "assigned":
-            seen.device, seen.student = event["device"], event["student"]
-            seen.samples = event["samples"]
-            seen.news.append(f"has {seen.student} on {event['engine']} and {seen.samples} private samples")
-        case "round":
-            seen.round = event["number"]
-        case "step":
-            seen.doing = f"round {seen.round} step {event['step']}"
-        case "settled":
-            report = event["report"]
-            seen.reports.append(report)
-            seen.doing = f"round {seen.round} uploaded"
-            before, after = report["before"], report["after"]
-            seen.news.append(
-                f"round {seen.round}: T_priv {before['t_priv']:.1%} to {after['t_priv']:.1%}, "
-                f"T_uni {before['t_uni']:.1%} to {after['t_uni']:.1%}, "
-                f"{report['bytes_up'] / 1e3:.0f} kB up"
-            )
-        case "given up":
-            seen.news.append(f"gave up {event['round']}: {event['reason']}")
-        case "finished":
-            seen.doing = "finished"
-
-
 def train_alone(
     settings: DemoSettings, data_dir: Path, task: dict[str, Any], board: Board
 ) -> list[tuple[dict[str, float | None], dict[str, float | None]]]:
@@ -355,19 +261,20 @@ def train_alone(
     bundles = {device["name"]: device["bundle"] for device in task["devices"]}
     entries = {entry["bundle"]: entry for entry in task["task"]["students"]}
     transfer = task["task"]["transfer"]["blob"]
+    published = [one["number"] for one in task["rounds"] if one["phase"] == "completed"]
     jobs = [
         AloneJob(
             setup,
             number,
             {"task": task["task"], "student": entries[bundles[seen.device]]},
             {digest: LocalFile(stored.path(digest)) for digest in (bundles[seen.device], transfer)},
-            len(seen.reports),
+            len(seen.settled),
             ENGINE,
             taught,
         )
         for number, seen in enumerate(board.seen)
-        # as many steps: all rounds but the first had global outputs
-        for taught in (0, len(seen.reports) - 1)
+        # as many steps: also those on the transfer set, in rounds that had global outputs
+        for taught in (0, sum(bool(published) and number > published[0] for number in seen.settled))
     ]
     with open_pool(2, ray=False) as pool:
         found = list(pool.map(train_alone, jobs))
@@ -386,7 +293,8 @@ def collect(
     recorded = of_seed(records, settings.seed)
     unlabelled = recorded[UNLABELLED]["devices"] if UNLABELLED in recorded else [None] * len(DEVICES)
     for device, seen, (epochs, steps), other in zip(DEVICES, board.seen, alone, unlabelled, strict=True):
-        first, last = seen.reports[0], seen.reports[-1]
+        reports = [seen.settled[number] for number in sorted(seen.settled)]
+        first, last = reports[0], reports[-1]
         devices.append(
             DeviceResult(
                 name=device.name,
@@ -395,13 +303,13 @@ def collect(
                 samples=seen.samples,
                 class_counts=tuple(last["class_counts"]),
                 before=first["before"],
-                after=[report["after"] for report in seen.reports],
+                after=[report["after"] for report in reports],
                 alone=epochs,
                 alone_steps=steps,
                 unlabelled=other,
                 step_ms=last["step_ms"],
-                bytes_up=[report["bytes_up"] for report in seen.reports],
-                bytes_down=[report["bytes_down"] for report in seen.reports],
+                bytes_up=[report["bytes_up"] for report in reports],
+                bytes_down=[report["bytes_down"] for report in reports],
                 peak_rss_bytes=last["peak_rss_bytes"],
             )
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,12 +34,25 @@ def settings_of(seed: int, labelled: bool) -> SimulationSettings:
     )
 
 
+def settings_digest() -> str:
+    """Of all settings of the recorded runs but the seed: figures of others say nothing of these."""
+    return hashlib.sha256(repr([settings_of(0, True), settings_of(0, False)]).encode()).hexdigest()[:12]
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """All lines but one that a kill has cut short."""
+    """All lines of runs with the present settings, but one that a kill has cut short."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [record for record in records if record.get("settings") == settings_digest()]
+
+
+def missing(records: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> list[tuple[int, str]]:
+    """Seed and run of what is not recorded."""
+    there = {(record["seed"], record["run"]) for record in records}
+    wanted = [(seed, run) for run in (*RUNS, EPOCHS, STEPS) for seed in seeds]
+    return [one for one in wanted if one not in there]
 
 
 def of_seed(records: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Mapping[str, Any]]:

@@ -90,7 +90,7 @@ class SimulationSettings:
     transfer_labels: bool | None = None
     """Whether the coordinator knows the classes of the transfer set, which devices never do; None: of the shipped."""
     validation: str | None = None
-    """What the best round is chosen by; None: the shipped transfer set's own, "" nothing."""
+    """What the best round of a global model is chosen by; None: the shipped transfer set's own, "" nothing."""
     resize: bool = False
     skip_broken: bool = False
     """Of images in folders."""
@@ -160,6 +160,8 @@ class SimulationSettings:
 
     @property
     def validation_source(self) -> str | None:
+        if not self.distils and self.exchange != "parameters":
+            return None
         if self.validation is None:
             return TRANSFER if self.transfer == TRANSFER and self.labelled else None
         return self.validation or None

@@ -1,9 +1,9 @@
-"""Passes over a whole graph for `native`: elementwise operators on one shape, slopes known beforehand."""
+"""Passes over a whole graph for `native`: elementwise operators on one shape, slopes known beforehand, joined parts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from edgestill.export.lowering.graph import Graph, Node, Value
 from edgestill.export.lowering.layout import axis_groups
@@ -11,6 +11,7 @@ from edgestill.export.lowering.rewrite import rewrite
 from edgestill.export.targets.native_fusion import is_mapped
 
 Shape = tuple[int, ...]
+Of = Callable[[Value], Value]
 
 
 # --- one shape -------------------------------------------------------------------------------------------------------
@@ -18,14 +19,9 @@ def join_shapes(graph: Graph) -> Graph:
     """Elementwise operators on the shape that all who read them reshape them to, so that they are one program with what
     follows: a layer's sum with its bias on [B, T, C], not on [B·T, C]."""
     wanted = _wanted_shapes(graph)
-    new = Graph()
-    made = {v.name: new.input(v.name, v.shape, v.dtype) for v in graph.inputs}
 
-    def of(value: Value) -> Value:
-        return new.constant(value.constant) if value.constant is not None else made[value.name]
-
-    for node in graph.nodes:
-        new.path, inputs, attributes = node.path, [of(value) for value in node.inputs], node.attributes
+    def make(node: Node, of: Of) -> list[Value]:
+        inputs, attributes = [of(value) for value in node.inputs], node.attributes
         shape, to = node.outputs[0].shape, wanted.get(node.outputs[0].name)
         if to is not None and node.operator == "reshape":
             attributes = {"shape": to}
@@ -33,8 +29,22 @@ def join_shapes(graph: Graph) -> Graph:
             inputs = [x.reshape(*_followed(v.shape, shape, to)) for v, x in zip(node.inputs, inputs, strict=True)]
         else:
             inputs = [x.reshape(*v.shape) for v, x in zip(node.inputs, inputs, strict=True)]
-        results = new.apply_many(node.operator, *inputs, **attributes)
-        made.update((old.name, value) for old, value in zip(node.outputs, results, strict=True))
+        return inputs[0].graph.apply_many(node.operator, *inputs, **attributes)
+
+    return _remade(graph, make)
+
+
+def _remade(graph: Graph, make: Callable[[Node, Of], Sequence[Value]]) -> Graph:
+    """The graph anew, each node as `make` says: it takes the old node and what gives the new value of an old one."""
+    new = Graph()
+    made = {v.name: new.input(v.name, v.shape, v.dtype) for v in graph.inputs}
+
+    def of(value: Value) -> Value:
+        return new.constant(value.constant) if value.constant is not None else made[value.name]
+
+    for node in graph.nodes:
+        new.path = node.path
+        made.update((old.name, value) for old, value in zip(node.outputs, make(node, of), strict=True))
     for name, value in graph.outputs.items():
         new.output(name, of(value).reshape(*value.shape))
     new.prune()
@@ -103,30 +113,21 @@ def _joined_slopes(graph: Graph) -> Graph:
         if node.operator == "add" and value.dtype == "float32":
             if (found := _common_factor(value, alone, place)) is not None:
                 sums[value.name] = found
-    new = Graph()
-    made = {v.name: new.input(v.name, v.shape, v.dtype) for v in graph.inputs}
 
-    def of(value: Value) -> Value:
-        return new.constant(value.constant) if value.constant is not None else made[value.name]
+    def make(node: Node, of: Of) -> Sequence[Value]:
+        inputs = [of(value) for value in node.inputs]
+        if node.outputs[0].name not in sums:
+            return inputs[0].graph.apply_many(node.operator, *inputs, **node.attributes)
+        dy, *terms = sums[node.outputs[0].name]
+        products = []
+        for factors in terms:
+            product = of(factors[0]) if factors else inputs[0].graph.constant([1.0]).reshape(*(1,) * dy.rank)
+            for factor in factors[1:]:
+                product = product * of(factor)
+            products.append(product)
+        return [of(dy) * (products[0] + products[1])]
 
-    for node in graph.nodes:
-        new.path = node.path
-        if node.outputs[0].name in sums:
-            dy, *terms = sums[node.outputs[0].name]
-            products = []
-            for factors in terms:
-                product = of(factors[0]) if factors else new.constant([1.0]).reshape(*(1,) * dy.rank)
-                for factor in factors[1:]:
-                    product = product * of(factor)
-                products.append(product)
-            made[node.outputs[0].name] = of(dy) * (products[0] + products[1])
-            continue
-        results = new.apply_many(node.operator, *(of(value) for value in node.inputs), **node.attributes)
-        made.update((old.name, value) for old, value in zip(node.outputs, results, strict=True))
-    for name, value in graph.outputs.items():
-        new.output(name, of(value))
-    new.prune()
-    return new
+    return _remade(graph, make)
 
 
 def _common_factor(
@@ -166,12 +167,6 @@ def _depends(value: Value, on: Value, place: dict[str, int]) -> bool:
             seen.update(operand.name for operand in new)
             pending += new
     return False
-
-
-def _narrowed(x: Value, axis: int, start: int, stop: int) -> Value:
-    """A part along an axis, counted from the last one, of what may be repeated along it."""
-    axis += x.rank
-    return x if axis < 0 or x.shape[axis] == 1 else x.narrow(axis, start, stop)
 
 
 # --- parts of a whole ------------------------------------------------------------------------------------------------
@@ -265,3 +260,9 @@ class _Moves:
 
     def _readers(self, node: Node) -> list[Node]:
         return self.readers.get(node.inputs[0].name, [])
+
+
+def _narrowed(x: Value, axis: int, start: int, stop: int) -> Value:
+    """A part along an axis, counted from the last one, of what may be repeated along it."""
+    axis += x.rank
+    return x if axis < 0 or x.shape[axis] == 1 else x.narrow(axis, start, stop)

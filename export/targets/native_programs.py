@@ -82,7 +82,7 @@ class Program:
                     code += [STEPS.index("number"), register[_name(operand)], 0, 0, 0, bits_of(number_of(operand))]
                     count += 1
             used = [register[_name(operand)] for operand in operands]
-            for name in {_name(operand) for operand in operands}:
+            for name in dict.fromkeys(map(_name, operands)):
                 if last[name] == i and name not in needed and register[name] >= loads:
                     free.append(register.pop(name))
             if not free:

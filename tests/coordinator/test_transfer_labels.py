@@ -139,6 +139,25 @@ def test_test_and_validation_images_are_apart_from_the_transfer_set(place: Path,
         make(place, blobs, test=test, validation=test)
 
 
+def test_one_data_set_without_splits_serves_for_everything(place: Path, blobs: FileBlobs) -> None:
+    warnings: list[str] = []
+    same = str(place / "transfer.npz")
+    task = make(place, blobs, warnings, transfer_labels=True, transfer_count=30, test=same)
+    assert (task.transfer.samples, task.validation.samples, task.test.samples) == (30, 15, SAMPLES - 45)
+    sets = [images_of(blobs, one.blob) for one in (task.transfer, task.test, task.validation)]
+    assert len(set.union(*sets)) == SAMPLES
+    assert ["transfer set" in text or "validation set" in text for text in warnings] == [True, True]
+
+
+def test_validation_images_that_choose_nothing_are_named(place: Path, blobs: FileBlobs) -> None:
+    warnings: list[str] = []
+    make(place, blobs, warnings, validation=str(place / "test.npz"), global_bundle=None)
+    assert any("--validation is not used" in text for text in warnings)
+    warnings.clear()
+    make(place, blobs, warnings, validation=str(place / "test.npz"))
+    assert not any("--validation is not used" in text for text in warnings)
+
+
 def test_the_defaults_are_settings_that_convince(place: Path, blobs: FileBlobs) -> None:
     task = make(place, blobs)
     assert (task.rounds, task.local.epochs, task.local.alpha, task.local.augment) == (8, 2, 0.8, "flip")

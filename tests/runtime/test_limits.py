@@ -153,7 +153,9 @@ def test_a_real_limit_of_the_process() -> None:
     said = python("from edgestill.runtime.machine import *; print(memory_bytes(), training_memory_bytes())",
                   preexec_fn=limit)  # fmt: skip
     whole, for_training = map(int, said.split())
-    assert 2**29 < whole < 2**30 and for_training == whole - machine.PROCESS_BYTES
+    assert 2**29 < whole < 2**30
+    # the process may have grown between the two
+    assert abs(whole - machine.PROCESS_BYTES - for_training) < MB
 
 
 def test_a_real_affinity() -> None:

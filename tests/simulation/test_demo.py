@@ -19,19 +19,17 @@ from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.cli import main
 from edgestill.simulation import demo, demo_bundles, demo_commands
 from edgestill.simulation.demo import (
-    DEVICES,
     ENGINE,
     STUDENTS,
     DemoSettings,
-    Seen,
     claim,
     join_words,
     lay_bundles,
     next_commands,
-    note,
     start_coordinator,
     task_words,
 )
+from edgestill.simulation.demo_board import DEVICES, Seen, note
 from edgestill.simulation.demo_commands import Commands, DemoFailed
 from edgestill.simulation.demo_page import (
     _STYLE,
@@ -247,7 +245,7 @@ def test_events_become_news_and_reports() -> None:
         {"summary": {}},
     ):
         note(seen, event)
-    assert (seen.device, seen.student, len(seen.reports)) == ("d-x", "cnn3", 1)
+    assert (seen.device, seen.student, list(seen.settled)) == ("d-x", "cnn3", [1])
     assert seen.news[1] == "round 1: T_priv 20.0% to 50.0%, T_uni 10.0% to 10.0%, 64 kB up"
     assert "its deadline passed" in seen.news[2] and seen.doing == "finished"
 

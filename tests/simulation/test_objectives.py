@@ -46,6 +46,7 @@ def federate(place: Path, work: Path, devices: tuple[str, ...], whole: str | Non
         devices=4, rounds=2, gamma=5.0, bundles=tuple(place / name for name in devices), batch=8, align=True,
         global_bundle=None if whole is None else place / whole, mode="consensus" if whole is None else "global",
         data=str(place / "d.npz"), transfer=str(place / "t.npz"), transfer_count=24, test_samples=20,
+        distil_epochs=2,
     )  # fmt: skip
     bundles, global_bundle = list(settings.bundles), settings.global_bundle
     federation = Federation(settings, bundles, global_bundle, work)

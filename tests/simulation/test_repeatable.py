@@ -21,7 +21,7 @@ from edgestill.simulation.pool import open_pool
 from edgestill.simulation.settings import SimulationSettings
 from edgestill.simulation.virtual import SeededEntropy
 from edgestill.simulation.virtual_device import _dealt
-from tests.support.handmade_bundle import CHANNELS, CLASSES, SIZE, write_handmade_bundle
+from tests.support.handmade_bundle import CHANNELS, CLASSES, SIZE, draw_images, write_handmade_bundle
 
 pytestmark = pytest.mark.simulation
 DEVICES, ROUNDS = 4, 3
@@ -34,8 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     centres = random.integers(60, 200, (CLASSES, SIZE, SIZE, CHANNELS))
 
     def images(labels: np.ndarray) -> np.ndarray:
-        noisy = centres[labels] + random.normal(0, 25, (len(labels), SIZE, SIZE, CHANNELS))
-        return noisy.clip(0, 255).astype(np.uint8)
+        return draw_images(random, centres, labels)
 
     train, test = np.arange(160) % CLASSES, np.arange(80) % CLASSES
     shown = images(train)

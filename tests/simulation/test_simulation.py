@@ -21,7 +21,7 @@ from edgestill.simulation.federation import Federation
 from edgestill.simulation.pool import LocalFile, _Here
 from edgestill.simulation.settings import SimulationSettings
 from edgestill.simulation.simulate import seconds_left
-from tests.support.handmade_bundle import CHANNELS, CLASSES, LATENT, SIZE, write_handmade_bundle
+from tests.support.handmade_bundle import CHANNELS, CLASSES, LATENT, SIZE, draw_images, write_handmade_bundle
 
 pytestmark = pytest.mark.simulation
 SUMMARY = (
@@ -39,8 +39,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     centres = random.integers(60, 200, (CLASSES, SIZE, SIZE, CHANNELS))
 
     def images(labels: np.ndarray) -> np.ndarray:
-        noisy = centres[labels] + random.normal(0, 25, (len(labels), SIZE, SIZE, CHANNELS))
-        return noisy.clip(0, 255).astype(np.uint8)
+        return draw_images(random, centres, labels)
 
     train, test = np.arange(160) % CLASSES, np.arange(80) % CLASSES
     np.savez(folder / "data.npz", x_train=images(train), y_train=train, x_test=images(test), y_test=test)

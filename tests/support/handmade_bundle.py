@@ -61,6 +61,12 @@ def give_common_head(folder: Path) -> Path:
     return folder
 
 
+def draw_images(random: np.random.Generator, centres: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """A noisy image of its class' centre, uint8 [N, SIZE, SIZE, CHANNELS], for each label."""
+    noisy = centres[labels] + random.normal(0, 25, (len(labels), SIZE, SIZE, CHANNELS))
+    return noisy.clip(0, 255).astype(np.uint8)
+
+
 def write_manifest(folder: Path, manifest: dict[str, object]) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 

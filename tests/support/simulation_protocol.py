@@ -250,10 +250,12 @@ class Storm:
         self, one: RoundOverview, accepted: dict[str, bytes], previous: dict[str, np.ndarray] | None
     ) -> dict[str, np.ndarray]:
         """The published blob is the aggregate of exactly the acknowledged bodies, in any order."""
+        with self.store.read() as transaction:
+            numbers = transaction.numbers_of_uploads("storm", one.number)
         uploads = []
         for device, body in accepted.items():
             arrays, metadata = unpack(body, "identity", SHAPES)
-            uploads.append(Upload(device, arrays, int(metadata["samples"]), None))
+            uploads.append(Upload(device, arrays, int(metadata["samples"]), None, numbers.get(device, 0)))
         self.random.shuffle(uploads)
         replayed = aggregate(uploads, self.task.aggregation, previous, None)
         assert one.published is not None
