@@ -93,6 +93,7 @@ class Federation:
         self._states = work_dir / "devices"
         self._states.mkdir(parents=True, exist_ok=True)
         self._shared: dict[str, SharedFile] = {}
+        self._scores: dict[int, Mapping[str, float | None] | None] = {}
         codes = [self.service.issue_code(TASK) for _ in range(settings.devices)]
         self._devices = self._enrol_all(codes)
         self._assignments = [self.service.assignment(device) for device in self._devices]
@@ -191,6 +192,7 @@ class Federation:
                 None if poison is None else poison.attack,
                 expected,
                 self.settings.privacy,
+                scores=self._scores.get(index),
             )
 
     def _setup(self, pool: Pool) -> Setup:
@@ -237,6 +239,7 @@ class Federation:
             # a model of its own stays trained, as in `Device`
             if taken or self.task.exchange != "parameters":
                 self._state_path(turn.device).write_bytes(outcome.student)
+                self._scores[turn.device] = outcome.after or None
                 tally.times[turn.device] = 1
                 tally.taught[turn.device] = int(work["global_outputs"] is not None)
                 if turn.device not in self.poisoners:

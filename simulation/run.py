@@ -29,10 +29,10 @@ def simulate(
     federation = Federation(settings, bundles, global_bundle, work_dir)
     progress(
         f"{settings.devices} devices, {settings.rounds} rounds of {settings.goal_uploads} uploads, "
-        f"{settings.workers} workers"
+        f"{settings.processes} worker{'s' * (settings.processes != 1)}"
     )
     lines = []
-    with open_pool(settings.workers, settings.ray) as pool:
+    with open_pool(settings.processes, settings.ray) as pool:
         for number in range(1, settings.rounds + 1):
             lines.append(federation.run_round(number, pool))
             yield lines[-1]

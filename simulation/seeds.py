@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -35,8 +36,10 @@ def settings_of(seed: int, labelled: bool) -> SimulationSettings:
 
 
 def settings_digest() -> str:
-    """Of all settings of the recorded runs but the seed: figures of others say nothing of these."""
-    return hashlib.sha256(repr([settings_of(0, True), settings_of(0, False)]).encode()).hexdigest()[:12]
+    """Of all settings that decide the figures, but the seed: figures of others say nothing of these."""
+    settings = [asdict(settings_of(0, labelled)) for labelled in (True, False)]
+    deciding = [{name: one[name] for name in one if name not in ("seed", "workers", "ray")} for one in settings]
+    return hashlib.sha256(repr(deciding).encode()).hexdigest()[:12]
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from edgestill.coordinator.task.creation import DISTIL, LOCAL, ROUNDS
 from edgestill.coordinator.task.task import EXCHANGES, MODES, RULES
 from edgestill.runtime.device.local_round import Privacy
 from edgestill.runtime.errors import UsageError
+from edgestill.runtime.machine import cores
 from edgestill.runtime.training.hyperparameters import HYPERPARAMETERS, TRANSFER_FRACTION
 
 TRANSFER = "cifar10-transfer-mini"
@@ -111,14 +112,15 @@ class SimulationSettings:
     """Of these, None is the default of `edgestill task create`."""
     local_only: bool = True
     seed: int = 0
-    workers: int = 1
+    workers: int | None = None
+    """None: one a core, and no more than devices."""
     ray: bool = False
 
     def __post_init__(self) -> None:
         counts = ("devices", "rounds", "width_divisor", "latent_size", "batch", "local_epochs",
                   "distil_epochs", "transfer_count", "test_samples", "workers")  # fmt: skip
         for name in counts:
-            if getattr(self, name) < 1:
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise UsageError(f"{_option(name)} {getattr(self, name)}", "give 1 or more")
         for name in ("availability", "trim", "byzantine"):
             if not 0 <= getattr(self, name) <= 1:
@@ -153,6 +155,11 @@ class SimulationSettings:
                 f"--minimum {self.minimum_uploads} with a goal of {self.goal_uploads} uploads",
                 "give a minimum of at least 1 and at most the goal",
             )
+
+    @property
+    def processes(self) -> int:
+        """Workers that train."""
+        return self.workers or min(cores(), self.devices)
 
     @property
     def labelled(self) -> bool:

@@ -103,7 +103,8 @@ def add_parser(subparsers: Any) -> None:
     add("--no-local-only", "leave out the comparison with training alone", action="store_true",
         default=False)  # fmt: skip
     add("--seed", "decides every draw", type=int, metavar="S")
-    add("--workers", "training processes, one thread each", type=int, metavar="W")
+    add("--workers", "training processes, one thread each (default: one a core, and no more than devices)", type=int,
+        metavar="W")  # fmt: skip
     add("--ray", "train on Ray (RAY_ADDRESS: a cluster) instead of a process pool", action="store_true")
     add("--cache", "keep exported bundles here (default: in the user's cache)", type=Path, metavar="DIR")
     add("--work-dir", "where devices keep their states (default: a temporary folder)", type=Path,

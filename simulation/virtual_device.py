@@ -72,6 +72,8 @@ class RoundJob:
     expected: Mapping[str, tuple[int, ...]]
     privacy: Privacy | None = None
     engine: str | None = None
+    scores: Mapping[str, float | None] | None = None
+    """Accuracies of the student, where they are known."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ def run_round(job: RoundJob) -> Outcome:
         job.device, coordinator, keep, equipment, conditions=None,
         clock=lambda: 0.0, sleep=lambda _: None,
         # noise that can be drawn again protects nobody, and here there is nobody to protect
-        random=np.random.default_rng([int(job.work["seed"]), job.index]),
+        random=np.random.default_rng([int(job.work["seed"]), job.index]), scores=job.scores,
     )  # fmt: skip
     report = device.run_round(job.work)
     return Outcome(

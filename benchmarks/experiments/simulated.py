@@ -72,6 +72,7 @@ def run_federation(
         # as in the committed records, also with AdamW
         given["weight_decay"] = 0.0
         given |= {"data": str(data), "transfer": str(shared), "transfer_count": len(transfer)}
+        given["workers"] = 1  # cells are run side by side
         # two processes would export the same student into the same folder
         with locked(cache / "simulated.lock"):
             if bundles is None:

@@ -75,6 +75,8 @@ class Device:
     peak_rss_bytes: Callable[[], int | None] = lambda: None
     watch: Watch = no_watch
     bytes_down: int = 0
+    scores: Mapping[str, float | None] | None = None
+    """Accuracies of the student between rounds, where they are known: nothing is measured twice."""
     needed_blobs: frozenset[str] = frozenset()
     """Digests of downloads that every round needs."""
     long_poll_s: float = LONG_POLL_S
@@ -90,6 +92,7 @@ class Device:
         self._without_work = False
         self._told: dict[str, Any] = {}
         self._given_up: str | None = None
+        self._after: Mapping[str, float | None] | None = None  # of what this process trained last
         work = self.participant.work
         self.keep.clean(None if work is None else work.round)
 
@@ -256,6 +259,7 @@ class Device:
                 work,
                 published,
                 student,
+                scores=self.scores,
                 train=self.train,
                 state_path=self.keep.training_path(work.round),
                 should_stop=stop,
@@ -268,6 +272,7 @@ class Device:
         finally:
             self.training = False
         self.keep.keep_trained(work.round, state)
+        self._after = report["after"]
         report |= {"peak_rss_bytes": self.peak_rss_bytes(), "bytes_down": self.bytes_down}
         self.watch("trained", round=work.round, **report)
         return machine.Trained(report, self.clock())
@@ -303,7 +308,7 @@ class Device:
         return machine.Accepted()
 
     def _settle(self, work: Work, report: Mapping[str, Any]) -> machine.Event:
-        self.keep.settle(work.round, self.equipment.bundle)
+        self._settle_student(work)
         if self.equipment.options.compare_alone:
             stop = _Stop(self)
             try:
@@ -384,10 +389,14 @@ class Device:
 
     def _keep_trained(self, work: Work, reason: str) -> machine.Event:
         if self.equipment.exchange != "parameters":
-            self.keep.settle(work.round, self.equipment.bundle)
+            self._settle_student(work)
         self.keep.clean(None)
         self._tell_given_up(work, reason)
         return machine.Settled()
+
+    def _settle_student(self, work: Work) -> None:
+        self.keep.settle(work.round, self.equipment.bundle)
+        self.scores, self._after = self._after, None
 
     def _tell_given_up(self, work: Work, reason: str) -> None:
         self._given_up = work.round

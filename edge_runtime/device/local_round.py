@@ -149,12 +149,14 @@ def train_round(
     published: Mapping[str, np.ndarray] | None,
     student: Mapping[str, np.ndarray],
     *,
+    scores: Mapping[str, float | None] | None = None,
     train: TrainLocally = train_locally,
     **how: Any,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Step 3: the trained state, and the part of the report that follows from it.
 
-    `student`: the state between rounds; `how`: `state_path`, `should_stop`, `on_step` of `train_locally`.
+    `student`: the state between rounds; `scores`: its accuracies where they are known; `how`: `state_path`,
+    `should_stop`, `on_step` of `train_locally`.
     Errors: those of `train_locally`.
     """
     bundle, engine = equipment.bundle, equipment.engine
@@ -163,9 +165,9 @@ def train_round(
     if equipment.exchange == "parameters":
         teacher = None
         if published is not None:
-            start = with_parameters(bundle, start, published)
+            start, scores = with_parameters(bundle, start, published), None
     engine.load_state(start)
-    before = score_tests(equipment)
+    before = score_tests(equipment) if scores is None else dict(scores)
     result = train(
         engine,
         bundle,

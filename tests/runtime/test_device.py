@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgestill.runtime.device import outputs
+from edgestill.runtime.device import local_round, outputs
 from edgestill.runtime.device.client import Refused
 from edgestill.runtime.device.conditions import Conditions
 from edgestill.runtime.device.device import _Stop
@@ -27,6 +27,13 @@ from edgestill.runtime.errors import (
 )
 from tests.support.device_bench import Bench, open_bench, upload_undisturbed  # noqa: F401  fixtures
 from tests.support.device_fakes import EXPECTED
+
+
+def test_what_was_measured_is_not_measured_again(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+    monkeypatch.setattr(local_round, "score_tests", lambda kit: measured.append(kit) or score_tests(kit))
+    bench.device(bench.coordinator(), WorkMemory(tmp_path)).run()
+    assert len(measured) == 3, "before and after the first of two rounds, after the second"
 
 
 def test_a_device_reports_what_it_did(bench: Bench, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def federate(place: Path, work: Path, devices: tuple[str, ...], whole: str | Non
     )  # fmt: skip
     bundles, global_bundle = list(settings.bundles), settings.global_bundle
     federation = Federation(settings, bundles, global_bundle, work)
-    with open_pool(settings.workers, settings.ray) as pool:
+    with open_pool(1, ray=False) as pool:
         return [federation.run_round(number, pool) for number in (1, 2)], federation
 
 

@@ -85,7 +85,7 @@ def test_what_a_job_needs_travels_through_ray(two_nodes: None, tmp_path: Path) -
     words = [
         "simulate", "--data", str(tmp_path / "data.npz"), "--transfer", str(tmp_path / "transfer.npz"),
         "--transfer-count", "16", "--bundle", str(tmp_path / "student"), "--devices", "4", "--rounds", "2",
-        "--learning-rate", "0.002", "--json",
+        "--learning-rate", "0.002", "--json", "--workers", "1",
     ]  # fmt: skip
     summaries = []
     for more in ([], ["--ray"]):

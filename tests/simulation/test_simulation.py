@@ -49,7 +49,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [
         "simulate", "--data", str(folder / "data.npz"), "--transfer", str(folder / "transfer.npz"),
         "--transfer-count", str(TRANSFER_COUNT), "--bundle", str(bundles[0]), "--devices", "5", "--rounds", "2",
-        "--learning-rate", "0.002", "--distil-learning-rate", "0.002", "--json",
+        "--learning-rate", "0.002", "--distil-learning-rate", "0.002", "--json", "--workers", "1",
     ]  # fmt: skip
 
 
