@@ -177,6 +177,8 @@ def _conv2d(plan: Plan, node: Node, x: Value, weight: Value, *bias: Value) -> No
     groups, kernel = a["groups"], weight.shape[2:]
     image, offset = plan.dense(x), plan.dense(bias[0]) if bias else None
     to, filters = plan.result(value), plan.view(weight)
+    if is_pointwise(a, kernel, x.shape, value.shape):
+        x, value = _as_one_row(x), _as_one_row(value)
     words = _windows(plan, x, value, weight, a, kernel, groups, adjoint)
     depthwise = groups == x.shape[3] == value.shape[3]
     into, out, taps = x.shape[3] // groups, value.shape[3] // groups, math.prod(kernel)
@@ -209,8 +211,8 @@ def _conv2d_weight_grad(plan: Plan, node: Node, x: Value, dy: Value, weight: Val
     words = _windows(plan, x, dy, None, a, kernel, groups, False)
     words[-5:-1] = to.strides
     depthwise = groups == x.shape[3] == dy.shape[3] and groups > 1
-    if kernel == (1, 1) and groups == 1 and a["stride"] == (1, 1) and x.shape[:3] == dy.shape[:3]:
-        x, dy = (_as_one_row(v) for v in (x, dy))  # of images there is no need: pixels in a row, in a few parts
+    if is_pointwise(a, kernel, x.shape, dy.shape):
+        x, dy = _as_one_row(x), _as_one_row(dy)
         words[:6] = [*x.shape, *dy.shape[1:3]]
     if has_winograd(a, kernel, x.shape[3], dy.shape):
         tiles = dy.shape[0] * -(-dy.shape[1] // 4) * -(-dy.shape[2] // 4)
@@ -231,6 +233,11 @@ def _conv2d_weight_grad(plan: Plan, node: Node, x: Value, dy: Value, weight: Val
         "depthwise" if depthwise else "conv_grad", node.operator, [image, slope], [to, partial],
         [image, slope, to, None, partial, *words, *tail],
     )  # fmt: skip
+
+
+def is_pointwise(a: dict, kernel: tuple[int, int], x: Sequence[int], to: Sequence[int]) -> bool:
+    """Whether each pixel is multiplied by itself, so that of images there is no need: pixels lie in a row."""
+    return kernel == (1, 1) and a["groups"] == 1 and a["stride"] == (1, 1) and tuple(x[:3]) == tuple(to[:3])
 
 
 def _as_one_row(images: Value) -> Value:

@@ -601,6 +601,8 @@ static void product_task(const struct call *c, int phase, word task) {
           word row = least(i + r, stop - 1);
           rows[r] = ks == 1 ? left + row * rs + start : turned + row - first;
         }
+        /* the lines that will be written come from memory while the products are taken; of no other use is a prefetch */
+        for (int r = 0; r < count; r++) __builtin_prefetch(to + least(i + r, stop - 1) * n + p * LANES, 1);
         fill_tile(&sum, half, all(0.f));
         multiply(&sum, half, rows, stride, 0, right + (p * k + start) * LANES, LANES, 0, some, 1);
         for (int r = 0; r < least(count, stop - i); r++) {
@@ -739,6 +741,7 @@ static void conv_task(const struct call *c, int phase, word task) {
         start_sum(&sum, half, offset);
         for (int m = 0; m < count; m++) {
           under[m] = from, to[m] = next;
+          __builtin_prefetch(next, 1);
           if (q + m + 1 >= pixels) continue; /* the last pixel again where there are no more */
           if (++column < b.width) from += b.sw * a[CONV_C], next += b.across * a[CONV_O];
           else column = 0, from = line += b.sh * b.pitch, next = line_to += b.down * a[CONV_OW] * a[CONV_O];
@@ -959,6 +962,8 @@ static void winograd_task(const struct call *c, int phase, word task) {
     for (word p = 0; p < panels; p++) {
       word n = least(LANES, out - p * LANES), at_[3];
       v16 q[4][6], u[6], r[4], offset = bias ? load_part(bias + p * LANES, n) : all(0.f);
+      place_of(a, first + t + 1, at_);
+      for (int i = 0; i < 16; i++) __builtin_prefetch((float *)at(c, 4) + ((at_[0] * a[CONV_OH] + at_[1] + i / 4) * a[CONV_OW] + at_[2] + i % 4) * out + p * LANES, 1);
       place_of(a, first + t, at_);
       for (int j = 0; j < 6; j++) {
         for (int i = 0; i < 6; i++) u[i] = load(m + (i * 6 + j) * ms + (t * panels + p) * LANES);
@@ -990,6 +995,10 @@ static void winograd_grad_task(const struct call *c, int phase, word task) {
       word where[3];
       tile_in(a, at(c, 0), t, v + t * in, vs, a[CONV_TOP], a[CONV_LEFT]);
       place_of(a, t, where);
+      for (word spot = 0; spot < SPOTS; spot++) {
+        for (word i = 0; i < in; i += LANES) __builtin_prefetch(v + (t + 1) * in + spot * vs + i, 1);
+        for (word p = 0; p < panels; p++) __builtin_prefetch(m + (p * tiles + t + 1) * LANES + spot * ms, 1);
+      }
       int whole = pixels_of(at(c, 2), where[0], where[1], where[2], a[CONV_OH], a[CONV_OW], out, 4, pixels);
       for (word p = 0; p < panels; p++) {
         float *to = m + (p * tiles + t) * LANES;
