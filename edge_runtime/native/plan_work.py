@@ -13,7 +13,7 @@ import numpy as np
 
 from edgestill.runtime.errors import BundleError
 
-MAGIC, VERSION = 0x314E414C504C5345, 4
+MAGIC, VERSION = 0x314E414C504C5345, 5
 HEAD_WORDS = 8
 KERNELS = tuple(
     "copy map reduce product conv conv_grad depthwise pool rows index winograd winograd_grad".split()

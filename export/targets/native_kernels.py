@@ -23,7 +23,7 @@ from edgestill.export.targets.native_plan import (
 )
 
 LANES, TASK_ROWS, RUN = 16, 96, 256
-SPOTS, TILE_BYTES = 36, 2**19
+SPOTS, TILE_BYTES, GRAD_TILE_BYTES = 36, 2**19, 2**21
 PARTIAL_BYTES = 4 * 2**20
 """At most so much memory takes what weight gradients sum up before they are added."""
 
@@ -215,12 +215,7 @@ def _conv2d_weight_grad(plan: Plan, node: Node, x: Value, dy: Value, weight: Val
         x, dy = _as_one_row(x), _as_one_row(dy)
         words[:6] = [*x.shape, *dy.shape[1:3]]
     if has_winograd(a, kernel, x.shape[3], dy.shape):
-        tiles = dy.shape[0] * -(-dy.shape[1] // 4) * -(-dy.shape[2] // 4)
-        wide = -(-dy.shape[3] // LANES) * LANES
-        work = plan.new((SPOTS, tiles * (x.shape[3] + wide) + x.shape[3] * wide + 2 * LANES))
-        plan.call(
-            "winograd_grad", node.operator, [image, slope], [to, work], [image, slope, to, None, work, *words, 1]
-        )  # fmt: skip
+        _winograd_weight_grad(plan, node, image, slope, to, words)
         return
     each = 4 * value.size
     parts = max(1, min(x.shape[0], PARTIAL_BYTES // each))
@@ -233,6 +228,22 @@ def _conv2d_weight_grad(plan: Plan, node: Node, x: Value, dy: Value, weight: Val
         "depthwise" if depthwise else "conv_grad", node.operator, [image, slope], [to, partial],
         [image, slope, to, None, partial, *words, *tail],
     )  # fmt: skip
+
+
+def _winograd_weight_grad(plan: Plan, node: Node, image: View, slope: View, to: View, words: list[int]) -> None:
+    """In parts of so many images that a chain of sums is full, or a cache of their transformed tiles; but of no fewer than
+    make these more than what goes from part to part."""
+    (images, *_, channels), (_, height, width, out) = image.shape, slope.shape
+    each, wide = -(-height // 4) * -(-width // 4), -(-out // LANES) * LANES
+    bytes_each, kept_bytes = SPOTS * 4 * each * (channels + wide), SPOTS * 4 * channels * wide
+    part = min(images, -(-RUN // each), max(1, max(GRAD_TILE_BYTES, kept_bytes) // bytes_each))
+    work = plan.new((SPOTS, part * each * (channels + wide) + channels * wide + 2 * LANES))
+    for first in range(0, images, part):
+        count = min(part, images - first)
+        goes_on, goes_further = first > 0, first + count < images
+        views = [replace(v, offset=v.offset + first * v.strides[0]) for v in (image, slope)]
+        arguments = [*views, to, None, work, count, *words[1:], goes_on + 2 * goes_further]
+        plan.call("winograd_grad", node.operator, [image, slope], [to, work], arguments)
 
 
 def is_pointwise(a: dict, kernel: tuple[int, int], x: Sequence[int], to: Sequence[int]) -> bool:

@@ -369,6 +369,20 @@ def test_what_winograd_loses(shape: tuple[int, ...], tmp_path: Path) -> None:
         assert max(errors(case, tmp_path, winograd=False).values()) < 3e-6, case
 
 
+@pytest.mark.parametrize(("images", "parts"), [(8, 1), (9, 2), (20, 3)])
+def test_a_weight_gradient_in_parts_of_the_images(images: int, parts: int, tmp_path: Path) -> None:
+    """36 tiles an image: of eight a chain of sums is full."""
+    graph = Graph()
+    x, dy = graph.input("x", (images, 16, 24, 24)), graph.input("dy", (images, 24, 24, 24))
+    w = graph.input("w", (24, 16, 3, 3))
+    graph.output("dw", graph.apply_many("conv2d_weight_grad", x, dy, w, bias=False, **FORM)[0])
+    assert native.make_plan(native.lower(graph)).kernels()["winograd_grad"] == parts
+    assert max(errors(Case(images, 16, 24, 24, "normal"), tmp_path).values()) < 2.5e-5
+    inputs = {v.name: torch.randn(v.shape, generator=torch.Generator().manual_seed(0)) for v in graph.inputs}
+    one, three = (run_native(native.lower(graph), inputs, tmp_path, threads)["dw"] for threads in (1, 3))
+    assert torch.equal(one, three)
+
+
 @pytest.mark.parametrize("change", [{"groups": 2}, {"stride": (2, 2)}, {"dilation": (2, 2)}, {}])
 def test_where_a_convolution_is_no_winograd(change: dict) -> None:
     """Few channels or pixels, or another form."""

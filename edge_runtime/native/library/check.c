@@ -251,7 +251,7 @@ static void check_winograd(struct check *c, int gradient) {
   if (!c->error) check_windows(c);
   if (c->error) return;
   word dy = gradient || !a[CONV_ADJOINT];
-  if (a[CONV_GROUPS] != 1 || a[CONV_KH] != 3 || a[CONV_KW] != 3 || a[CONV_SH] != 1 || a[CONV_SW] != 1 || a[CONV_DH] != 1 || a[CONV_DW] != 1 || !in(a[WINOGRAD_TILES], 1, 1 << 16) || (gradient && a[CONV_ADJOINT])) { c->error = "this convolution has no such form"; return; }
+  if (a[CONV_GROUPS] != 1 || a[CONV_KH] != 3 || a[CONV_KW] != 3 || a[CONV_SH] != 1 || a[CONV_SW] != 1 || a[CONV_DH] != 1 || a[CONV_DW] != 1 || !in(a[WINOGRAD_TILES], gradient ? 0 : 1, gradient ? GOES_ON | GOES_FURTHER : 1 << 16) || (gradient && a[CONV_ADJOINT])) { c->error = "this convolution has no such form"; return; }
   word in = a[CONV_C], panels = panels_of(a[CONV_O]), tiles = tiles_of(a);
   word weight = dy ? weight_bytes(c, a[CONV_O], in) : weight_bytes(c, in, a[CONV_O]);
   operand(c, a, image_bytes(c, CONV_H), 4, 0);

@@ -978,17 +978,19 @@ static void winograd_task(const struct call *c, int phase, word task) {
     }
 }
 
-/* its weight gradient: [8,9] holds x's tiles [spot, tile, channel], those of dy [spot, panel, tile, 16] and the gradient of
-   the transformed weight [spot, channel, panel, 16], one after the other */
+/* its weight gradient: [8,9] holds the gradient of the transformed weight [spot, channel, panel, 16], x's tiles [spot, tile,
+   channel] and those of dy [spot, panel, tile, 16], one after the other. Where it comes in parts, the first of these three
+   goes from call to call. */
 static word winograd_grad_tasks(const word *a, int phase) {
   if (phase == 0) return parts_of(tiles_of(a), 8);
-  return phase == 1 ? SPOTS * parts_of(a[CONV_C], TASK_ROWS) : a[CONV_C];
+  if (phase == 1) return SPOTS * parts_of(a[CONV_C], TASK_ROWS);
+  return a[WINOGRAD_PART] & GOES_FURTHER ? 0 : a[CONV_C];
 }
 
 static void winograd_grad_task(const struct call *c, int phase, word task) {
   const word *a = c->a, in = a[CONV_C], out = a[CONV_O], panels = panels_of(out), tiles = tiles_of(a);
   word vs = spot_size(tiles * in), ms = spot_size(tiles * panels * LANES);
-  float *v = at(c, 8), *m = v + SPOTS * vs, *g = m + SPOTS * ms;
+  float *g = at(c, 8), *v = g + SPOTS * in * panels * LANES, *m = v + SPOTS * vs;
   if (phase == 0) {
     for (word t = task * 8; t < least(task * 8 + 8, tiles); t++) {
       const float *pixels[16];
@@ -1015,10 +1017,15 @@ static void winograd_grad_task(const struct call *c, int phase, word task) {
         struct sum sum;
         start_sum(&sum, 0, all(0.f));
         for (int r = 0; r < ROWS; r++) rows[r] = v + spot * vs + least(i + r, stop - 1);
+        float *to = g + ((spot * in + i) * panels + p) * LANES;
+        if (a[WINOGRAD_PART] & GOES_ON) {
+          for (int r = 0; r < ROWS; r++) sum.total.whole[r] = i + r < stop ? load(to + r * panels * LANES) : all(0.f);
+          sum.more = 1;
+        }
         add_products(&sum, rows, 0, in, m + spot * ms + p * tiles * LANES, tiles);
         finish_sum(&sum);
         for (int r = 0; r < ROWS; r++)
-          if (i + r < stop) store(g + ((spot * in + i + r) * panels + p) * LANES, sum.chain.whole[r]);
+          if (i + r < stop) store(to + r * panels * LANES, sum.chain.whole[r]);
       }
   } else {
     const word *s = a + CONV_WEIGHT;

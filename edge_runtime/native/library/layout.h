@@ -21,7 +21,8 @@ enum { CONV_N = 10, CONV_H, CONV_W, CONV_C, CONV_OH, CONV_OW, CONV_O, CONV_KH, C
 enum { GRAD_IMAGES = CONV_WORDS };
 enum { DEPTH_WHAT = CONV_WORDS, DEPTH_IMAGES };
 enum { POOL_WHAT = CONV_WORDS, POOL_WIDE };
-enum { WINOGRAD_TILES = CONV_WORDS }; /* of 4×4 pixels a task; of the weight gradient: unused */
+enum { WINOGRAD_TILES = CONV_WORDS }; /* of 4×4 pixels a task */
+enum { WINOGRAD_PART = CONV_WORDS, GOES_ON = 1, GOES_FURTHER = 2 }; /* of a weight gradient in parts, some images each */
 #define SPOTS 36 /* of a transformed tile */
 enum { ROWS_WHAT = 6, ROWS_COUNT, ROWS_SIZE, ROWS_NUMBER };
 enum { SOFTMAX, LOG_SOFTMAX, STANDARDIZE };

@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 #define MAGIC 0x314e414c504c5345 /* "ESLPLAN1" */
-#define VERSION 4
+#define VERSION 5
 #define RANK 6
 
 typedef int64_t word;
