@@ -231,8 +231,8 @@ def _conv2d_weight_grad(plan: Plan, node: Node, x: Value, dy: Value, weight: Val
 
 
 def _winograd_weight_grad(plan: Plan, node: Node, image: View, slope: View, to: View, words: list[int]) -> None:
-    """In parts of so many images that a chain of sums is full, or a cache of their transformed tiles; but of no fewer than
-    make these more than what goes from part to part."""
+    """In parts of so many images that a chain of sums is full, or a cache of their transformed tiles; but of no fewer
+    than make these more than what goes from part to part."""
     (images, *_, channels), (_, height, width, out) = image.shape, slope.shape
     each, wide = -(-height // 4) * -(-width // 4), -(-out // LANES) * LANES
     bytes_each, kept_bytes = SPOTS * 4 * each * (channels + wide), SPOTS * 4 * channels * wide
