@@ -121,7 +121,8 @@ $(DEVICE_VENV)/.stamp: constraints.txt pyproject.toml
 	'$(PYTHON_DEVICE)' -m venv --clear $(DEVICE_VENV)
 	$(DEVICE_VENV)/bin/python -m pip --disable-pip-version-check install -c constraints.txt setuptools
 	$(DEVICE_VENV)/bin/python -m pip --disable-pip-version-check install -c constraints.txt --no-build-isolation \
-	  -e '.[$(DEVICE_EXTRAS),dev]' onnx
+	  -e '.[$(DEVICE_EXTRAS),dev]' onnx attrs mpmath scipy
+	$(DEVICE_VENV)/bin/python -m pip --disable-pip-version-check install -c constraints.txt --no-deps dp-accounting absl-py
 	touch $@
 
 demo: setup

@@ -64,6 +64,11 @@ def _hint_untrusted(host: str | None, reason: str, ca_cert: Path | None) -> str:
         )
     if "revoked" in reason:
         return "the coordinator's certificate was revoked: whoever runs it must get a new one"
+    if "key identifier" in reason or "key usage" in reason:
+        return (
+            "since 3.13, Python wants certificates with key identifiers and an authority with key usage: whoever runs "
+            "the coordinator must make them anew; `openssl req -x509 -addext keyUsage=critical,keyCertSign` writes them"
+        )
     if ca_cert is not None:
         return f"{ca_cert} does not vouch for the coordinator's certificate: give the one that signed it with --ca-cert"
     if "self-signed certificate in certificate chain" in reason or "self signed certificate in" in reason:

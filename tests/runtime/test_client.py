@@ -383,6 +383,12 @@ def test_why_a_certificate_is_not_trusted(
     assert hint in (unreachable.value.hint or ""), unreachable.value.message
 
 
+@pytest.mark.parametrize("reason", ["Missing Authority Key Identifier", "CA cert does not include key usage extension"])
+def test_what_newer_pythons_want_of_a_certificate_is_said(reason: str) -> None:
+    hint = hint_unreachable("https://lab.example", f"certificate verify failed: {reason} (_ssl.c:1020)", Path("ca.pem"))
+    assert "make them anew" in hint
+
+
 @pytest.mark.parametrize(
     ("url", "host"),
     [("https://[fe80::1]", "fe80::1"), ("https://[fe80::1]:8443/a", "fe80::1"), ("https://lab.example", "lab.example"),

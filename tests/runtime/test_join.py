@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -199,7 +200,10 @@ def test_a_round_that_is_given_up_is_a_failure_of_once(
         (["--share", "half"], 2, "not K/N"),
         (["--name", ""], 2, "1 to 80 characters"),
         (["--name", "a\tb"], 2, "1 to 80 characters"),
-        (["--engine", "executorch"], 2, "no graphs for --engine executorch, only for onnxruntime"),
+        pytest.param(
+            ["--engine", "executorch"], 2, "no graphs for --engine executorch, only for onnxruntime",
+            marks=pytest.mark.skipif(find_spec("executorch") is None, reason="else it is not installed"),
+        ),
         (["--min-battery", "30"], 2, "battery"),
         (["--min-memory", "-1"], 2, "--min-memory"),
         (["--discover"], 2, "one of them"),

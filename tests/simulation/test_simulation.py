@@ -257,6 +257,7 @@ def test_what_makes_no_sense_is_refused_at_once(
 def test_students_are_exported_for_what_is_exchanged(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    pytest.importorskip("torch", reason="exports")
     words = [
         "simulate", "--devices", "2", "--rounds", "1", "--students", "cnn3", "--exchange", "both", "--width-divisor",
         "16", "--latent-size", "12", "--batch", "16", "--transfer-count", "16", "--data", "cifar10-mini",
