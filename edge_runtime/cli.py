@@ -58,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         return _complain(EdgestillError(what, "check the path, its rights and the free space"))
+    except MemoryError as error:
+        what = f"out of memory: {error}".rstrip(": ")
+        return _complain(EdgestillError(what, "give this process more, or less to do"))
     except KeyboardInterrupt:
         print("edgestill: interrupted", file=sys.stderr)
         return 1

@@ -61,7 +61,8 @@ print(
 
 # %% How well? On the test split where the folder has one, else on what it was trained on.
 evaluation = student.evaluate(FOLDER)
-print(f"accuracy {evaluation.accuracy:.0%} of {evaluation.samples} pictures")
+which = "test pictures" if FOLDER.joinpath("test").is_dir() else "pictures that it was trained on"
+print(f"accuracy {evaluation.accuracy:.0%} of {evaluation.samples} {which}")
 student.save(WORK / "student.safetensors")
 student.close()
 

@@ -186,8 +186,9 @@ def next_commands(settings: DemoSettings) -> list[tuple[list[object], str]]:
     folder = settings.output
     return [
         (["serve", "--data-dir", folder / "coordinator"], "the dashboard of what just ran"),
-        (["train", folder / GLOBAL_STUDENT, "--data", DATA, "--epochs", 2, "--state", folder / "own.safetensors"],
-         "train one of the students by itself; --data takes your own images, a folder a class"),
+        (["train", folder / GLOBAL_STUDENT, "--data", DATA, "--alpha", 0, "--epochs", 2, "--state",
+          folder / "own.safetensors"],
+         "train one of the students by itself; --data takes your own images, a folder a class, with --resize"),
         (["simulate", "--bundle", folder / "cnn3", "--bundle", folder / "cnn4",
           "--global-bundle", folder / GLOBAL_STUDENT, "--devices", 20, "--rounds", 3],
          "a larger federation, without processes and sockets"),

@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 
 FOLDER = Path(str(files("edgestill.simulation"))) / "carried"
-"""Where the package has them, one `.zip` a student."""
+"""Where the package has them, one `.zip` a student, and what `make demo-seeds` recorded."""
 
 
 def carried(names: Sequence[str]) -> bool:
@@ -31,10 +31,12 @@ def write(folder: Path) -> None:
     """Exports the demo's students, for `native` alone. Errors: DemoFailed."""
     from edgestill.simulation.demo import STUDENTS, DemoSettings, export_words
     from edgestill.simulation.demo_commands import Commands
+    from edgestill.simulation.seeds import CARRIED_RECORDS, CHECKOUT_RECORDS
 
     folder.mkdir(exist_ok=True)
     show, settings = Commands(sys.stderr), DemoSettings(output=folder)
     show.run_beside([export_words(student, settings, packed=True) for student in STUDENTS])
+    shutil.copyfile(CHECKOUT_RECORDS, folder / CARRIED_RECORDS.name)
 
 
 if __name__ == "__main__":

@@ -408,7 +408,8 @@ tfoot { font-weight: 600; }
   img { max-width: 28rem; margin: 0 auto; }
   table, tbody, tfoot { display: block; }
   thead { position: absolute; clip-path: inset(50%); }
-  tr { display: grid; grid-template-columns: repeat(3, 1fr); padding: .5rem 0; border-bottom: 1px solid var(--line); }
+  tr { display: grid; grid-template-columns: repeat(3, 1fr); gap: 0 .75rem; padding: .5rem 0; }
+  tr { border-bottom: 1px solid var(--line); }
   tr > * { border: 0; padding: .2rem 0; }
   tr > td, tr > td:nth-child(n) { text-align: left; }
   tr > th { font-size: 1rem; }

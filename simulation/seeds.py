@@ -15,8 +15,10 @@ from edgestill.simulation.settings import TRANSFER, SimulationSettings
 STUDENTS = ("cnn3", "cnn4", "cnn5")
 DEVICES = 4
 SEEDS = 10
-RECORDS = Path(__file__).parent.parent / "benchmarks" / "results" / "demo-seeds.jsonl"
-"""In a checkout; a wheel has no records."""
+CHECKOUT_RECORDS = Path(__file__).parent.parent / "benchmarks" / "results" / "demo-seeds.jsonl"
+CARRIED_RECORDS = Path(__file__).parent / "carried" / CHECKOUT_RECORDS.name
+"""In a wheel that carries the demo's bundles."""
+RECORDS = CHECKOUT_RECORDS if CHECKOUT_RECORDS.exists() else CARRIED_RECORDS
 TOGETHER, UNLABELLED = "together", "together, no transfer labels"
 EPOCHS, STEPS = "alone, as many epochs", "alone, as many steps"
 RUNS = (TOGETHER, UNLABELLED)

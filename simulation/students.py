@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
-from edgestill.simulation.bundles import BundleRequest, prepare_bundle
+from edgestill.runtime.errors import UsageError
+from edgestill.simulation.bundles import BundleRequest, ExportFailed, prepare_bundle
 from edgestill.simulation.settings import SimulationSettings
 
 # Channels of the built-in students' stages, as in export/students/registry.py, which needs torch; a test compares them.
@@ -59,7 +61,16 @@ def prepare_students(
         request = BundleRequest(
             student, settings.batch, settings.latent_size, settings.exported_objective, settings.optimizer, options
         )
-        return prepare_bundle(request, [ENGINE], cache, progress)[0]
+        try:
+            return prepare_bundle(request, [ENGINE], cache, progress)[0]
+        except ExportFailed as error:
+            if find_spec("torch") is not None:
+                raise
+            raise UsageError(
+                f"the student {student} must be exported, and PyTorch is not installed here",
+                "`edgestill demo --output demo` lays students that are exported already: `edgestill simulate --bundle "
+                "demo/cnn3 --global-bundle demo/cnn5`",
+            ) from error
 
     own = list(settings.bundles) or [export(name) for name in dict.fromkeys(settings.students)]
     if not settings.distils:

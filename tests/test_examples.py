@@ -41,7 +41,7 @@ def test_own_images_of_any_size(tmp_path: Path) -> None:
             picture = image.new("RGB", (30 + 7 * number, 50), colour)
             picture.save(tmp_path / "photos" / name / f"{number}.png")
     said = ran("own_images.py", "photos", "work", 4, cwd=tmp_path)
-    assert "classes: blue, red" in said and "accuracy 100% of 24 pictures" in said
+    assert "classes: blue, red" in said and "accuracy 100% of 24 pictures that it was trained on" in said
     found = re.search(r"photos/blue/0\.png: (\w+), (\d+)%", said)
     assert found is not None and found[1] == "blue"
     command = said.splitlines()[-1]
@@ -64,7 +64,7 @@ def test_own_images_in_splits(tmp_path: Path) -> None:
                 image.new("RGB", (40, 50), colour).save(tmp_path / "my photos" / split / name / f"{number}.png")
     (tmp_path / "my photos/.DS_Store").write_bytes(b"\0")
     said = ran("own_images.py", "my photos", "work", 4, cwd=tmp_path)
-    assert "classes: blue, red" in said and "accuracy 100% of 10 pictures" in said
+    assert "classes: blue, red" in said and "accuracy 100% of 10 test pictures" in said
     parsed = PARSERS[""].parse_args(shlex.split(said.splitlines()[-1])[1:])
     assert parsed.pictures == [Path("my photos/test/blue/0.png")]
 

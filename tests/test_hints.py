@@ -68,7 +68,8 @@ def check(command: str) -> str | None:
     words = shlex.split(command.replace("\\\n", " "), comments=True)
     while "=" in words[0]:  # a variable before the command
         words = words[1:]
-    words = words[: words.index(">")] if ">" in words else words
+    for end in (">", ">>", "|"):
+        words = words[: words.index(end)] if end in words else words
     if " ".join(words[1:]) in PARSERS or "--help" in words:
         return None
     try:

@@ -13,7 +13,7 @@ from edgestill.coordinator.model import BEST, LAST, GlobalModel, body_of, find_m
 from edgestill.coordinator.opening import open_existing
 from edgestill.coordinator.problems import Problem
 from edgestill.coordinator.service import Service
-from edgestill.coordinator.settings import STORE_SETTINGS, add_flags, settings_from
+from edgestill.coordinator.settings import STORE_SETTINGS, add_flags, place_words, settings_from
 from edgestill.runtime.bundle.bundle import Bundle
 from edgestill.runtime.bundle.writer import check_output, replacing
 from edgestill.runtime.console import add_json_option
@@ -56,7 +56,11 @@ def run_export(arguments: argparse.Namespace) -> int:
     try:
         model = find_model(service, arguments.name, wanted)
     except Problem as problem:
-        raise UsageError(problem.detail, problem.hint) from problem
+        place = place_words(vars(arguments))
+        hint = problem.hint.replace("`edgestill task list`", f"`edgestill task list{place}`")
+        name = shlex.quote(arguments.name)
+        hint = hint.replace("`edgestill task show TASK`", f"`edgestill task show {name}{place}`")
+        raise UsageError(problem.detail, hint) from problem
     samples = "" if arguments.bundle is None else _write_bundle(service, model, arguments.bundle)
     body = body_of(service, model)
     write_atomically(output, [body])

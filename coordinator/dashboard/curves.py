@@ -30,6 +30,8 @@ def draw_task(task: TaskView) -> list[Chart]:
         format_value=format_bytes,
     )
     known = {"global model": [one.global_t_uni for one in shown]}
+    if task.latest_t_uni is None:
+        known = {"global model on validation images": [one.validation_accuracy for one in shown]}
     losses = {"global model": [one.global_loss for one in shown]}
     return [*_draw_figures(shown, "devices ", known, losses), bytes_a_round]
 

@@ -182,6 +182,11 @@ class TaskView:
     def latest_t_uni(self) -> float | None:
         return next((one.global_t_uni for one in reversed(self.rounds) if one.global_t_uni is not None), None)
 
+    @property
+    def latest_validation(self) -> float | None:
+        found = (one.validation_accuracy for one in reversed(self.rounds))
+        return next((accuracy for accuracy in found if accuracy is not None), None)
+
 
 def view_task(
     record: TaskRecord,

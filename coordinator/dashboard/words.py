@@ -5,6 +5,8 @@ from __future__ import annotations
 WORDS = {
     "T_priv": "Accuracy on test images drawn like the device’s own classes: how well it does what it sees every day.",
     "T_uni": "Accuracy on test images of all classes alike: how well it does what only others have seen.",
+    "Validation": "Accuracy of the global model on the task’s validation images, by which the best round is chosen: a "
+    "task without test images has no T_uni of it.",
     "Together − alone": "How much better devices do in the federation than the same students trained on their own data "
     "alone, the mean over the devices that compare.",
     "Global model": "The coordinator’s own student, which it distils from what devices upload.",

@@ -24,6 +24,7 @@ from edgestill.coordinator.task.samples import (
     Warn,
     hold_out,
     keep_apart,
+    keep_held_out,
     known_classes,
     load_test,
     load_transfer,
@@ -49,6 +50,9 @@ AUGMENT = "flip"
 DISTIL: Mapping[str, Any] = {"epochs": 8}
 DISTIL_RATE = {"adamw": 0.002}
 """Defaults of a description, with which a federation is worth it (docs/simulation.md); a task as JSON has others."""
+
+FEW_VALIDATED = 100
+"""Of accuracy on so many images the standard error is up to five points."""
 
 AddBlob = Callable[[Path], str]
 
@@ -125,13 +129,19 @@ def make_task(
         reserved = [("the transfer set", transfer)]
         if rest is not None:
             # before the test set, which may be all of the same data
-            rest = keep_apart(rest, "validation", reserved, warn)
+            rest = keep_held_out(rest, transfer, warn)
+        if rest is not None:
             reserved.append(("the validation set", rest))
         for name in held:
             held[name] = keep_apart(held[name], name, reserved, warn)
             reserved.append((f"the {name} set", held[name]))
         if rest is not None:
             held["validation"] = rest
+        if evaluated and "validation" in held and len(held["validation"]) < FEW_VALIDATED:
+            warn(
+                f"the best round is chosen by {len(held['validation'])} validation images, which is a lottery; give "
+                "more with --validation, or a larger --transfer"
+            )
         if fields.get("exchange") == "parameters":
             fields["parameter_shapes"] = parameter_shapes(first)
         return parse_task({

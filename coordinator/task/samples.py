@@ -131,6 +131,15 @@ def hold_out(transfer: Transfer, seed: int) -> tuple[Transfer, Transfer | None]:
     return (select(transfer, order[count:]), select(transfer, order[:count])) if count else (transfer, None)
 
 
+def keep_held_out(held: Transfer, transfer: Transfer, warn: Warn) -> Transfer | None:
+    """What is held out of a transfer set, less what is in the rest of it, too; None, and a warning, where it all is."""
+    kept = find_apart(held.images, transfer.images)
+    if len(kept) == 0:
+        warn("the transfer set holds the same samples again and again: none are held out to choose the best round by")
+        return None
+    return select(held, kept)
+
+
 def keep_apart(samples: Transfer, name: str, reserved: Sequence[tuple[str, Transfer]], warn: Warn) -> Transfer:
     """Without what is in the reserved sets. Errors: UsageError where nothing is left."""
     for what, others in reserved:

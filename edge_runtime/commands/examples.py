@@ -60,9 +60,9 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "bench step": ("edgestill bench step --students cnn3 --batches 32 --threads 1 --steps 40",),
     "bench coordinator": ("edgestill bench coordinator",),
     "completion": (
-        "edgestill completion bash > ~/.local/share/bash-completion/completions/edgestill",
+        "edgestill completion bash >> ~/.bash_completion",
         "edgestill completion zsh > ~/.zfunc/_edgestill",
-        "edgestill completion fish > ~/.config/fish/completions/edgestill.fish",
+        "edgestill completion fish | source",
     ),
 }
 

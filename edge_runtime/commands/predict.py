@@ -116,7 +116,7 @@ def _print_json(names: Sequence[str], found: np.ndarray, classes: Sequence[str])
 
 
 def _print_csv(names: Sequence[str], found: np.ndarray, classes: Sequence[str]) -> None:
-    table = csv.writer(sys.stdout, lineterminator="\n")
+    table, classes = csv.writer(sys.stdout, lineterminator="\n"), [*map(printable, classes)]
     table.writerow(["sample", "class", "probability", *classes])
     for name, row in zip(names, found.tolist(), strict=True):
         best = int(np.argmax(row))

@@ -237,6 +237,8 @@ def _with_test(
         text = "too few samples of each class to hold any out, so nothing tests this run; --holdout 0.5 holds out half"
         notices(Notice("holdout", text))
         return whole, None
+    if len(kept) == 0:
+        raise UsageError(f"--holdout {share:g} holds all {len(held)} samples out", "give less, such as 0.1")
     return whole.select(kept), whole.select(held)
 
 

@@ -99,6 +99,11 @@ def check_names(names: Sequence[str], what: str) -> tuple[str, ...]:
             f"{what}: {f'{twice[0]!r} names two classes' if twice else 'a class has an empty name'}",
             "give every class a name of its own",
         )
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{what}: a class is called {name!a}, which is not Unicode text", "rename it") from error
     return tuple(names)
 
 

@@ -114,6 +114,7 @@ def load_splits(
     sets = {}
     for name, part in found.items():
         where, labels = f"{source}: {name}", part.labels
+        check_names(part.names, where)
         numbers = labels.dtype.kind in "iu" and labels.ndim == 1
         if reference and part.names and part.names != reference.names and numbers:
             labels = translate(labels, part.names, reference, where, tell)
@@ -153,7 +154,7 @@ def class_names_of(source: str | Path) -> tuple[str, ...]:
         tree = walk(path)
         names = class_folders(tree, find_splits(tree)["train"])
     else:
-        names = _names_in(_load_npz(path, ("classes", "class_names")))
+        names = _names_in(_load_npz(path, ("classes", "class_names")), path)
     if not names:
         raise DataError(f"{source} does not name its classes", "name them, separated by commas")
     return check_names(names, str(source))
@@ -359,7 +360,7 @@ def _read_npz(path: Path, more: list[str], labelled: bool) -> dict[str, _Part]:
     endings = {"train": suffix, "test": "_test"} if "x_test" in arrays else {"train": suffix}
     if "x_val" in arrays:
         endings["validation" if "test" in endings else "test"] = "_val"
-    names, parts = _names_in(arrays), {}
+    names, parts = _names_in(arrays, path), {}
     for split, ending in endings.items():
         tensors = [f"x{ending}", *(f"x{ending}.{name}" for name in more)]
         for key in (*tensors, *([f"y{ending}"] if labelled else [])):
@@ -384,15 +385,20 @@ def _load_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files if name.partition(".")[0] in names}
+    except MemoryError as error:
+        raise DataError(f"{path}: more than fits memory: {error}", "give fewer or smaller samples") from error
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
         raise DataError(
             f"{path}: not a readable .npz: {error}", "give an .npz of plain arrays, without objects"
         ) from error
 
 
-def _names_in(arrays: Mapping[str, np.ndarray]) -> tuple[str, ...]:
+def _names_in(arrays: Mapping[str, np.ndarray], path: Path) -> tuple[str, ...]:
     named = arrays.get("classes", arrays.get("class_names", np.zeros(0)))
-    return tuple(str(name) for name in named) if named.ndim == 1 else ()
+    if named.ndim != 1:
+        found = f"{named.dtype}{list(named.shape)}"
+        raise DataError(f"{path}: the names of the classes are {found}", "give a list of names")
+    return tuple(name.decode(errors="surrogateescape") if isinstance(name, bytes) else str(name) for name in named)
 
 
 _NPZ_NAMES = (

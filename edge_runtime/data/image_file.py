@@ -90,6 +90,8 @@ def read_picture(file: Path, form: InputSpec, resize: bool) -> Picture:
     if (lacking := _missing(file.suffix.lower())) is not None:
         what, _, remedy = lacking.partition(": ")
         raise BrokenImage(f"{file.absolute()}: of {what}", remedy)
+    if file.exists() and not file.is_file():  # a pipe would be waited for
+        raise BrokenImage(f"{file.absolute()}: is no file", "remove it, or pass --skip-broken")
     try:
         if file.suffix.lower() in _BY_HEIF:
             _register_heif()
@@ -107,7 +109,7 @@ def read_picture(file: Path, form: InputSpec, resize: bool) -> Picture:
             if size != (width, height) and resize:
                 image = image.resize((width, height), pillow.Resampling.BILINEAR)
             pixels = np.asarray(image)
-    except BrokenImage:
+    except (BrokenImage, MemoryError):  # a picture is not broken because memory is short
         raise
     except Exception as error:  # Pillow raises whatever its decoders raise
         reason = "it is empty" if _is_empty(file) else str(error) or type(error).__name__
@@ -128,7 +130,7 @@ def import_pillow() -> ModuleType:
     """Pillow's module Image. Errors: DataError where it is not installed."""
     try:
         return import_module("PIL.Image")
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise DataError("images need Pillow", "pip install 'edgestill[images]', or give an .npz") from error
 
 

@@ -258,7 +258,8 @@ def test_models_that_are_not_there(
     service.blobs.delete(service.rounds("birds")[0].student_state)
     refused("of round birds.1 the model is no longer there", "--round", "1")
     assert main("task export fish --data-dir federation --output m.safetensors".split()) == 2
-    assert "no task fish" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "no task fish" in said and "`edgestill task list --data-dir federation`" in said
     Path("there").write_text("kept")
     assert main("task export birds --data-dir federation --output there".split()) == 2
     assert "add --overwrite" in capsys.readouterr().err

@@ -146,7 +146,16 @@ def test_one_data_set_without_splits_serves_for_everything(place: Path, blobs: F
     assert (task.transfer.samples, task.validation.samples, task.test.samples) == (30, 15, SAMPLES - 45)
     sets = [images_of(blobs, one.blob) for one in (task.transfer, task.test, task.validation)]
     assert len(set.union(*sets)) == SAMPLES
-    assert ["transfer set" in text or "validation set" in text for text in warnings] == [True, True]
+    said = " ".join(warnings)
+    assert all(what in said for what in ("in the transfer set", "in the validation set", "15 validation images"))
+
+
+def test_a_transfer_set_of_one_sample_holds_none_out(place: Path, blobs: FileBlobs) -> None:
+    with np.load(place / "transfer.npz") as file:
+        np.savez(place / "same.npz", x=np.repeat(file["x"][:1], 20, axis=0), y=np.repeat(file["y"][:1], 20))
+    warnings: list[str] = []
+    task = make(place, blobs, warnings, transfer=str(place / "same.npz"), transfer_labels=True)
+    assert task.validation is None and any("the same samples again and again" in text for text in warnings)
 
 
 def test_validation_images_that_choose_nothing_are_named(place: Path, blobs: FileBlobs) -> None:

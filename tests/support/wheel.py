@@ -21,8 +21,8 @@ FOLDERS = {
 """Each folder of this tree that is installed, and where a wheel has it."""
 LIBRARIES = {f"edgestill/runtime/native/libedgestill-{name}.so" for name in ("x86_64", "aarch64")}
 """What building a wheel adds."""
-BUNDLES = {f"edgestill/simulation/carried/{student}.zip" for student in STUDENTS}
-"""What `make wheels` exports before."""
+BUNDLES = {f"edgestill/simulation/carried/{name}" for name in (*(f"{s}.zip" for s in STUDENTS), "demo-seeds.jsonl")}
+"""What `make wheels` exports before, and copies beside it."""
 
 NOT_SHIPPED = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info", "carried")
 
