@@ -26,13 +26,8 @@ from edgestill.runtime.errors import UsageError
 from edgestill.simulation import demo_bundles
 from edgestill.simulation.demo_board import DEVICES, Board
 from edgestill.simulation.demo_commands import Background, Commands, DemoFailed
-from edgestill.simulation.demo_page import (
-    DeviceResult,
-    Results,
-    RoundResult,
-    summary_table,
-    write_page,
-)
+from edgestill.simulation.demo_page import summary_table, write_page
+from edgestill.simulation.demo_results import DeviceResult, Results, RoundResult
 from edgestill.simulation.seeds import (
     RECORDS,
     STUDENTS,

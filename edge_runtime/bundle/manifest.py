@@ -10,11 +10,11 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 
+from edgestill.runtime.bundle.manifest_node import Node
 from edgestill.runtime.errors import BundleError
 
 FORMAT = "edgestill-bundle"
@@ -197,7 +197,7 @@ def parse_manifest(text: bytes) -> Manifest:
         raw = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise BundleError(f"manifest.json is not valid JSON: {error}", "export the bundle again") from error
-    root = _Node(raw, "manifest.json")
+    root = Node(raw, "manifest.json")
     root.expect(dict)
     if root.get("format").value != FORMAT:
         raise BundleError(
@@ -262,7 +262,7 @@ def parse_manifest(text: bytes) -> Manifest:
     return manifest
 
 
-def _parse_input(node: _Node) -> InputSpec:
+def _parse_input(node: Node) -> InputSpec:
     shape = tuple(entry.size(1) for entry in node.get("shape").items())
     if not 1 <= len(shape) <= _MAX_RANK:
         raise BundleError(f"{node.where}.shape: {list(shape)} is not the shape of a sample")
@@ -276,7 +276,7 @@ def _parse_input(node: _Node) -> InputSpec:
     return InputSpec(shape, dtype, mean, std, node.get("name", "images").text())
 
 
-def _parse_tensor(node: _Node, of_state: bool = False) -> TensorSpec:
+def _parse_tensor(node: Node, of_state: bool = False) -> TensorSpec:
     shape = tuple(entry.size() for entry in node.get("shape").items())
     if math.prod(shape) > _MAX_ELEMENTS:
         raise BundleError(f"{node.where}.shape: {list(shape)} is too large")
@@ -290,7 +290,7 @@ def _parse_tensor(node: _Node, of_state: bool = False) -> TensorSpec:
     )
 
 
-def _parse_graph(node: _Node) -> GraphSpec:
+def _parse_graph(node: Node) -> GraphSpec:
     return GraphSpec(
         file=node.get("file").file_name(),
         inputs=tuple(entry.text() for entry in node.get("inputs").items()),
@@ -381,82 +381,3 @@ def _check_names(where: str, names: tuple[str, ...], known: set[str]) -> None:
             raise BundleError(
                 f"{where}: {name!r} is explained nowhere in the manifest", "export the bundle again"
             )
-
-
-_MISSING: Any = object()
-
-
-@dataclass(frozen=True)
-class _Node:
-    """A value in the manifest with the place where it stands, for error messages."""
-
-    value: Any
-    where: str
-
-    def get(self, key: str, default: Any = _MISSING) -> _Node:
-        mapping = self.expect(dict)
-        if key not in mapping and default is _MISSING:
-            raise BundleError(f"{self.where}: field {key!r} is missing", "export the bundle again")
-        return _Node(mapping.get(key, default), f"{self.where}{'.' if ':' in self.where else ': '}{key}")
-
-    def expect(self, kind: type) -> Any:
-        if type(self.value) is not kind:
-            raise BundleError(
-                f"{self.where}: {self.value!r:.80} is not a {kind.__name__}", "export the bundle again"
-            )
-        return self.value
-
-    def entries(self) -> list[tuple[str, _Node]]:
-        return [(key, self.get(key)) for key in self.expect(dict)]
-
-    def items(self) -> list[_Node]:
-        return [_Node(value, f"{self.where}[{index}]") for index, value in enumerate(self.expect(list))]
-
-    def text(self) -> str:
-        return self.expect(str)
-
-    def number(self) -> float:
-        if type(self.value) not in (int, float) or not abs(self.value) < 1e308:
-            raise BundleError(f"{self.where}: {self.value!r:.80} is not a finite number")
-        return float(self.value)
-
-    def size(self, at_least: int = 0) -> int:
-        if not at_least <= self.expect(int) <= 2**53:
-            raise BundleError(f"{self.where}: {self.value} is not a size of at least {at_least}")
-        return self.value
-
-    def optional_size(self, key: str) -> int | None:
-        node = self.get(key, None)
-        return None if node.value is None else node.size()
-
-    def one_of(self, choices: tuple[Any, ...]) -> Any:
-        if self.value not in choices:
-            raise BundleError(f"{self.where}: {self.value!r:.80} is none of {', '.join(map(str, choices))}")
-        return self.value
-
-    def matching(self, pattern: re.Pattern[str]) -> str:
-        if not pattern.fullmatch(self.text()):
-            raise BundleError(f"{self.where}: {self.value!r:.80} has the wrong form")
-        return self.value
-
-    def file_name(self) -> str:
-        return self.check_file_name(self.text())
-
-    def check_file_name(self, name: str) -> str:
-        """A relative path with forward slashes that stays inside the bundle."""
-        path = PurePosixPath(name)
-        if (
-            not name
-            or "\\" in name
-            or ":" in name
-            or "\0" in name
-            or path.is_absolute()
-            or ".." in path.parts
-            or str(path) != name
-            or name in (".", "manifest.json")
-        ):
-            raise BundleError(
-                f"{self.where}: {name!r} is not a file inside the bundle",
-                "do not use this bundle: somebody may have tampered with it",
-            )
-        return name

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +15,7 @@ from edgestill.runtime.data.cifar import find_cifar, read_cifar
 from edgestill.runtime.data.classes import KnownClasses, check_names, join_names, translate
 from edgestill.runtime.data.datasets import SHIPPED
 from edgestill.runtime.data.notice import Tell, tell_on_stderr
+from edgestill.runtime.data.npz_file import Part, names_in_npz, read_npz
 from edgestill.runtime.data.partition import dirichlet_partition
 from edgestill.runtime.errors import DataError, UsageError
 from edgestill.runtime.randomness import SUBSET, permutation
@@ -154,7 +153,7 @@ def class_names_of(source: str | Path) -> tuple[str, ...]:
         tree = walk(path)
         names = class_folders(tree, find_splits(tree)["train"])
     else:
-        names = _names_in(_load_npz(path, ("classes", "class_names")), path)
+        names = names_in_npz(path)
     if not names:
         raise DataError(f"{source} does not name its classes", "name them, separated by commas")
     return check_names(names, str(source))
@@ -198,16 +197,6 @@ def read_unlabelled(
     return parts[name].arrays
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A split as it was found: the arrays of the samples' tensors, labels that number `names`, users of `train`."""
-
-    arrays: list[np.ndarray]
-    labels: np.ndarray
-    names: tuple[str, ...]
-    users: np.ndarray | None = None
-
-
 def _read(
     source: str | Path,
     form: InputSpec,
@@ -216,11 +205,11 @@ def _read(
     skip_broken: bool,
     tell: Tell,
     labelled: bool = True,
-) -> dict[str, _Part]:
+) -> dict[str, Part]:
     """By split, `train` first."""
     path = find_source(source)
     if not (find_cifar(path) or path.is_dir()):
-        return _read_npz(path, [spec.name for spec in more], labelled)
+        return read_npz(path, [spec.name for spec in more], labelled)
     if more:
         raise DataError(
             f"{source}: holds images, the bundle takes {1 + len(more)} tensors a sample",
@@ -229,16 +218,16 @@ def _read(
     if find_cifar(path):
         train, test, names = read_cifar(path)
         return {
-            "train": _Part([train.images], train.labels, names),
-            "test": _Part([test.images], test.labels, names),
+            "train": Part([train.images], train.labels, names),
+            "test": Part([test.images], test.labels, names),
         }
     from edgestill.runtime.data import image_folder  # imported when first needed: it delays the start
 
     if not labelled:
         images = image_folder.read_unlabelled_folder(path, form, resize, skip_broken, tell)
-        return {"train": _Part([images], np.zeros(0, np.int64), ())}
+        return {"train": Part([images], np.zeros(0, np.int64), ())}
     found = image_folder.read_image_folder(path, form, resize, skip_broken, tell)
-    return {name: _Part([split.images], split.labels, split.names) for name, split in found.items()}
+    return {name: Part([split.images], split.labels, split.names) for name, split in found.items()}
 
 
 def fit_tensors(
@@ -347,61 +336,3 @@ def find_source(source: str | Path) -> Path:
             f"give {' or '.join(SHIPPED)}, a CIFAR archive, an .npz or an image folder",
         )
     return path
-
-
-def _read_npz(path: Path, more: list[str], labelled: bool) -> dict[str, _Part]:
-    """Splits; a file without splits counts as `train`, and of two splits the second is `test`.
-
-    `more`: names of the further tensors, which stand beside `x_train` as `x_train.NAME`. Labels may be absent when not
-    `labelled`; they are empty then.
-    """
-    arrays = _load_npz(path, _NPZ_NAMES)
-    suffix = "_train" if "x_train" in arrays else ""
-    endings = {"train": suffix, "test": "_test"} if "x_test" in arrays else {"train": suffix}
-    if "x_val" in arrays:
-        endings["validation" if "test" in endings else "test"] = "_val"
-    names, parts = _names_in(arrays, path), {}
-    for split, ending in endings.items():
-        tensors = [f"x{ending}", *(f"x{ending}.{name}" for name in more)]
-        for key in (*tensors, *([f"y{ending}"] if labelled else [])):
-            if key not in arrays:
-                raise DataError(
-                    f"{path}: no array {key!r}",
-                    "it needs x_train, y_train, x_test and y_test, or x and y"
-                    + ("; beside each x the further tensors of its samples" if more else ""),
-                )
-        labels = arrays.get(f"y{ending}", np.zeros(0, np.int64))
-        parts[split] = _Part([arrays[key] for key in tensors], labels, names, arrays.get(f"users{suffix}"))
-    return parts
-
-
-def _load_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The arrays of a file with these names, also with a further name behind a point. Errors: DataError."""
-    if not zipfile.is_zipfile(path):
-        raise DataError(
-            f"{path}: not a readable .npz, which is a zip of arrays",
-            "save samples and labels with numpy.savez",
-        )
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files if name.partition(".")[0] in names}
-    except MemoryError as error:
-        raise DataError(f"{path}: more than fits memory: {error}", "give fewer or smaller samples") from error
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
-        raise DataError(
-            f"{path}: not a readable .npz: {error}", "give an .npz of plain arrays, without objects"
-        ) from error
-
-
-def _names_in(arrays: Mapping[str, np.ndarray], path: Path) -> tuple[str, ...]:
-    named = arrays.get("classes", arrays.get("class_names", np.zeros(0)))
-    if named.ndim != 1:
-        found = f"{named.dtype}{list(named.shape)}"
-        raise DataError(f"{path}: the names of the classes are {found}", "give a list of names")
-    return tuple(name.decode(errors="surrogateescape") if isinstance(name, bytes) else str(name) for name in named)
-
-
-_NPZ_NAMES = (
-    "x_train", "y_train", "users_train", "x_test", "y_test", "x_val", "y_val", "x", "y", "users", "classes",
-    "class_names",
-)  # fmt: skip

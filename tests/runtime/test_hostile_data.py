@@ -13,7 +13,7 @@ from PIL import Image
 
 from edgestill.runtime.bundle.manifest import InputSpec
 from edgestill.runtime.cli import main
-from edgestill.runtime.data import dataset
+from edgestill.runtime.data import npz_file
 from edgestill.runtime.data.dataset import class_names_of, load_splits
 from edgestill.runtime.errors import DataError
 from tests.support.handmade_bundle import CHANNELS, CLASSES, SIZE, write_handmade_bundle
@@ -71,7 +71,7 @@ def test_an_array_that_says_that_it_is_enormous(tmp_path: Path, monkeypatch: pyt
     def full(*_: object, **__: object) -> None:
         raise MemoryError("Unable to allocate 28.6 GiB")
 
-    monkeypatch.setattr(dataset.np, "load", full)
+    monkeypatch.setattr(npz_file.np, "load", full)
     with pytest.raises(DataError, match="more than fits memory"):
         load_splits(tmp_path / "d.npz", FORM, CLASSES)
 

@@ -31,17 +31,9 @@ from edgestill.simulation.demo import (
 )
 from edgestill.simulation.demo_board import DEVICES, Seen, note
 from edgestill.simulation.demo_commands import Commands, DemoFailed
-from edgestill.simulation.demo_page import (
-    _STYLE,
-    DeviceResult,
-    Results,
-    RoundResult,
-    gains,
-    page_html,
-    spread,
-    summary_table,
-    write_page,
-)
+from edgestill.simulation.demo_page import _STYLE, gains, page_html, summary_table, write_page
+from edgestill.simulation.demo_pictures import spread
+from edgestill.simulation.demo_results import DeviceResult, Results, RoundResult
 from edgestill.simulation.federation import describe_task
 from edgestill.simulation.pool import ONE_THREAD
 from edgestill.simulation.seeds import settings_of
