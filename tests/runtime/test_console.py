@@ -113,9 +113,9 @@ def on_a_terminal(columns: int, code: str) -> str:
         "output = EventOutput(False)\n"
         "for n in range(3): output('step', step=n, steps=1000, epoch=1, loss=2.0, ms=33.0)\n"
         "output.end_progress()\n",
-        "from edgestill.runtime.commands.train import _Output\n"
+        "from edgestill.runtime.commands.train_output import Output\n"
         "from edgestill.runtime.training.trainer import StepRecord\n"
-        "output = _Output(False, 1000)\n"
+        "output = Output(False, 1000)\n"
         "for n in range(3): assert output.step(StepRecord(n, 1000, 1, 2.0, 2.0, None, 0.5, 0.1, 33.0))\n"
         "output.end_progress()\n",
     ],
