@@ -9,8 +9,8 @@ from edgestill.coordinator.rounds.round import COLLECTING
 from edgestill.coordinator.store.overview import RoundOverview
 from edgestill.coordinator.store.records import DeviceRecord
 
-TRAINING, UPLOADING, UPLOADED, WAITING, SILENT, DONE = STATES = (
-    "training", "uploading", "uploaded", "waiting", "silent", "done",
+TRAINING, UPLOADING, UPLOADED, WAITING, SILENT, DONE, REVOKED = STATES = (
+    "training", "uploading", "uploaded", "waiting", "silent", "done", "revoked",
 )  # fmt: skip
 
 
@@ -37,6 +37,8 @@ class Liveness:
         A device that trains need not be heard: it counts as training until it uploads or the round no longer
         collects. After the task has ended all are done.
         """
+        if device.revoked:
+            return REVOKED
         if device.name in self.arriving:
             return UPLOADING
         if ended:

@@ -34,6 +34,7 @@ from edgestill.coordinator.store.database import Store
 from edgestill.coordinator.store.group_commit import GroupCommit
 from edgestill.coordinator.store.overview import RoundOverview, overview_of_rounds
 from edgestill.coordinator.store.records import (
+    REVOKED,
     Change,
     DeviceRecord,
     RefusalCount,
@@ -53,6 +54,7 @@ __all__ = ["DeviceRecord", "Service", "Job", "UploadTicket"]
 
 _LOG = logging.getLogger("coordinator")
 _IDENTIFIED_AT_MOST = 20_000
+_IDENTIFIED_S = 5.0
 _STOPPED = "stopped by the operator"
 
 
@@ -82,7 +84,7 @@ class Service:
         self._queue = JobQueue(store, self._progress, clock, entropy(16).hex(), lease_s)
         self._runner = JobRunner(store, blobs, self._queue, clock, engine_threads)
         self._uploads = Uploads(store, blobs, self._progress, clock, quota_bytes, max_body_bytes)
-        self._identified: dict[str, DeviceRecord] = {}
+        self._identified: dict[str, tuple[DeviceRecord, float]] = {}
         self._authorities: dict[str, str] = {}
         self._authorities_at: int | None = None
         self._hearing = Hearing()
@@ -169,6 +171,28 @@ class Service:
             return self._authorities[wanted]
         raise Problem("not_found", "no task has an authority with that fingerprint")
 
+    def device(self, name: str) -> DeviceRecord:
+        """Errors: Problem `not_found`."""
+        with self.store.read() as transaction:
+            device = transaction.device(name)
+        if device is None:
+            raise Problem("not_found", f"no device {name}")
+        return device
+
+    def revoke(self, name: str) -> bool:
+        """Makes a device's token worth nothing, on every replica within `_IDENTIFIED_S`; False when it was so before.
+
+        What it has uploaded, and others were told of, stays. Errors: Problem `not_found`.
+        """
+        device = self.device(name)
+        if device.revoked:
+            return False
+        with self.store.write() as transaction:
+            transaction.set_device(name, token_hash=REVOKED + name)
+            transaction.note(device.task, "device", self.clock(), device=name)
+            transaction.say("device %s of task %s is revoked", name, device.task)
+        return True
+
     # device
 
     def enrol(self, code: str, info: Mapping[str, Any]) -> dict[str, str]:
@@ -199,7 +223,7 @@ class Service:
             raise Problem("unauthorised", "the token is not known here")
         if len(self._identified) >= _IDENTIFIED_AT_MOST:
             self._identified.clear()
-        self._identified[token_hash] = device
+        self._identified[token_hash] = device, time.monotonic() + _IDENTIFIED_S
         return device
 
     def identify(self, token: str) -> DeviceRecord:
@@ -207,7 +231,8 @@ class Service:
 
         Errors: Problem `unauthorised`.
         """
-        return self._identified.get(credentials.hash_token(token)) or self.authenticate(token)
+        device, until_s = self._identified.get(credentials.hash_token(token), (None, 0.0))
+        return device if device is not None and time.monotonic() < until_s else self.authenticate(token)
 
     def inform(self, device: DeviceRecord, info: Mapping[str, Any]) -> None:
         """Replaces INFO: an engine was installed since enrolment, or another limit of memory is given."""

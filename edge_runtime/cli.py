@@ -31,6 +31,7 @@ COMMANDS = {
     "serve": ("edgestill.coordinator.commands.serve", "run the coordinator", "coordinator"),
     "task": ("edgestill.coordinator.commands.task", "create, show, export and stop tasks", "coordinator"),
     "enrol": ("edgestill.coordinator.commands.enrol", "print codes for devices to join a task", "coordinator"),
+    "device": ("edgestill.coordinator.commands.device", "list and revoke a coordinator's devices", "coordinator"),
     "backup": ("edgestill.coordinator.commands.backup", "copy a coordinator while it serves", "coordinator"),
     "restore": ("edgestill.coordinator.commands.backup", "make a coordinator of a backup", "coordinator"),
     "downgrade": ("edgestill.coordinator.commands.downgrade", "take a database to an older version", "coordinator"),

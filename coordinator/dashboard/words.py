@@ -30,4 +30,5 @@ STATES = {
     "waiting": "asks for work, and waits for a round",
     "silent": "was not heard for longer than a device that waits keeps still",
     "done": "the task has ended",
+    "revoked": "may not take part any more: the operator revoked it",
 }

@@ -11,6 +11,9 @@ from sqlalchemy import Row
 from edgestill.coordinator.rounds.round import Accepted, Round
 from edgestill.coordinator.task.task import Task, parse_task
 
+REVOKED = "revoked "
+"""Begins what stands in the place of a revoked device's token: nothing has that for its SHA-256."""
+
 
 @dataclass(frozen=True)
 class TaskRecord:
@@ -64,6 +67,8 @@ class DeviceRecord:
     number: int | None = None
     """From 1, by the code with which it enrolled: what it draws and where it stands follow from this, not from its
     name, so that a federation can be repeated. None for devices of older coordinators."""
+    revoked: bool = False
+    """Whether its token is worth nothing any more."""
 
     @classmethod
     def from_row(cls, row: Row[Any]) -> DeviceRecord:
@@ -78,6 +83,7 @@ class DeviceRecord:
             row.seen_s,
             row.stored_bytes,
             row.number,
+            row.token_hash.startswith(REVOKED),
         )
 
     def as_json(self) -> dict[str, Any]:

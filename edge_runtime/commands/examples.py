@@ -52,6 +52,8 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "edgestill join --data photos --resize --once",
     ),
     "demo": ("edgestill demo", "edgestill demo --output first-look --seed 1 --keep"),
+    "device list": ("edgestill device list", "edgestill device list birds --data-dir federation --json"),
+    "device revoke": ("edgestill device revoke d-abcdefghijklmnop --data-dir federation",),
     "simulate": (
         "edgestill simulate --devices 4 --rounds 2",
         "edgestill simulate --gamma 0.25 --output results",
