@@ -435,6 +435,22 @@ def test_what_a_device_is_at(seen_ago_s, selected, accepted, arriving, ended, st
         assert late.state_of(device, present, ended) == "waiting", "its deadline has passed"
 
 
+def test_a_task_without_test_images_shows_its_validation_accuracy():
+    service = DashboardService()
+    with make_client(service) as client:
+        assert "Global T_uni" in client.get("/").text
+        assert "global model on validation images" not in client.get("/tasks/birds").text
+        for number, one in enumerate(service.round_records):
+            measured = {k: v for k, v in one.metrics.items() if k != "t_uni"} | {"validation_accuracy": 0.722}
+            service.round_records[number] = dataclasses.replace(one, metrics=measured)
+    with make_client(service) as client:
+        listed, page = client.get("/").text, client.get("/tasks/birds").text
+    for shown in (listed, page):
+        assert "Global model, validation</abbr></dt><dd>72.2%" in shown.replace(" %", "%")
+    assert "validation</td>" in page or "</abbr> validation" in page
+    assert "global model on validation images" in page, "no curve"
+
+
 def test_tables_are_for_spreadsheets_and_start_no_formula():
     service = DashboardService(names=("=cmd|' /C calc'!A0", 'say "x", y'))
     chosen = service.round_records[1]
