@@ -11,6 +11,7 @@ from edgestill.coordinator.settings import STORE_SETTINGS, Settings, place_words
 from edgestill.coordinator.store.blobs import open_blobs
 from edgestill.coordinator.store.database import Store
 from edgestill.coordinator.store.place import check_no_backup
+from edgestill.coordinator.store.records import TaskRecord
 from edgestill.runtime.errors import UsageError
 
 
@@ -101,3 +102,12 @@ def check_shared(settings: Settings) -> None:
             "the store is in memory, where a command and a server do not meet",
             "give --data-dir, or --database",
         )
+
+
+def find_task(service: Service, name: str, place: str) -> TaskRecord:
+    """A task by its name; `place` as for `task_creation`. Errors: UsageError with the names that there are."""
+    records = {record.name: record for record in service.tasks()}
+    if name not in records:
+        hint = f"there are: {', '.join(records)}" if records else f"there is none yet: {task_creation(place)}"
+        raise UsageError(f"no task {name!r}", hint)
+    return records[name]

@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from edgestill.coordinator.liveness import Liveness
-from edgestill.coordinator.opening import open_existing
+from edgestill.coordinator.opening import find_task, open_existing
 from edgestill.coordinator.problems import Problem
 from edgestill.coordinator.service import Service
 from edgestill.coordinator.settings import STORE_SETTINGS, add_flags, place_words, settings_from
@@ -59,12 +59,13 @@ def run_list(arguments: argparse.Namespace) -> int:
 
 
 def _described(service: Service, arguments: argparse.Namespace, long_poll_s: float) -> list[dict[str, Any]]:
-    records = {record.name: record for record in service.tasks()}
-    if arguments.task is not None and arguments.task not in records:
-        raise UsageError(f"no task {arguments.task!r}", f"there are: {', '.join(records) or 'none yet'}")
+    if arguments.task is None:
+        records = service.tasks()
+    else:
+        records = [find_task(service, arguments.task, place_words(vars(arguments)))]
     now_s, found = service.clock(), []
-    for name in [arguments.task] if arguments.task is not None else records:
-        rounds, ended = service.rounds(name), records[name].ended is not None
+    for record in records:
+        name, rounds, ended = record.name, service.rounds(record.name), record.ended is not None
         liveness = Liveness.at(now_s, long_poll_s, ())
         for device in service.devices(name):
             found.append(

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from edgestill.coordinator.opening import open_existing, task_creation
+from edgestill.coordinator.opening import find_task, open_existing
 from edgestill.coordinator.settings import STORE_SETTINGS, add_flags, place_words, settings_from
 from edgestill.runtime.console import add_json_option
 from edgestill.runtime.errors import UsageError
@@ -35,12 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not 0 < arguments.hours <= 24 * 366:
         raise UsageError(f"--hours {arguments.hours:g}", "give more than 0 and at most a year")
     service = open_existing(settings_from(arguments))
-    records = {record.name: record for record in service.tasks()}
-    if arguments.task not in records:
-        creation = task_creation(place_words(vars(arguments)))
-        hint = f"there are: {', '.join(records)}" if records else f"there is none yet: {creation}"
-        raise UsageError(f"no task {arguments.task!r}", hint)
-    if (ended := records[arguments.task].ended) is not None:
+    if (ended := find_task(service, arguments.task, place_words(vars(arguments))).ended) is not None:
         raise UsageError(
             f"task {arguments.task} is {ended}: a device that joined it would have nothing to do",
             f"make another with `edgestill task create`; `edgestill task list{place_words(vars(arguments))}` has all",

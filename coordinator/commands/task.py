@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 from edgestill.coordinator.commands import export_task
 from edgestill.coordinator.distillation.job import VALIDATION
-from edgestill.coordinator.opening import check_shared, open_existing, open_service, task_creation
+from edgestill.coordinator.opening import check_shared, find_task, open_existing, open_service, task_creation
 from edgestill.coordinator.rounds.round import COMPLETED
-from edgestill.coordinator.service import Service
 from edgestill.coordinator.settings import STORE_SETTINGS, add_flags, place_words, settings_from
 from edgestill.coordinator.store.overview import RoundOverview
 from edgestill.coordinator.store.records import DeviceRecord, TaskRecord
@@ -218,7 +217,7 @@ def run_list(arguments: argparse.Namespace) -> int:
 def run_show(arguments: argparse.Namespace) -> int:
     """The task, its rounds, its devices and what was refused."""
     service = open_existing(settings_from(arguments))
-    record = _find(service, arguments)
+    record = find_task(service, arguments.name, place_words(vars(arguments)))
     task, name = record.task, record.name
     rounds, devices = service.rounds(name), service.devices(name)
     if arguments.json:
@@ -249,7 +248,7 @@ def run_show(arguments: argparse.Namespace) -> int:
 def run_stop(arguments: argparse.Namespace) -> int:
     """Ends the task; one that has ended stays as it is."""
     service = open_existing(settings_from(arguments))
-    record = _find(service, arguments)
+    record = find_task(service, arguments.name, place_words(vars(arguments)))
     stopped = service.stop_task(record.name)
     if arguments.json:
         print(json.dumps({"name": record.name, "stopped": stopped or record.stopped_s is not None}))
@@ -258,16 +257,6 @@ def run_stop(arguments: argparse.Namespace) -> int:
     else:
         print(f"{record.name}: has ended already")
     return 0
-
-
-def _find(service: Service, arguments: argparse.Namespace) -> TaskRecord:
-    """Errors: UsageError with the names that there are."""
-    records = {record.name: record for record in service.tasks()}
-    if arguments.name not in records:
-        creation = task_creation(place_words(vars(arguments)))
-        hint = f"there are: {', '.join(records)}" if records else f"there is none yet: {creation}"
-        raise UsageError(f"no task {arguments.name!r}", hint)
-    return records[arguments.name]
 
 
 def describe(arguments: argparse.Namespace) -> dict[str, Any]:
